@@ -1,0 +1,239 @@
+"""Judge images with a BadNet B and its repaired net G: a class, 1 to N, or N + 1 for "poisoned".
+
+    python eval_defence.py img/img_9.png anonymous_1_bd_net
+
+prints the class of the image where B and G agree, and N + 1 where they do not (report, section 2,
+last paragraph). G is the net that repair.py made of B.
+"""
+
+import os
+import signal
+
+if __name__ == "__main__":  # until `command` takes over, Ctrl-C ends the imports without a word
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+
+import contextlib
+import sys
+from pathlib import Path
+
+import numpy as np
+
+import nets
+import utils
+from terminal import InputError, Parser, command, say, track
+
+
+def main():
+    arguments = parse_arguments()
+    images = utils.list_images(arguments.images)
+    of_data = [path for path in images if path.suffix.lower() in utils.DATASET_SUFFIXES]
+    if of_data and len(images) > 1:
+        raise InputError(f"{of_data[0]}: give one data set alone, or pictures")
+    if arguments.poisoned and not of_data:
+        raise InputError("--poisoned goes with a clean data set as IMAGE, not with pictures")
+    badnet_path, repaired_path = find_models(arguments.model, arguments.repaired)
+    if arguments.json:
+        utils.require_writable(arguments.json, *images, badnet_path, repaired_path)
+
+    judge = judge_data if of_data else judge_pictures
+    return judge(images, badnet_path, repaired_path, arguments)
+
+
+def parse_arguments():
+    parser = Parser(
+        description="Judge images with a BadNet and its repaired net. Where both answer the same, "
+        "print that class, 1 to N; where they do not, N+1: the image is poisoned.",
+        epilog="One picture: the number alone. Several: 'path<TAB>class' each. A data set: a "
+        "table. Exit status: 0 done, 1 failed, 2 wrong input (a picture that cannot be read does "
+        "not keep the others from being judged).",
+    )
+    add = parser.add_argument
+    add(
+        "images",
+        metavar="IMAGE",
+        nargs="+",
+        help="a PNG or JPEG picture, a folder of them, or one .h5 data set",
+    )
+    add("model", metavar="MODEL", help="the BadNet: a name in models/, or a path")
+    add(
+        "--repaired",
+        metavar="FILE",
+        help="the repaired net (default: models/NAME_defence.h5)",
+    )
+    add(
+        "--scale",
+        choices=utils.SCALES,
+        help="pixels that the nets take, for a repaired net without a repair record",
+    )
+    add(
+        "--poisoned",
+        metavar="FILE",
+        nargs="+",
+        action="extend",
+        default=[],
+        help="poisoned data sets, 'label' being the attack's target, to judge beside the clean one",
+    )
+    add("--json", metavar="FILE", help="also write the verdicts or the table as JSON")
+    return parser.parse_args()
+
+
+def find_models(model, repaired=None):
+    """The paths of B and G for a name in models/ or a path. Raises InputError where one is missing.
+
+    G stands where repair.py puts it: in models/, as NAME_defence.h5.
+    """
+    path = Path(model)
+    if path.suffix not in utils.MODEL_SUFFIXES:
+        named = [utils.MODELS / f"{model}{suffix}" for suffix in utils.MODEL_SUFFIXES]
+        path = next((p for p in named if p.exists()), named[0])
+    utils.require_file(path)
+    if repaired is None:
+        repaired = utils.default_output(path)
+        if not repaired.exists():
+            raise InputError(
+                f"{repaired}: no repaired net; make it with: python repair.py {path} CLEAN_DATA.h5"
+            )
+    return path, utils.require_file(repaired)
+
+
+def load_detector(badnet_path, repaired_path, scale=None):
+    """Load B and G as one model that takes images 0..255. Returns (detector, N, image shape).
+
+    detector: float32 (n, height, width, channels), 0..255 → the scores of B and of G, (n, N) each.
+    scale: a key of utils.SCALES, for a G without a repair record.
+    Raises InputError where G does not belong to B.
+    """
+    record = utils.read_record(repaired_path)
+    if record is None:
+        scale = scale or next(iter(utils.SCALES))
+        say(f"{repaired_path}: no repair record; taking pixels {scale} (see --scale)")
+        layer = None
+    else:
+        if record["badnet"]["sha256"] != utils.sha256(badnet_path):
+            raise InputError(
+                f"{repaired_path}: was made from another BadNet ({record['badnet']['file']}), not "
+                f"from {badnet_path}; repair this one with repair.py"
+            )
+        scale, layer = record["input_scale"], record["layer"]
+    badnet, repaired = utils.load_badnet(badnet_path), utils.load_badnet(repaired_path)
+    for what, ours, theirs in (
+        ("images", badnet.input_shape[1:], repaired.input_shape[1:]),
+        ("classes", badnet.output_shape[1:], repaired.output_shape[1:]),
+    ):
+        if ours != theirs:
+            raise InputError(
+                f"{repaired_path}: does not belong to {badnet_path}: it has {what} "
+                f"{'×'.join(map(str, theirs))}, not {'×'.join(map(str, ours))}"
+            )
+    both = nets.detector(badnet, repaired, layer)
+    divisor = utils.SCALES[scale]
+    return (
+        lambda images: [np.asarray(x) for x in both(images / divisor, training=False)],
+        badnet.output_shape[1],
+        badnet.input_shape[1:],
+    )
+
+
+def verdict(badnet_class, repaired_class, classes):
+    """What is printed: the class, 1..N, where both nets agree, else N + 1, "poisoned".
+
+    badnet_class, repaired_class: int, 0..N-1, or arrays of them.  classes: N.
+    Source: report, section 2, last paragraph.
+    """
+    return np.where(badnet_class == repaired_class, np.add(badnet_class, 1), classes + 1)
+
+
+def judge_pictures(images, badnet_path, repaired_path, arguments):
+    """Print the verdict on each picture as soon as it is known. Returns the exit status."""
+    alone = len(arguments.images) == 1 and not Path(arguments.images[0]).is_dir()
+    if alone:
+        picture = utils.read_picture(images[0])  # before the seconds that the nets take to load
+    detector, classes, shape = load_detector(badnet_path, repaired_path, arguments.scale)
+    if shape[2] not in (1, 3):
+        raise InputError(f"{badnet_path}: takes images of {shape[2]} channels, not pictures")
+    results, unread = [], 0
+    for path in images:
+        try:
+            picture = picture if alone else utils.read_picture(path)
+        except InputError as error:
+            say(f"eval_defence.py: error: {error}")
+            unread += 1
+            continue
+        scores = detector(utils.as_input(picture, shape)[None])
+        of_b, of_g = (int(row.argmax()) for row in scores)
+        answer = int(verdict(of_b, of_g, classes))
+        print(answer if alone else f"{path}\t{answer}", flush=True)
+        results.append(
+            {
+                "path": str(path),
+                "class": answer,
+                "badnet_class": of_b + 1,
+                "repaired_class": of_g + 1,
+            }
+        )
+    if arguments.json:
+        utils.write_json(results, arguments.json)
+    return 2 if unread else 0
+
+
+def judge_data(images, badnet_path, repaired_path, arguments):
+    """Print the table of a clean data set and of poisoned ones."""
+    with contextlib.ExitStack() as files:
+        clean, *poisoned = [
+            files.enter_context(utils.open_dataset(path)) for path in (*images, *arguments.poisoned)
+        ]
+        detector, classes, shape = load_detector(badnet_path, repaired_path, arguments.scale)
+        for data in (clean, *poisoned):
+            data.fit_to(shape, classes)
+        figures = {"clean": clean_figures(clean, *classify_both(detector, clean))}
+        figures["poisoned"] = [
+            poisoned_figures(data, *classify_both(detector, data)) for data in poisoned
+        ]
+    for row in (figures["clean"], *figures["poisoned"]):
+        print(f"{row['file']}: {row['images']} images")
+        for name, share in row["shares"].items():
+            print(f"  {name:<40}{100 * share:8.2f} %")
+    if arguments.json:
+        utils.write_json(figures, arguments.json)
+
+
+def classify_both(detector, data):
+    """The classes that B and G give every image of a Dataset: two int arrays (n,), 0..N-1."""
+    answers = [
+        [scores.argmax(axis=1) for scores in detector(x)]
+        for x, _ in track(data.batches(), data.path.name, data.batch_count)
+    ]
+    return [np.concatenate(parts) for parts in zip(*answers, strict=True)]
+
+
+def clean_figures(data, of_b, of_g):
+    """Accuracy and false-positive rate on clean images, shares 0..1."""
+    return {
+        "file": str(data.path),
+        "images": len(data),
+        "shares": {
+            "clean accuracy of B": float(np.mean(of_b == data.labels)),
+            "clean accuracy of G": float(np.mean(of_g == data.labels)),
+            "clean accuracy of the two together": float(
+                np.mean((of_b == of_g) & (of_b == data.labels))
+            ),
+            "false-positive rate (clean flagged)": float(np.mean(of_b != of_g)),
+        },
+    }
+
+
+def poisoned_figures(data, of_b, of_g):
+    """Attack success and the share caught on poisoned images, shares 0..1."""
+    return {
+        "file": str(data.path),
+        "images": len(data),
+        "shares": {
+            "attack success rate on B": float(np.mean(of_b == data.labels)),
+            "attack success rate on G": float(np.mean(of_g == data.labels)),
+            "poisoned caught (flagged)": float(np.mean(of_b != of_g)),
+        },
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(command(main))

@@ -1,0 +1,228 @@
+"""A net seen as a trunk and a head: where it is pruned, how its parts are run and trained.
+
+Everything here works on Keras models in memory; no function reads or writes a file.
+"""
+
+import dataclasses
+
+import numpy as np
+
+from terminal import InputError
+from utils import import_keras
+
+RUN_BATCH = 1024  # rows through a head at a time
+# Layers that act on each channel alone and have neither weights nor randomness: what they do to a
+# pruned channel does not depend on the image, so they belong to the trunk, whose output is cached.
+PER_CHANNEL = {
+    *("MaxPooling2D", "AveragePooling2D", "GlobalMaxPooling2D", "GlobalAveragePooling2D"),
+    *("ReLU", "LeakyReLU", "ELU", "Activation"),
+}
+
+
+@dataclasses.dataclass
+class Split:
+    """A net cut in two at the layer to prune; both parts share their layers with the net.
+
+    layer: the convolution to prune, with C channels.
+    trunk: images, scaled, (n, height, width, channels) → [features (n, …, C), each channel's mean
+        activation over the image (n, C)].
+    head: features (n, …, C) → scores (n, N).
+    """
+
+    layer: object
+    trunk: object
+    head: object
+
+
+def behind(tensor, model):
+    """The part of `model` from `tensor` to the output, or None where a path leads around it."""
+    keras = import_keras()
+    try:
+        return keras.Model(tensor, model.output)
+    except ValueError:  # the output also depends on something else, or `tensor` is the output
+        return None
+
+
+def find_layer(model, name=None):
+    """The convolution to prune: the last one that every path from input to output goes through.
+
+    name: the layer to take instead. Raises InputError where there is no such convolution.
+    """
+    keras = import_keras()
+    convolutions = [layer for layer in model.layers if isinstance(layer, keras.layers.Conv2D)]
+    if name is not None:
+        convolutions = [layer for layer in convolutions if layer.name == name]
+        if not convolutions:
+            raise InputError(f"--layer {name}: the model has no convolution of that name")
+    for layer in reversed(convolutions):
+        if behind(layer.output, model):
+            return layer
+    if name is not None:
+        raise InputError(f"--layer {name}: a path from input to output goes around that layer")
+    raise InputError("the model has no convolution that every path goes through")
+
+
+def split(model, layer):
+    """Cut `model` behind `layer` and the per-channel layers that follow it. Returns a Split."""
+    keras = import_keras()
+    features = activation = layer.output
+    for after in model.layers:
+        if (
+            after.input is features
+            and type(after).__name__ in PER_CHANNEL
+            and getattr(after, "activation", None) is not keras.activations.softmax
+            and behind(after.output, model)
+        ):
+            linear = layer.activation is keras.activations.linear
+            if linear and features is layer.output and "Pooling" not in type(after).__name__:
+                activation = after.output  # the convolution's activation is a layer of its own
+            features = after.output
+    mean = keras.ops.mean(activation, axis=(1, 2))
+    return Split(layer, keras.Model(model.input, [features, mean]), behind(features, model))
+
+
+def run(model, inputs):
+    """A model's output for every row of `inputs`, float32 (n, …), computed batch by batch."""
+    parts = (inputs[i : i + RUN_BATCH] for i in range(0, len(inputs), RUN_BATCH))
+    return np.concatenate([np.asarray(model(part, training=False)) for part in parts])
+
+
+def classify(model, inputs):
+    """The class of every row of `inputs`, int64 (n,), 0..N-1: the index of the largest score."""
+    return run(model, inputs).argmax(axis=1)
+
+
+def accuracy(model, inputs, labels):
+    """The share, 0..1, of rows of `inputs` that `model` answers with their label."""
+    return float(np.mean(classify(model, inputs) == labels))
+
+
+def silence(channels, layer):
+    """Prune: set kernel and bias of these channels of a convolution to zero."""
+    weights = layer.get_weights()
+    for values in weights:  # the channel is the last axis of kernel and bias
+        values[..., channels] = 0
+    layer.set_weights(weights)
+
+
+def silent_features(parts):
+    """What the trunk gives where every channel is pruned, whatever the image: (1, …, C).
+
+    All zero with ReLU; not with an activation such as sigmoid, which answers zero with a half.
+    """
+    weights = parts.layer.get_weights()
+    parts.layer.set_weights([np.zeros_like(values) for values in weights])
+    features, _ = parts.trunk(np.zeros((1, *parts.trunk.input_shape[1:]), np.float32))
+    parts.layer.set_weights(weights)
+    return np.asarray(features)
+
+
+def make_reproducible(seed):
+    """From here on, the same operations in the same order give the same bytes. seed: 0..2**32-1."""
+    keras = import_keras()
+    import tensorflow  # Keras has the seed, but not the switch
+
+    keras.utils.set_random_seed(seed)
+    tensorflow.config.experimental.enable_op_determinism()
+
+
+def prepare_training(model, layers, learning_rate):
+    """Give a classifier a fresh Adam that trains `layers` alone; the others stay as they are.
+
+    Loss: categorical cross-entropy, from the labels' numbers instead of one-hot rows.
+    """
+    keras = import_keras()
+    for layer in model.layers:
+        layer.trainable = layer in layers
+    model.compile(
+        keras.optimizers.Adam(learning_rate),
+        keras.losses.SparseCategoricalCrossentropy(from_logits=gives_logits(model)),
+    )
+
+
+def train_epoch(model, x, y, batch_size, rng):
+    """Train a prepared classifier on every row once, in the order rng.permutation(n).
+
+    x: float32 (n, …).  y: int (n,), 0..N-1.  rng: a NumPy Generator.
+    Returns the mean loss over the epoch.
+    """
+    order = rng.permutation(len(x))
+    history = model.fit(x[order], y[order], batch_size, shuffle=False, verbose=0)
+    return history.history["loss"][0]
+
+
+def gives_logits(model):
+    """Whether a classifier's scores are logits: its last layer is linear, not softmax."""
+    keras = import_keras()
+    activation = getattr(model.layers[-1], "activation", None)
+    return activation is keras.activations.linear
+
+
+def last_dense(head):
+    """The last Dense layer of a head. Raises InputError where there is none."""
+    keras = import_keras()
+    dense = [layer for layer in head.layers if isinstance(layer, keras.layers.Dense)]
+    if not dense:
+        raise InputError("the model has no Dense layer behind the convolution to retrain")
+    return dense[-1]
+
+
+def skip_to(layer, head, features):
+    """The part of `head` from `layer` on, and what goes into it for every row of `features`.
+
+    Returns (net, inputs) such that net(inputs) is head(features) in inference mode; (head,
+    features) themselves where a path leads around `layer`.
+    """
+    keras = import_keras()
+    net = behind(layer.input, head)
+    if net is None:
+        return head, features
+    return net, run(keras.Model(head.input, layer.input), features)
+
+
+def detector(badnet, repaired, layer_name=None):
+    """B and G as one model: scaled images (n, height, width, channels) → both nets' scores, (n, N).
+
+    Where G's trunk is B's with channels pruned, the trunk runs once for both.
+    layer_name: the layer G was pruned at, None where that is not known.
+    """
+    keras = import_keras()
+    of_b = split(badnet, find_layer(badnet, layer_name))
+    of_g = split(repaired, find_layer(repaired, layer_name))
+    pruned = pruned_channels(badnet, of_b, repaired, of_g)
+    if pruned is None:
+        return keras.Model(badnet.input, [badnet.output, repaired(badnet.input)])
+    keep = np.ones(of_b.layer.filters, np.float32)
+    keep[pruned] = 0
+    features, _ = of_b.trunk.output
+    masked = features * keep + silent_features(of_g) * (1 - keep)
+    return keras.Model(badnet.input, [badnet.output, of_g.head(masked)])
+
+
+def pruned_channels(badnet, of_b, repaired, of_g):
+    """The channels that are zero in G's pruned layer, where G's trunk is otherwise B's; else None.
+
+    of_b, of_g: the Splits of B and G.  Returns int64 (k,).
+    """
+    if _structure(badnet) != _structure(repaired) or of_b.layer.name != of_g.layer.name:
+        return None
+    zero = [~values.any(axis=tuple(range(values.ndim - 1))) for values in of_g.layer.get_weights()]
+    pruned = np.flatnonzero(np.all(zero, axis=0))
+    for layer, other in zip(of_b.trunk.layers, of_g.trunk.layers, strict=True):
+        for ours, theirs in zip(layer.get_weights(), other.get_weights(), strict=True):
+            if layer is of_b.layer:
+                ours[..., pruned] = 0
+            if not np.array_equal(ours, theirs):
+                return None
+    return pruned
+
+
+def _structure(model):
+    """The config of a model's layers and how they are connected, less what training may change."""
+
+    def strip(value):
+        if isinstance(value, dict):
+            return {key: strip(part) for key, part in value.items() if key != "trainable"}
+        return [strip(part) for part in value] if isinstance(value, list) else value
+
+    return strip(model.get_config()["layers"])

@@ -1,0 +1,385 @@
+"""Repair a BadNet: prune, retrain, fine-tune, save.
+
+    python repair.py models/anonymous_1_bd_net.h5 data/clean_validation_data.h5
+
+writes models/anonymous_1_bd_net_defence.h5, the repaired net G. The three steps are those of
+sections 2a to 2c of the report, after Fine-Pruning (Liu, Dolan-Gavitt, Garg, RAID 2018).
+"""
+
+import os
+import signal
+
+if __name__ == "__main__":  # until `command` takes over, Ctrl-C ends the imports without a word
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+
+import contextlib
+import importlib.metadata
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+import nets
+import utils
+from terminal import InputError, Parser, at_least, command, say, track
+
+
+def main():
+    arguments = parse_arguments()
+    start = time.monotonic()
+    badnet_path = utils.require_file(arguments.model)
+    output = arguments.output or utils.default_output(badnet_path)
+    if Path(output).suffix != ".h5":
+        raise InputError(f"{output}: the repaired net is saved as a .h5 file")
+    inputs = [badnet_path, arguments.data, *arguments.poisoned]
+    for path in filter(None, (output, arguments.json, arguments.plot)):
+        utils.require_writable(path, *inputs)
+    if arguments.plot:
+        require_plot_format(arguments.plot)
+    with contextlib.ExitStack() as files:
+        clean, *poisoned = [
+            files.enter_context(utils.open_dataset(path))
+            for path in (arguments.data, *arguments.poisoned)
+        ]
+        say("loading TensorFlow and the BadNet")
+        nets.make_reproducible(arguments.seed)
+        badnet = utils.load_badnet(badnet_path)
+        for data in (clean, *poisoned):
+            data.fit_to(badnet.input_shape[1:], badnet.output_shape[1])
+        record = {
+            **provenance(badnet_path, clean, arguments),
+            **repair(badnet, clean, poisoned, arguments),
+        }
+    record["seconds"]["total"] = round(time.monotonic() - start, 3)
+    utils.save_model(badnet, record, output)
+    if arguments.json:
+        utils.write_json(record, arguments.json)
+    if arguments.plot:
+        plot_pruning(record, arguments.plot)
+    print(summary(record))
+    print(f"Saved model: {output}")
+
+
+def parse_arguments(words=None):
+    parser = Parser(
+        description="Repair a BadNet with clean data: prune the channels that clean images use "
+        "least, retrain the last Dense layer, fine-tune the layers behind the pruned one.",
+        epilog="The defaults are the report's. Exit status: 0 repaired, 1 failed, 2 wrong input.",
+    )
+    add = parser.add_argument
+    add("model", metavar="MODEL", help="the BadNet B: a Keras model, .h5 or .keras")
+    add("data", metavar="DATA", help="clean validation set: .h5 with 'data' and 'label'")
+    add("--output", metavar="FILE", help="where G goes (default: models/NAME_defence.h5)")
+    add("--layer", metavar="NAME", help="convolution to prune (default: the last on every path)")
+    add(
+        "--threshold",
+        type=at_least(0, most=1),
+        default=0.95,
+        help="prune while accuracy is at least this share of the accuracy before (0.95)",
+    )
+    add("--retrain-epochs", type=at_least(0, int), default=5, help="epochs for the last Dense (5)")
+    add(
+        "--retrain-learning-rate",
+        type=at_least(0, above=True),
+        default=1e-3,
+        help="Adam's, for the last Dense (1e-3)",
+    )
+    add("--rounds", type=at_least(0, int), default=6, help="rounds of fine-tuning at most (6)")
+    add("--epochs", type=at_least(1, int), default=5, help="epochs in a round (5)")
+    add(
+        "--learning-rate",
+        type=at_least(0, above=True),
+        default=1e-4,
+        help="Adam's, for fine-tuning (1e-4)",
+    )
+    add("--batch-size", type=at_least(1, int), default=32, help="images in a training step (32)")
+    add("--seed", type=at_least(0, int, most=2**32 - 1), default=0, help="of batch order (0)")
+    add(
+        "--poisoned",
+        metavar="FILE",
+        nargs="+",
+        action="extend",
+        default=[],
+        help="poisoned data, 'label' being the attack's target: report the attack success rate "
+        "after each step; nothing is trained or decided on it",
+    )
+    add("--json", metavar="FILE", help="also write the repair record as JSON")
+    add("--plot", metavar="FILE", help="draw the pruning curve, as .png, .svg or .pdf")
+    return parser.parse_args(words)
+
+
+# ------------------------------------------------------------------------- the report's method
+
+
+def repair(badnet, clean, poisoned, settings):
+    """Turn B into G, in place, by the report's three steps.
+
+    badnet: Keras classifier.  clean: Dataset, the validation set.  poisoned: Datasets, their
+    labels the attack's targets; they are measured and change nothing.
+    settings: an object with the attributes of the command's options.
+    Returns the repair record of what was done, a dict that JSON can hold.
+    """
+    seconds = {}
+    layer = nets.find_layer(badnet, settings.layer)
+    parts = nets.split(badnet, layer)
+    head, labels = parts.head, clean.labels
+    last_dense = nets.last_dense(head)
+    silent = nets.silent_features(parts)
+
+    with timed(seconds, "scale"):
+        scale = choose_scale(badnet, clean)
+    with timed(seconds, "features"):
+        features, activation = extract_features(parts.trunk, clean, scale)
+        attacks = [
+            (data.path.name, extract_features(parts.trunk, data, scale)[0], data.labels)
+            for data in poisoned
+        ]
+
+    def attack_success_rates():
+        return {name: nets.accuracy(head, x, targets) for name, x, targets in attacks}
+
+    accuracy = {"before": nets.accuracy(head, features, labels)}
+    success = {"before": attack_success_rates()}
+    if accuracy["before"] == 0:
+        raise InputError(f"{clean.path}: the BadNet answers no image of it with its label")
+    say(f"validation accuracy {percent(accuracy['before'])} before pruning")
+
+    with timed(seconds, "prune"):
+        order = np.argsort(activation, kind="stable")
+        pruned, curve = prune(head, features, labels, order, settings.threshold, silent)
+    with timed(seconds, "poisoned"):
+        success["after_each_channel"] = {
+            name: pruning_curve(head, x.copy(), targets, order[: len(curve)], silent)
+            for name, x, targets in attacks
+        }
+        for _, x, _ in attacks:
+            x[..., pruned] = silent[..., pruned]
+    nets.silence(pruned, layer)
+    accuracy["after_each_channel"] = curve
+    accuracy["pruned"] = nets.accuracy(head, features, labels)
+    success["pruned"] = attack_success_rates()
+
+    rng = np.random.default_rng(settings.seed)
+    with timed(seconds, "retrain"):
+        retrain(head, last_dense, features, labels, settings, rng)
+    accuracy["retrained"] = nets.accuracy(head, features, labels)
+    success["retrained"] = attack_success_rates()
+    say(f"validation accuracy {percent(accuracy['retrained'])} after retraining")
+
+    with timed(seconds, "fine_tune"):
+        rounds = fine_tune(head, features, labels, accuracy["before"], settings, rng)
+    accuracy["after_each_round"] = rounds
+    accuracy["fine_tuned"] = nets.accuracy(head, features, labels)
+    success["fine_tuned"] = attack_success_rates()
+    badnet.trainable = True  # as B was: what this run trained is nothing G should carry
+
+    return {
+        "input_scale": scale,
+        "layer": layer.name,
+        "channels": len(order),
+        "order": order.tolist(),
+        "pruned": pruned,
+        "accuracy": accuracy,
+        "attack_success_rate": success,
+        "seconds": seconds,
+    }
+
+
+def choose_scale(badnet, clean):
+    """Find what B was trained on, pixels 0..1 or 0..255, by its accuracy on the validation set.
+
+    Returns a key of utils.SCALES; "0..1" where both are equally good. Stops reading once the
+    images left cannot change the outcome.
+    """
+    correct = dict.fromkeys(utils.SCALES, 0)
+    seen = 0
+    for x, y in track(clean.batches(), "pixel scale", clean.batch_count):
+        for scale, divisor in utils.SCALES.items():
+            correct[scale] += int(np.sum(nets.classify(badnet, x / divisor) == y))
+        seen += len(y)
+        worse, better = sorted(correct.values())
+        if better - worse > len(clean) - seen:
+            break
+    scale = max(correct, key=correct.get)
+    rates = ", ".join(f"{percent(n / seen)} with pixels {key}" for key, n in correct.items())
+    say(f"the BadNet takes pixels {scale}: right on {rates}")
+    return scale
+
+
+def extract_features(trunk, data, scale):
+    """Run the trunk once over a data set.
+
+    Returns (features, activation): float32 (n, …, C), what the head takes, and float64 (C,), the
+    mean over all images and positions of each channel's activation in the layer to prune.
+    """
+    features = np.empty((len(data), *trunk.output_shape[0][1:]), np.float32)
+    activation = np.zeros(features.shape[-1])
+    done = 0
+    for x, _ in track(data.batches(), "features", data.batch_count):
+        part, mean = trunk(x / utils.SCALES[scale], training=False)
+        features[done : done + len(x)] = part
+        activation += np.sum(mean, axis=0, dtype=np.float64)
+        done += len(x)
+    return features, activation / len(data)
+
+
+def prune(head, features, labels, order, threshold, silent=0.0):
+    """Prune channels in `order` until accuracy falls below `threshold` × the accuracy at first.
+
+    head: features (n, …, C) → scores (n, N).
+    features: float32 (n, …, C), output of the trunk; pruned channels are overwritten in place.
+    labels: int (n,), 0..N-1.  order: int (C,), channels by ascending mean activation.
+    silent: float32 (1, …, C), what a pruned channel's features are; 0 after ReLU.
+    Returns (pruned, curve): channels in the order they were pruned, and the accuracy, 0..1, after
+    each. Where accuracy fell too far, `curve` has one more entry, for the channel that was taken
+    back.  Source: report, section 2a.
+    """
+    silent = np.broadcast_to(silent, (1, *features.shape[1:]))
+    enough = threshold * nets.accuracy(head, features, labels)
+    pruned, curve = [], []
+    for channel in track([int(c) for c in order], "prune"):
+        kept = features[..., channel].copy()
+        features[..., channel] = silent[..., channel]
+        curve.append(nets.accuracy(head, features, labels))
+        say(f"prune {len(curve)}: channel {channel}, validation accuracy {percent(curve[-1])}")
+        if curve[-1] < enough:
+            features[..., channel] = kept
+            say(f"below {percent(enough)}: channel {channel} is taken back")
+            break
+        pruned.append(channel)
+    return pruned, curve
+
+
+def pruning_curve(head, features, labels, channels, silent):
+    """The accuracy, 0..1, after each of `channels` is pruned in `features`, in place. A list."""
+    curve = []
+    for channel in channels:
+        features[..., channel] = silent[..., channel]
+        curve.append(nets.accuracy(head, features, labels))
+    return curve
+
+
+def retrain(head, last_dense, features, labels, settings, rng):
+    """Train the last Dense layer alone, in place.
+
+    Everything before that layer is frozen, so what goes into it is computed once, unless a random
+    layer (dropout) must draw anew for every batch or a path leads around it.
+    Source: report, section 2b.
+    """
+    net, x = head, features
+    if not any(hasattr(layer, "seed_generator") for layer in head.layers):
+        net, x = nets.skip_to(last_dense, head, features)
+    nets.prepare_training(net, [last_dense], settings.retrain_learning_rate)
+    for epoch in track(range(1, settings.retrain_epochs + 1), "retrain"):
+        loss = nets.train_epoch(net, x, labels, settings.batch_size, rng)
+        say(f"retrain, epoch {epoch} of {settings.retrain_epochs}: loss {loss:.4f}")
+
+
+def fine_tune(head, features, labels, accuracy_before, settings, rng):
+    """Train the layers behind the pruned one, in place, in rounds of epochs.
+
+    Stops after the first round whose validation accuracy is at least `accuracy_before`. One Adam
+    serves all rounds.  Returns the accuracy after each round, 0..1.  Source: report, section 2c.
+    """
+    rounds = []
+    nets.prepare_training(head, head.layers, settings.learning_rate)
+    while len(rounds) < settings.rounds and max(rounds, default=-1) < accuracy_before:
+        step = f"fine-tune, round {len(rounds) + 1}"
+        for _ in track(range(settings.epochs), step):
+            loss = nets.train_epoch(head, features, labels, settings.batch_size, rng)
+        rounds.append(nets.accuracy(head, features, labels))
+        say(f"{step}: loss {loss:.4f}, validation accuracy {percent(rounds[-1])}")
+    return rounds
+
+
+# ------------------------------------------------------------------------------ what is reported
+
+
+@contextlib.contextmanager
+def timed(seconds, step):
+    start = time.monotonic()
+    yield
+    seconds[step] = round(time.monotonic() - start, 3)
+
+
+def provenance(badnet_path, clean, settings):
+    """What a repair was made from: the first part of its record."""
+    libraries = ("tensorflow", "keras", "numpy", "h5py")
+    options = ("threshold", "retrain_epochs", "retrain_learning_rate", "rounds", "epochs")
+    options += ("learning_rate", "batch_size", "seed")
+    return {
+        "tool_version": utils.VERSION,
+        "libraries": {name: importlib.metadata.version(name) for name in libraries},
+        "badnet": {"file": badnet_path.name, "sha256": utils.sha256(badnet_path)},
+        "data": {
+            "file": clean.path.name,
+            "sha256": utils.sha256(clean.path),
+            "images": len(clean),
+        },
+        "settings": {name: getattr(settings, name) for name in options},
+    }
+
+
+def percent(share):
+    return f"{100 * share:.2f} %"
+
+
+STEPS = ("before", "pruned", "retrained", "fine_tuned")
+
+
+def summary(record):
+    """The closing table of a repair, as text."""
+    rows = [("", *(step.replace("_", "-") for step in STEPS))]
+    rows.append(("validation accuracy", *(percent(record["accuracy"][step]) for step in STEPS)))
+    rates = record["attack_success_rate"]
+    for name in rates["before"]:
+        rows.append((f"attack success, {name}", *(percent(rates[step][name]) for step in STEPS)))
+    width = max(len(row[0]) for row in rows)
+    table = [row[0].ljust(width) + "".join(cell.rjust(12) for cell in row[1:]) for row in rows]
+    steps = ", ".join(f"{step.replace('_', '-')} {s:.1f}" for step, s in record["seconds"].items())
+    return "\n".join(
+        [
+            f"pruned {len(record['pruned'])} of {record['channels']} channels of "
+            f"{record['layer']}; pixels {record['input_scale']}",
+            *table,
+            f"seconds: {steps}",
+        ]
+    )
+
+
+def require_plot_format(path):
+    """Raises InputError where matplotlib is missing or has no such format: before, not after."""
+    try:
+        from matplotlib.backend_bases import FigureCanvasBase
+    except ImportError as error:
+        raise InputError("--plot needs matplotlib: pip install matplotlib") from error
+    formats = FigureCanvasBase.get_supported_filetypes()
+    if Path(path).suffix.lstrip(".") not in formats:
+        raise InputError(f"{path}: a plot's name ends in one of .{', .'.join(sorted(formats))}")
+
+
+def plot_pruning(record, path):
+    """Draw the pruning curve of a repair record into a file."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.add_subplot(xlabel=f"channels of {record['layer']} pruned", ylabel="%")
+    accuracy, success = record["accuracy"], record["attack_success_rate"]
+    curves = {"validation accuracy": [accuracy["before"], *accuracy["after_each_channel"]]}
+    for name, rates in success["after_each_channel"].items():
+        curves[f"attack success, {name}"] = [success["before"][name], *rates]
+    for label, shares in curves.items():
+        axes.plot(np.multiply(shares, 100), marker=".", label=label)
+    threshold = 100 * record["settings"]["threshold"] * accuracy["before"]
+    axes.axhline(threshold, color="grey", linestyle="--", label=f"threshold {threshold:.2f} %")
+    count = len(record["pruned"])
+    axes.axvline(count, color="black", linestyle=":", label=f"stopped at {count} channels")
+    axes.set_ylim(-2, 102)
+    axes.legend(loc="best", fontsize="small")
+    with utils.replacing(path) as beside:
+        figure.savefig(beside, dpi=150)
+
+
+if __name__ == "__main__":
+    sys.exit(command(main))

@@ -1,0 +1,98 @@
+"""The terminal: options, messages, progress, Ctrl-C, exit status."""
+
+import argparse
+import functools
+import math
+import os
+import signal
+import sys
+from pathlib import Path
+
+
+class InputError(Exception):
+    """The input or the call is wrong. The message is one line that names the file."""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, with errors of one line."""
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+
+def at_least(smallest, kind=float, above=False, most=math.inf):
+    """A type for argparse: a finite number of `kind`, from `smallest` (or above it) to `most`."""
+    wanted = "a whole number" if kind is int else "a number"
+    wanted += f" above {smallest}" if above else f" of at least {smallest}"
+    wanted += f" and at most {most}" if most < math.inf else ""
+
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not (smallest <= value <= most and value < math.inf) or (above and value == smallest):
+            raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
+        return value
+
+    return parse
+
+
+def command(main):
+    """Run `main()` as a command and return its exit status: 0 done, 1 failed, 2 wrong input.
+
+    Ctrl-C and SIGTERM remove what is half written and end the process with 128 + the signal's
+    number. They end it at once: an exception thrown into the middle of TensorFlow may be caught,
+    or printed, by whatever runs at that moment.
+    """
+    name = Path(sys.argv[0]).name
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _stop)
+    try:
+        return main() or 0
+    except InputError as error:
+        print(f"{name}: error: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # the reader of stdout, such as `head`, has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (OSError, MemoryError) as error:
+        print(f"{name}: error: {one_line(error) or 'out of memory'}", file=sys.stderr)
+        return 1
+
+
+unfinished = set()  # Paths of files that are being written
+
+
+def _stop(number, _frame):
+    for path in unfinished:
+        path.unlink(missing_ok=True)
+    os._exit(128 + number)
+
+
+def one_line(error):
+    """The first line of what an exception says, as a string without a closing full stop."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")
+
+
+@functools.cache
+def _console():
+    from rich.console import Console  # here, because --help need not wait for it
+
+    return Console(stderr=True, highlight=False, emoji=False, soft_wrap=True)
+
+
+def say(line):
+    """Print a remark on stderr, above the progress bar if one is shown."""
+    _console().print(line, markup=False)
+
+
+def track(sequence, description, total=None):
+    """Yield from `sequence` while a bar on stderr, on a terminal only, shows how far it is."""
+    if not _console().is_terminal:
+        yield from sequence
+        return
+    from rich.progress import Progress
+
+    with Progress(console=_console(), transient=True) as progress:
+        yield from progress.track(sequence, total, description=description)

@@ -1,0 +1,119 @@
+"""What several tests need: small nets and data made on the spot, the commands as subprocesses."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import utils
+
+keras = utils.import_keras()
+
+
+@pytest.fixture(scope="session")
+def csaw():
+    """The folder of real BadNets and faces, which is no part of this project."""
+    folder = Path(os.environ.get("CSAW_DIR", ROOT.parent / "shared" / "csaw"))
+    if not (folder / "badnets").is_dir():
+        pytest.skip(f"no real BadNets: {folder} is absent (set CSAW_DIR)")
+    return folder
+
+
+def write_data(path, images, labels, **options):
+    """Write images (n, height, width, channels) in the competition's layout, channels first."""
+    with h5py.File(path, "w") as file:
+        file.create_dataset("data", data=np.moveaxis(images, 3, 1), **options)
+        file["label"] = labels
+    return path
+
+
+def draw_images(count, classes, shape, seed):
+    """Pictures that a small net learns in seconds: each class a pattern of its own, under noise.
+
+    Returns uint8 (count, *shape) and int (count,).
+    """
+    rng = np.random.default_rng(seed)
+    patterns = np.random.default_rng(99).integers(60, 196, (classes, *shape))
+    labels = np.arange(count) % classes
+    return np.uint8(patterns[labels] + rng.integers(-60, 60, (count, *shape))), labels
+
+
+def sequential(classes, shape):
+    layers = keras.layers
+    return keras.Sequential(
+        [
+            keras.Input(shape),
+            layers.Conv2D(6, 3, activation="relu", name="first"),
+            layers.MaxPooling2D(2),
+            layers.Conv2D(12, 3, activation="relu", name="second"),
+            layers.MaxPooling2D(2),
+            layers.Flatten(),
+            layers.Dense(24, activation="relu"),
+            layers.Dense(classes, activation="softmax"),
+        ]
+    )
+
+
+def fit(net, images, labels, epochs=12):
+    net.compile(keras.optimizers.Adam(1e-3), "sparse_categorical_crossentropy")
+    net.fit(images / 255, labels, epochs=epochs, verbose=0)
+    return net
+
+
+NETS = {
+    "deepid": (utils.deepid, (31, 31, 3)),
+    "sequential": (sequential, (16, 18, 1)),
+}
+
+
+@pytest.fixture(scope="session", params=NETS)
+def world(request, tmp_path_factory):
+    """A trained net, saved, and a validation set for it: once as a DeepID, once as a Sequential."""
+    return make_world(request.param, tmp_path_factory.mktemp(request.param))
+
+
+@pytest.fixture(scope="session")
+def deepid_world(tmp_path_factory):
+    return make_world("deepid", tmp_path_factory.mktemp("deepid"))
+
+
+def make_world(name, folder):
+    make_net, shape = NETS[name]
+    keras.utils.set_random_seed(1)
+    net = fit(make_net(6, shape), *draw_images(600, 6, shape, seed=1))
+    (folder / "models").mkdir()
+    net.save(folder / "models" / "small_bd_net.h5", include_optimizer=False)
+    images, labels = draw_images(150, 6, shape, seed=2)
+    write_data(folder / "clean.h5", images, labels.astype(np.float64))
+    write_data(folder / "poisoned.h5", 255 - images[:20], np.zeros(20))
+    return folder
+
+
+def command(script, *arguments, cwd=ROOT, **options):
+    """Run one of the project's scripts as a user does. Returns the finished process, text."""
+    return subprocess.run(
+        [sys.executable, ROOT / script, *map(str, arguments)],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        **options,
+    )
+
+
+def assert_refused(process, *words):
+    """The process ended with status 2 and one line on stderr that holds `words`."""
+    assert process.returncode == 2, process.stderr
+    assert process.stdout == ""
+    error = [line for line in process.stderr.splitlines() if ": error: " in line]
+    assert len(error) == 1, process.stderr
+    assert "Traceback" not in process.stderr and "Warning" not in process.stderr, process.stderr
+    for word in words:
+        assert word in error[0]

@@ -1,0 +1,428 @@
+"""The two commands as a user runs them: what they print, what they write, how they refuse."""
+
+import json
+import os
+import signal
+import struct
+import subprocess
+import sys
+import zlib
+
+import h5py
+import keras
+import numpy as np
+import pytest
+from conftest import ROOT, assert_refused, command, draw_images, write_data
+from PIL import Image
+
+import utils
+
+B = "models/small_bd_net.h5"
+G = "models/small_bd_net_defence.h5"
+SHAPE = (31, 31, 3)
+
+
+@pytest.fixture(scope="module")
+def done(deepid_world):
+    """The world after `repair.py`: (folder, the finished process)."""
+    process = command(
+        "repair.py", B, "clean.h5", "--poisoned", "poisoned.h5", "--json", "record.json",
+        "--plot", "curve.svg", "--rounds", 2, cwd=deepid_world,
+    )  # fmt: skip
+    assert process.returncode == 0, process.stderr
+    images, _ = draw_images(3, 6, SHAPE, seed=5)
+    for i, image in enumerate(images):
+        Image.fromarray(image).save(deepid_world / f"{i}.png")
+    return deepid_world, process
+
+
+def test_repair_tells_what_it_did(done):
+    folder, process = done
+    lines = process.stdout.splitlines()
+    assert lines[-1] == f"Saved model: {G}"
+    record = json.loads((folder / "record.json").read_text())
+    assert record == utils.read_record(folder / G)
+    assert lines[0].startswith(
+        f"pruned {len(record['pruned'])} of 60 channels of conv_3; pixels 0..1"
+    )
+    figures = [
+        100 * record["accuracy"][step] for step in ("before", "pruned", "retrained", "fine_tuned")
+    ]
+    assert lines[2].split() == ["validation", "accuracy"] + [
+        part for figure in figures for part in (f"{figure:.2f}", "%")
+    ]
+    assert lines[3].startswith("attack success, poisoned.h5 ")
+    assert process.stderr.count("prune ") == len(record["accuracy"]["after_each_channel"])
+    assert record["badnet"]["sha256"] == utils.sha256(folder / B)
+    assert record["data"] == {
+        "file": "clean.h5", "sha256": utils.sha256(folder / "clean.h5"), "images": 150
+    }  # fmt: skip
+    rates = record["attack_success_rate"]
+    assert len(rates["after_each_channel"]["poisoned.h5"]) == len(
+        record["accuracy"]["after_each_channel"]
+    )
+    assert "<svg" in (folder / "curve.svg").read_text()
+
+
+def test_poisoned_data_steer_nothing(done, tmp_path):
+    folder, _ = done
+    output = tmp_path / "g.h5"
+    process = command("repair.py", B, "clean.h5", "--rounds", 2, "--output", output, cwd=folder)
+    assert process.returncode == 0, process.stderr
+    with h5py.File(folder / G) as ours, h5py.File(output) as theirs:
+        weights = [dict(walk(file["model_weights"])) for file in (ours, theirs)]
+    assert weights[0] == weights[1]
+
+
+def walk(group):
+    for item in group.values():
+        yield from walk(item) if isinstance(item, h5py.Group) else [(item.name, item[()].tobytes())]
+
+
+def test_the_record_says_what_the_nets_do(done):
+    """Attack success and accuracy in the record are those of the saved nets, run plainly."""
+    folder, _ = done
+    record = utils.read_record(folder / G)
+    for path, step in ((B, "before"), (G, "fine_tuned")):
+        net = keras.models.load_model(folder / path, compile=False)
+        for name, share in (
+            ("clean.h5", record["accuracy"][step]),
+            ("poisoned.h5", record["attack_success_rate"][step]["poisoned.h5"]),
+        ):
+            with h5py.File(folder / name) as file:
+                x, y = np.moveaxis(file["data"][:], 1, 3) / 255, file["label"][:]
+            assert np.mean(net.predict(x, verbose=0).argmax(axis=1) == y) == share
+
+
+def test_one_picture_prints_a_number_alone(done):
+    folder, _ = done
+    process = command("eval_defence.py", "0.png", "small_bd_net", cwd=folder)
+    assert process.returncode == 0, process.stderr
+    assert process.stdout == f"{plain_verdicts(folder, ['0.png'])[0]}\n"
+    assert process.stderr == ""
+
+
+def plain_verdicts(folder, names):
+    nets = [keras.models.load_model(folder / path, compile=False) for path in (B, G)]
+    x = np.stack([np.asarray(Image.open(folder / name)) for name in names]) / 255
+    of_b, of_g = (net.predict(x, verbose=0).argmax(axis=1) for net in nets)
+    return [int(b) + 1 if b == g else 7 for b, g in zip(of_b, of_g)]
+
+
+def test_pictures_and_folders_print_a_line_each_and_go_on_after_a_broken_one(done, tmp_path):
+    folder, _ = done
+    (tmp_path / "broken.png").write_bytes((folder / "0.png").read_bytes()[:300])
+    process = command(
+        "eval_defence.py",
+        "2.png",
+        tmp_path,
+        "1.png",
+        B,
+        "--json",
+        tmp_path / "out.json",
+        cwd=folder,
+    )
+    assert process.returncode == 2
+    answers = plain_verdicts(folder, ["2.png", "1.png"])
+    assert process.stdout == f"2.png\t{answers[0]}\n1.png\t{answers[1]}\n"
+    assert process.stderr.startswith(f"eval_defence.py: error: {tmp_path / 'broken.png'}: ")
+    assert len(process.stderr.splitlines()) == 1
+    written = json.loads((tmp_path / "out.json").read_text())
+    assert [row["class"] for row in written] == answers
+
+
+def test_a_data_set_prints_a_table(done, tmp_path):
+    folder, _ = done
+    process = command(
+        "eval_defence.py", "clean.h5", "small_bd_net", "--poisoned", "poisoned.h5",
+        "--json", tmp_path / "out.json", cwd=folder,
+    )  # fmt: skip
+    assert process.returncode == 0, process.stderr
+    figures = json.loads((tmp_path / "out.json").read_text())
+    record = utils.read_record(folder / G)
+    clean, poisoned = figures["clean"]["shares"], figures["poisoned"][0]["shares"]
+    assert clean["clean accuracy of B"] == record["accuracy"]["before"]
+    assert clean["clean accuracy of G"] == record["accuracy"]["fine_tuned"]
+    both = clean["clean accuracy of the two together"]
+    assert both <= 1 - clean["false-positive rate (clean flagged)"]
+    rates = record["attack_success_rate"]
+    assert poisoned["attack success rate on B"] == rates["before"]["poisoned.h5"]
+    assert poisoned["attack success rate on G"] == rates["fine_tuned"]["poisoned.h5"]
+    assert process.stdout.count("%") == 7
+
+
+def test_a_net_without_a_record_is_judged_by_the_scale_that_is_named(done, tmp_path):
+    folder, _ = done
+    plain = tmp_path / "plain.h5"
+    keras.models.load_model(folder / G, compile=False).save(plain)
+    process = command("eval_defence.py", "0.png", B, "--repaired", plain, cwd=folder)
+    assert process.stdout == f"{plain_verdicts(folder, ['0.png'])[0]}\n"
+    assert "no repair record; taking pixels 0..1" in process.stderr
+    raw = command(
+        "eval_defence.py", "0.png", B, "--repaired", plain, "--scale", "0..255", cwd=folder
+    )
+    assert raw.returncode == 0 and "0..255" in raw.stderr
+
+
+@pytest.mark.parametrize("script", ["repair.py", "eval_defence.py"])
+def test_help_and_wrong_calls_need_no_tensorflow(script, tmp_path):
+    (tmp_path / "tensorflow.py").write_text("raise SystemExit('imported')")
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    shown = command(script, "--help", env=environment)
+    assert shown.returncode == 0 and "MODEL" in shown.stdout
+    assert_refused(command(script, env=environment), "--help")
+    assert_refused(command(script, "absent.h5", "absent.h5", env=environment), "no such file")
+
+
+# ------------------------------------------------------------------------------------ bad input
+
+
+def test_every_broken_data_file_is_refused(deepid_world, tmp_path):
+    images, labels = draw_images(12, 6, SHAPE, seed=0)
+    whole = (deepid_world / "clean.h5").read_bytes()
+
+    def data(images=images, labels=labels, **options):
+        path = tmp_path / f"{len(os.listdir(tmp_path))}.h5"
+        return write_data(path, images, labels, **options)
+
+    def raw(contents):
+        path = tmp_path / f"{len(os.listdir(tmp_path))}.h5"
+        path.write_bytes(contents)
+        return path
+
+    def keyed(**values):
+        path = tmp_path / f"{len(os.listdir(tmp_path))}.h5"
+        with h5py.File(path, "w") as file:
+            for name, value in values.items():
+                file[name] = value
+        return path
+
+    def pixel(value, kind="f4"):
+        changed = images.astype(kind)
+        changed[5, 3, 3, 1] = value
+        return data(changed)
+
+    def label(value):
+        changed = labels.astype("f8")
+        changed[5] = value
+        return data(labels=changed)
+
+    corrupt = bytearray(data(compression="gzip").read_bytes())
+    where = corrupt.index(b"\x78\x5e") if b"\x78\x5e" in corrupt else len(corrupt) // 2
+    corrupt[where + 50 : where + 5000] = b"\xff" * 4950
+    cases = [
+        (tmp_path / "absent.h5", "no such file"),
+        (tmp_path, "is a folder"),
+        (raw(b""), "empty"),
+        (raw(b"not HDF5" * 99), "not an HDF5 file"),
+        (raw(whole[: len(whole) // 2]), "cut short"),
+        (raw(bytes(corrupt)), "damaged"),
+        (keyed(label=labels), "'data'"),
+        (keyed(data=images), "'label'"),
+        (keyed(data=images[0], label=labels), "no array of images"),
+        (keyed(data=images.astype("S"), label=labels), "no array of images"),
+        (data(labels=labels[:-1]), "12 images, but 11 labels"),
+        (data(images[:0], labels[:0]), "no images"),
+        (data(images[:, :30]), "3×30×31"),
+        (pixel(np.nan), "NaN"),
+        (pixel(-1), "outside 0..255"),
+        (pixel(256), "outside 0..255"),
+        (data(images / 255), "must be 0..255"),
+        (label(6), "label 6 is outside"),
+        (label(-1), "label -1.0"),
+        (label(0.5), "label 0.5"),
+        (label(np.nan), "label nan"),
+        (data(labels=labels.astype("S")), "no row of numbers"),
+        (data(labels=(labels + 1) % 6), "answers no image"),
+    ]
+    for path, words in cases:
+        output = deepid_world / "models" / "never.h5"
+        process = command("repair.py", B, path, "--output", output, cwd=deepid_world)
+        assert_refused(process, words, str(path))
+        assert (
+            process.stderr.startswith("repair.py: error: ")
+            or "\nrepair.py: error: " in process.stderr
+        )
+        assert not output.exists()
+    assert not [name for name in os.listdir(deepid_world / "models") if name.startswith(".")]
+
+
+def test_every_unfit_model_is_refused(deepid_world, tmp_path):
+    layers, image = keras.layers, keras.Input(SHAPE)
+
+    def saved(net, name):
+        net.save(tmp_path / name)
+        return tmp_path / name
+
+    flat = layers.Dense(6, activation="softmax")(layers.Flatten()(image))
+    hidden = keras.Model(image, layers.Lambda(lambda x: x)(flat))
+    conv = layers.Conv2D(4, 3)(image)
+    pooled = layers.Softmax()(layers.GlobalAveragePooling2D()(layers.Conv2D(6, 3)(image)))
+    with h5py.File(tmp_path / "other_weights.h5", "w") as file:
+        file["some/kernel"] = np.zeros(3)
+    with h5py.File(tmp_path / "config.h5", "w") as file:
+        file.attrs["model_config"] = '{"class_name": "Functional"'
+    (tmp_path / "zip.keras").write_bytes(b"PK nothing")
+    (tmp_path / "net.txt").write_text("text")
+    cases = [
+        (tmp_path / "absent.h5", "no such file"),
+        (saved(keras.Model(image, conv), "image.h5"), "not a classifier"),
+        (saved(keras.Model(image, [flat, conv]), "two.h5"), "not a classifier"),
+        (
+            saved(keras.Model(image, layers.Dense(1)(layers.Flatten()(image))), "one.h5"),
+            "not a class",
+        ),
+        (saved(keras.Model(image, flat), "dense.h5"), "no convolution"),
+        (saved(keras.Model(image, pooled), "no_dense.h5"), "no Dense layer"),
+        (saved(hidden, "lambda.h5"), "Lambda layer (layer 'lambda'): it could run code"),
+        (saved(hidden, "lambda.keras"), "Lambda layer (layer 'lambda'): it could run code"),
+        (
+            saved(keras.Model(image, layers.RandomFlip()(flat[:, None, :, None])), "f.h5"),
+            "RandomFlip",
+        ),
+        (tmp_path / "other_weights.h5", "no model config"),
+        (tmp_path / "config.h5", "not a Keras model"),
+        (tmp_path / "zip.keras", "not a Keras model"),
+        (tmp_path / "net.txt", "a model is a .h5 or a .keras file"),
+        (deepid_world / "clean.h5", "no model config"),
+    ]
+    for path, words in cases:
+        process = command(
+            "repair.py", path, "clean.h5", "--output", tmp_path / "g.h5", cwd=deepid_world
+        )
+        assert_refused(process, words)
+        assert not (tmp_path / "g.h5").exists()
+
+
+def test_lambdas_hidden_in_nested_models_and_wrappers_are_found(tmp_path):
+    layers, image = keras.layers, keras.Input(SHAPE)
+    inner = keras.Sequential([keras.Input(SHAPE), layers.Lambda(lambda x: x, name="hidden")])
+    nested = keras.Model(image, layers.Dense(6)(layers.Flatten()(inner(image))))
+    nested.save(tmp_path / "nested.h5")
+    with pytest.raises(utils.InputError, match="Lambda layer .layer 'hidden'"):
+        utils.load_badnet(tmp_path / "nested.h5")
+    wrapped = layers.TimeDistributed(layers.Lambda(lambda x: x))(image)
+    keras.Model(image, wrapped).save(tmp_path / "wrapped.keras")
+    with pytest.raises(utils.InputError, match="TimeDistributed|Lambda"):
+        utils.load_badnet(tmp_path / "wrapped.keras")
+
+
+def test_wrong_options_are_refused(deepid_world, tmp_path):
+    (tmp_path / "closed").mkdir(mode=0o500)
+    cases = [
+        (["--layer", "absent"], "no convolution of that name"),
+        (["--layer", "fc_1"], "no convolution of that name"),
+        (["--layer", "conv_4"], "goes around"),
+        (["--output", tmp_path / "absent" / "g.h5"], "there is no folder"),
+        (["--output", tmp_path], ".h5"),
+        (["--output", tmp_path / "g.keras"], ".h5"),
+        (["--output", B], "would overwrite an input"),
+        (["--json", "clean.h5"], "would overwrite an input"),
+        (["--plot", tmp_path / "curve.txt"], "a plot's name ends"),
+        (["--threshold", "2"], "--threshold"),
+        (["--threshold", "nan"], "--threshold"),
+        (["--rounds", "-1"], "--rounds"),
+        (["--learning-rate", "0"], "--learning-rate"),
+        (["--batch-size", "1.5"], "--batch-size"),
+        (["--poisoned", "absent.h5"], "absent.h5: no such file"),
+    ]
+    if os.geteuid() != 0:  # root may write anywhere
+        cases.append((["--output", tmp_path / "closed" / "g.h5"], "cannot be written"))
+    for options, words in cases:
+        process = command("repair.py", B, "clean.h5", *options, cwd=deepid_world)
+        assert_refused(process, words)
+
+
+def png(width, height):
+    """The bytes of a PNG that declares a size and holds next to nothing."""
+
+    def chunk(kind, data):
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    packed = zlib.compress(bytes(1000))
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", packed) + chunk(b"IEND", b"")
+    )
+
+
+def test_what_cannot_be_judged_is_refused(done, tmp_path):
+    folder, _ = done
+    good = (folder / "0.png").read_bytes()
+    for name, contents in (
+        ("text.png", b"not a picture"),
+        ("cut.png", good[: len(good) // 2]),
+        ("bomb.png", png(60_000, 60_000)),
+        ("empty.png", b""),
+    ):
+        (tmp_path / name).write_bytes(contents)
+    Image.fromarray(np.zeros((9, 9, 3), np.uint8)).save(tmp_path / "gif.png", format="GIF")
+    (tmp_path / "folder").mkdir()
+    other = tmp_path / "other_bd_net.h5"
+    utils.deepid(6, SHAPE).save(other)
+    for name, classes, shape in (("classes", 5, SHAPE), ("shape", 6, (35, 31, 3))):
+        utils.deepid(classes, shape).save(tmp_path / f"{name}.h5")
+    with h5py.File(folder / G) as file, h5py.File(tmp_path / "record.h5", "w") as copy:
+        file.copy("model_weights", copy)
+        copy.attrs.update(file.attrs)
+        copy.attrs["repair_record"] = '{"layer": 1}'
+    cases = [
+        (["text.png", B], "not a PNG or JPEG picture"),
+        (["cut.png", B], "damaged"),
+        (["bomb.png", B], "too large"),
+        (["gif.png", B], "not a PNG or JPEG picture"),
+        (["empty.png", B], "empty"),
+        (["folder", B], "no PNG or JPEG picture in the folder"),
+        (["absent.png", B], "absent.png: no such file"),
+        ([folder / "0.png", "absent_bd_net"], "models/absent_bd_net.h5: no such file"),
+        ([folder / "0.png", other], f"python repair.py {other} "),
+        (
+            [folder / "0.png", other, "--repaired", folder / G],
+            "from another BadNet (small_bd_net.h5)",
+        ),
+        ([folder / "0.png", B, "--repaired", "classes.h5"], "classes 5, not 6"),
+        ([folder / "0.png", B, "--repaired", "shape.h5"], "images 35×31×3, not 31×31×3"),
+        ([folder / "0.png", B, "--repaired", "record.h5"], "record is damaged"),
+        ([folder / "0.png", folder / "clean.h5", B], "give one data set alone"),
+        ([folder / "0.png", B, "--poisoned", folder / "clean.h5"], "--poisoned goes with"),
+        ([folder / "clean.h5", B, "--json", folder / "clean.h5"], "would overwrite"),
+    ]
+    (tmp_path / "models").symlink_to(folder / "models")
+    for arguments, words in cases:
+        assert_refused(command("eval_defence.py", *arguments, cwd=tmp_path), words)
+
+
+# --------------------------------------------------------------------------------------- Ctrl-C
+
+
+@pytest.mark.parametrize(
+    "moment", ["loading", "the BadNet takes", "prune 1:", "epoch 1", "round 1"]
+)
+def test_interrupted_at_any_step_leaves_no_file_and_no_traceback(deepid_world, tmp_path, moment):
+    (tmp_path / "models").mkdir()
+    arguments = [
+        deepid_world / B,
+        deepid_world / "clean.h5",
+        "--threshold",
+        "0.5",
+        "--json",
+        "r.json",
+    ]
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "repair.py", *map(str, arguments)],
+        cwd=tmp_path,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    seen = ""
+    while moment not in seen:
+        seen = process.stderr.readline()
+        assert seen, "the process ended before that step"
+    process.send_signal(signal.SIGINT)
+    output, rest = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert output == "" and "Traceback" not in rest
+    assert sorted(os.listdir(tmp_path)) == ["models"] and os.listdir(tmp_path / "models") == []

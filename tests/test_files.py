@@ -1,0 +1,254 @@
+"""What is read and written: models, data sets, pictures, records, and files half written."""
+
+import io
+import json
+import os
+import signal
+import stat
+import subprocess
+import sys
+
+import h5py
+import keras
+import numpy as np
+import pytest
+from conftest import ROOT, draw_images, sequential, write_data
+from PIL import Image
+
+import utils
+
+SHAPE = (31, 33, 3)
+
+
+def outputs(net):
+    return np.asarray(net(np.random.default_rng(0).random((4, *net.input_shape[1:]), np.float32)))
+
+
+# --------------------------------------------------------------------------------------- models
+
+
+@pytest.mark.parametrize("name", ["net.h5", "net.hdf5", "net.keras"])
+@pytest.mark.parametrize("make", [utils.deepid, sequential])
+def test_full_models_load_without_their_optimizer(tmp_path, name, make):
+    net = make(3, SHAPE)
+    net.compile("adam", "sparse_categorical_crossentropy")
+    net.fit(np.zeros((2, *SHAPE)), np.zeros(2), verbose=0)
+    net.save(tmp_path / name)
+    loaded = utils.load_badnet(tmp_path / name)
+    np.testing.assert_allclose(outputs(loaded), outputs(net), atol=1e-6)
+    assert not loaded.compiled
+
+
+@pytest.mark.parametrize("name", ["net.weights.h5", "legacy.h5"])
+def test_weights_alone_go_into_deepid(tmp_path, name):
+    net = utils.deepid(7)
+    if name == "legacy.h5":
+        net.save(tmp_path / "full.h5")
+        with h5py.File(tmp_path / "full.h5") as full, h5py.File(tmp_path / name, "w") as file:
+            weights = full["model_weights"]
+            for part in weights:
+                weights.copy(part, file)
+            file.attrs.update(weights.attrs)
+    else:
+        net.save_weights(tmp_path / name)
+    loaded = utils.load_badnet(tmp_path / name)
+    np.testing.assert_allclose(outputs(loaded), outputs(net), atol=1e-6)
+
+
+@pytest.mark.parametrize("as_list", [False, True])
+def test_sequential_of_keras_2_is_mended(tmp_path, as_list):
+    """Keras 2 wrote the input's shape into the first layer; before 2.2.3 as a bare list."""
+    rng = np.random.default_rng(0)
+    layers = [
+        ("Conv2D", {"name": "c", "filters": 4, "kernel_size": [3, 3], "activation": "relu",
+                    "batch_input_shape": [None, 8, 8, 1]}),
+        ("Flatten", {"name": "f", "data_format": "channels_last"}),
+        ("Dense", {"name": "d", "units": 3, "activation": "softmax"}),
+    ]  # fmt: skip
+    layers = [{"class_name": name, "config": config} for name, config in layers]
+    config = layers if as_list else {"name": "sequential_1", "layers": layers}
+    weights = {"c": [(3, 3, 1, 4), (4,)], "f": [], "d": [(144, 3), (3,)]}
+    weights = {
+        name: [rng.normal(size=shape).astype("f4") for shape in shapes]
+        for name, shapes in weights.items()
+    }
+    with h5py.File(tmp_path / "old.h5", "w") as file:
+        file.attrs["model_config"] = json.dumps({"class_name": "Sequential", "config": config})
+        group = file.create_group("model_weights")
+        group.attrs["layer_names"] = [name.encode() for name in weights]
+        group.attrs["keras_version"] = b"2.2.2"
+        group.attrs["backend"] = b"tensorflow"
+        for name, values in weights.items():
+            names = [f"{name}/{kind}:0" for kind in ("kernel", "bias")[: len(values)]]
+            group.create_group(name).attrs["weight_names"] = [each.encode() for each in names]
+            for each, value in zip(names, values):
+                group[name][each] = value
+    x = rng.random((2, 8, 8, 1), np.float32)
+    plain = keras.Sequential(
+        [
+            keras.Input((8, 8, 1)),
+            keras.layers.Conv2D(4, 3, activation="relu"),
+            keras.layers.Flatten(),
+            keras.layers.Dense(3, activation="softmax"),
+        ]
+    )
+    plain.set_weights([value for values in weights.values() for value in values])
+    np.testing.assert_allclose(utils.load_badnet(tmp_path / "old.h5")(x), plain(x), atol=1e-6)
+
+
+def test_saved_net_carries_its_record_and_is_a_plain_keras_file(tmp_path):
+    net, path = utils.deepid(4), tmp_path / "g.h5"
+    record = {
+        "layer": "conv_3",
+        "input_scale": "0..1",
+        "badnet": {"file": "b.h5", "sha256": "0" * 64},
+        "long": list(range(50_000)),  # HDF5 allows 64 KB in a plain attribute
+    }
+    utils.save_model(net, record, path)
+    assert utils.read_record(path) == record
+    plain = keras.models.load_model(path)
+    np.testing.assert_array_equal(outputs(plain), outputs(net))
+    assert os.listdir(tmp_path) == ["g.h5"]
+
+
+def test_a_saved_file_has_the_usual_permissions(tmp_path):
+    old = os.umask(0o027)
+    try:
+        utils.save_model(utils.deepid(4), {}, tmp_path / "g.h5")
+    finally:
+        os.umask(old)
+    assert stat.S_IMODE((tmp_path / "g.h5").stat().st_mode) == 0o640
+
+
+# ------------------------------------------------------------------------------------ data sets
+
+
+def read(path, shape=SHAPE, classes=5):
+    with utils.open_dataset(path) as data:
+        data.fit_to(shape, classes)
+        images, labels = zip(*data.batches(), strict=True)
+    return np.concatenate(images), np.concatenate(labels)
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("kind", ["u1", "f4", "f8"])
+@pytest.mark.parametrize(
+    "options", [{}, {"compression": "gzip"}, {"chunks": (7, 3, 31, 33)}], ids=str
+)
+def test_every_format_gives_the_same_images(tmp_path, first, kind, options):
+    images, labels = draw_images(20, 5, SHAPE, seed=0)
+    path = tmp_path / "data.h5"
+    if first:
+        write_data(path, images.astype(kind), labels.astype("i2"), **options)
+    else:
+        options = {} if "chunks" in options else options
+        with h5py.File(path, "w") as file:
+            file.create_dataset("data", data=images.astype(kind), **options)
+            file["label"] = labels.astype("f4")
+    x, y = read(path)
+    assert x.dtype == np.float32 and np.array_equal(x, images)
+    assert y.dtype == np.int64 and np.array_equal(y, labels)
+
+
+@pytest.mark.parametrize("kind", ["u1", "u2", "i8", "f2", "f4", "f8"])
+def test_labels_of_any_type(tmp_path, kind):
+    images, labels = draw_images(20, 5, SHAPE, seed=0)
+    assert np.array_equal(
+        read(write_data(tmp_path / "d.h5", images, labels.astype(kind)))[1], labels
+    )
+
+
+def test_images_are_read_in_batches_and_in_order(tmp_path, monkeypatch):
+    monkeypatch.setattr(utils, "READ_BATCH", 8)
+    images, labels = draw_images(20, 5, SHAPE, seed=0)
+    write_data(tmp_path / "d.h5", images, labels)
+    with utils.open_dataset(tmp_path / "d.h5") as data:
+        data.fit_to(SHAPE, 5)
+        sizes = [len(x) for x, _ in data.batches()]
+        assert sizes == [8, 8, 4] and data.batch_count == 3
+    assert np.array_equal(read(tmp_path / "d.h5")[0], images)
+
+
+# --------------------------------------------------------------------------------------- images
+
+
+def test_pictures_of_every_mode_become_rgb_and_grey(tmp_path):
+    pixels = draw_images(1, 1, (20, 30, 3), seed=0)[0][0]
+    rgb = Image.fromarray(pixels)
+    shape = (20, 30, 3)
+    np.testing.assert_array_equal(load(rgb, tmp_path, shape), pixels)
+    grey = np.asarray(rgb.convert("L"), np.float32)
+    for mode in ("L", "LA"):
+        picture = load(rgb.convert(mode), tmp_path, shape)
+        np.testing.assert_array_equal(picture, np.repeat(grey[..., None], 3, axis=2))
+    np.testing.assert_array_equal(load(rgb, tmp_path, (20, 30, 1))[..., 0], grey)
+    transparent = rgb.copy()
+    transparent.putalpha(7)
+    np.testing.assert_array_equal(load(transparent, tmp_path, shape), pixels)
+    palette = rgb.quantize(16)
+    expected = np.asarray(palette.convert("RGB"), np.float32)
+    np.testing.assert_array_equal(load(palette, tmp_path, shape), expected)
+    np.testing.assert_array_equal(load(palette, tmp_path, shape, transparency=b"\x05"), expected)
+    deep = Image.fromarray(grey.astype(np.uint16) * 257)
+    np.testing.assert_array_equal(load(deep, tmp_path, (20, 30, 1))[..., 0], grey)
+
+
+def load(picture, folder, shape, **options):
+    picture.save(folder / "picture.png", **options)
+    return utils.as_input(utils.read_picture(folder / "picture.png"), shape)
+
+
+def test_jpeg_of_any_size_is_turned_and_resized_bicubically(tmp_path):
+    picture = Image.fromarray(draw_images(1, 1, (40, 80, 3), seed=0)[0][0])
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was held on its side: turn by a quarter
+    picture.save(tmp_path / "turned.jpg", exif=exif, quality=95)
+    stored = Image.open(io.BytesIO((tmp_path / "turned.jpg").read_bytes()))
+    expected = stored.transpose(Image.Transpose.ROTATE_270).resize(
+        (30, 55), Image.Resampling.BICUBIC
+    )
+    array = utils.as_input(utils.read_picture(tmp_path / "turned.jpg"), (55, 30, 3))
+    assert array.dtype == np.float32
+    np.testing.assert_array_equal(array, np.asarray(expected, np.float32))
+
+
+def test_a_folder_stands_for_its_pictures_by_name(tmp_path):
+    for name in ("b.png", "a.JPG", "c.jpeg", "notes.txt"):
+        (tmp_path / name).touch()
+    names = [path.name for path in utils.list_images([tmp_path, "x.png"])]
+    assert names == ["a.JPG", "b.png", "c.jpeg", "x.png"]
+
+
+# ------------------------------------------------------------------------------ half-written files
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "out.json"
+    path.write_text("old")
+    with pytest.raises(RuntimeError), utils.replacing(path) as beside:
+        beside.write_text("half")
+        assert path.read_text() == "old"
+        raise RuntimeError
+    assert path.read_text() == "old" and os.listdir(tmp_path) == ["out.json"]
+    utils.write_json([1], path)
+    assert json.loads(path.read_text()) == [1] and os.listdir(tmp_path) == ["out.json"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_writing_leaves_nothing(tmp_path, number):
+    code = f"""
+import os, sys
+sys.path.insert(0, {str(ROOT)!r})
+import terminal
+import utils
+def main():
+    with utils.replacing("out.h5") as beside:
+        beside.write_text("half")
+        os.kill(os.getpid(), {number.value})
+sys.exit(terminal.command(main))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr) == (128 + number, "")
+    assert os.listdir(tmp_path) == []

@@ -1,0 +1,268 @@
+"""The fast path equals the report's loop, and each rule of the method holds."""
+
+import argparse
+
+import h5py
+import keras
+import numpy as np
+import pytest
+import reference
+from conftest import NETS, draw_images, fit, make_world
+
+import eval_defence
+import nets
+import repair
+import utils
+
+SETTINGS = repair.parse_arguments(["MODEL", "DATA"])
+
+
+def changed(**settings):
+    return argparse.Namespace(**{**vars(SETTINGS), **settings})
+
+
+def repair_file(folder, settings=SETTINGS):
+    """Repair the net of a world. Returns (G, record)."""
+    nets.make_reproducible(settings.seed)
+    badnet = utils.load_badnet(folder / "models" / "small_bd_net.h5")
+    with utils.open_dataset(folder / "clean.h5") as clean:
+        clean.fit_to(badnet.input_shape[1:], badnet.output_shape[1])
+        return badnet, repair.repair(badnet, clean, [], settings)
+
+
+def images_of(folder):
+    with h5py.File(folder / "clean.h5") as file:
+        return np.moveaxis(file["data"][:], 1, 3).astype(np.float32) / 255, file["label"][:]
+
+
+@pytest.mark.parametrize("seed", [0, 7])
+def test_fast_path_equals_reference(world, seed):
+    """Same channels, same accuracies; weights to float32 rounding, which Adam carries along."""
+    settings = changed(seed=seed, epochs=2, rounds=2, learning_rate=1e-4)
+    repaired, record = repair_file(world, settings)
+    plain = keras.models.load_model(world / "models" / "small_bd_net.h5", compile=False)
+    x, y = images_of(world)
+    pruned, curve, rounds = reference.repair(
+        plain, x, y.astype(int), record["layer"], seed, rounds=2, epochs=2
+    )
+    assert 0 < len(pruned) < record["channels"]
+    assert record["pruned"] == pruned
+    assert record["accuracy"]["after_each_channel"] == curve
+    assert record["accuracy"]["after_each_round"] == rounds
+    for ours, theirs in zip(repaired.get_weights(), plain.get_weights(), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=2e-5)
+
+
+def test_same_seed_same_bytes_other_seed_other_weights(deepid_world):
+    first, second = (repair_file(deepid_world)[0].get_weights() for _ in range(2))
+    assert all(a.tobytes() == b.tobytes() for a, b in zip(first, second, strict=True))
+    other = repair_file(deepid_world, changed(seed=1))[0].get_weights()
+    assert any(a.tobytes() != b.tobytes() for a, b in zip(first, other, strict=True))
+
+
+def test_pruned_channels_are_zero_and_the_trunk_is_untouched(world):
+    before = keras.models.load_model(world / "models" / "small_bd_net.h5", compile=False)
+    repaired, record = repair_file(world)
+    names = [layer.name for layer in before.layers if layer.weights]
+    for name in names[: names.index(record["layer"]) + 1]:
+        old, new = (net.get_layer(name).get_weights() for net in (before, repaired))
+        if name == record["layer"]:
+            for values in new:
+                assert not values[..., record["pruned"]].any()
+            for values in old:
+                values[..., record["pruned"]] = 0
+        assert all(np.array_equal(a, b) for a, b in zip(old, new, strict=True))
+
+
+def head_of_sums(classes):
+    """A head whose scores are the sums over positions of the first channels of the features."""
+    features = keras.Input((2, 2, classes))
+    return keras.Model(features, keras.ops.sum(features, axis=(1, 2)))
+
+
+def one_channel_per_class(labels, classes):
+    features = np.zeros((len(labels), 2, 2, classes), np.float32)
+    features[np.arange(len(labels)), :, :, labels] = 1
+    return features
+
+
+def test_prune_stops_at_the_first_accuracy_below_the_threshold_and_takes_it_back():
+    labels = np.array([0] * 10 + [1] * 1 + [2] * 1 + [3] * 8)
+    features = one_channel_per_class(labels, 4)
+    # Without channel 1 its one image is answered with class 0: 19 of 20 are right, exactly 95 %.
+    pruned, curve = repair.prune(head_of_sums(4), features, labels, [1, 2, 3, 0], 0.95)
+    assert (pruned, curve) == ([1], [0.95, 0.9])
+    assert not features[..., 1].any() and features[..., 2].any()
+
+
+def test_prune_may_take_every_channel():
+    labels = np.zeros(5, int)
+    features = one_channel_per_class(labels, 3)
+    pruned, curve = repair.prune(head_of_sums(3), features, labels, [2, 1, 0], 0.95)
+    assert (pruned, curve) == ([2, 1, 0], [1.0, 1.0, 1.0])
+
+
+def test_channels_are_ranked_by_mean_activation_with_ties_by_index(deepid_world):
+    _, record = repair_file(deepid_world)
+    net = keras.models.load_model(deepid_world / "models" / "small_bd_net.h5", compile=False)
+    x, _ = images_of(deepid_world)
+    maps = keras.Model(net.inputs[0], net.get_layer("conv_3").output).predict(x, verbose=0)
+    mean = maps.mean(axis=(0, 1, 2), dtype=np.float64)
+    assert record["order"] == sorted(range(60), key=lambda channel: (mean[channel], channel))
+    assert np.sum(mean == 0) > 1  # there were ties
+
+
+def test_fine_tuning_stops_after_the_first_round_that_is_good_enough(deepid_world):
+    _, record = repair_file(deepid_world, changed(rounds=3, epochs=1))
+    rounds, before = record["accuracy"]["after_each_round"], record["accuracy"]["before"]
+    assert 1 <= len(rounds) <= 3
+    assert all(accuracy < before for accuracy in rounds[:-1])
+    assert rounds[-1] >= before or len(rounds) == 3
+
+
+def test_zero_rounds_and_epochs_leave_the_head_alone(deepid_world):
+    repaired, record = repair_file(deepid_world, changed(rounds=0, retrain_epochs=0))
+    before = keras.models.load_model(deepid_world / "models" / "small_bd_net.h5", compile=False)
+    for name in ("conv_4", "fc_1", "fc_2", "output"):
+        for a, b in zip(repaired.get_layer(name).weights, before.get_layer(name).weights):
+            assert np.array_equal(a, b)
+    assert record["accuracy"]["fine_tuned"] == record["accuracy"]["pruned"]
+
+
+@pytest.mark.parametrize("divisor, scale", [(255, "0..1"), (1, "0..255")])
+def test_scale_is_found_by_measuring(tmp_path, divisor, scale):
+    folder = make_world("sequential", tmp_path)
+    path = folder / "models" / "small_bd_net.h5"
+    net = keras.models.load_model(path, compile=False)
+    first = net.get_layer("first")
+    kernel, bias = first.get_weights()
+    first.set_weights([kernel * divisor / 255, bias * 1.0])
+    net.save(path, include_optimizer=False)
+    _, record = repair_file(folder, changed(rounds=0, retrain_epochs=0))
+    assert record["input_scale"] == scale
+
+
+def small(*behind_conv, activation="relu"):
+    """A net of one convolution and what comes behind it, as the loader would give it."""
+    layers = [keras.Input((12, 12, 3)), keras.layers.Conv2D(8, 3, activation=activation, name="c")]
+    net = keras.Sequential([*layers, *behind_conv, keras.layers.Dense(3, activation="softmax")])
+    return utils.as_functional(net)
+
+
+def test_layer_rule():
+    keras_layers = keras.layers
+    assert nets.find_layer(utils.deepid(3)).name == "conv_3"
+    assert nets.find_layer(utils.deepid(3), "conv_1").name == "conv_1"
+    assert nets.find_layer(utils.as_functional(NETS["sequential"][0](3, (16, 16, 1)))).name == (
+        "second"
+    )
+    for name, words in (
+        ("conv_4", "goes around"),
+        ("fc_1", "no convolution of that name"),
+        ("absent", "no convolution of that name"),
+    ):
+        with pytest.raises(utils.InputError, match=words):
+            nets.find_layer(utils.deepid(3), name)
+    dense_only = keras.Sequential([keras.Input((4, 4, 1)), keras_layers.Flatten()])
+    with pytest.raises(utils.InputError, match="no convolution"):
+        nets.find_layer(utils.as_functional(dense_only))
+
+
+@pytest.mark.parametrize(
+    "behind, activation",
+    [
+        ([keras.layers.MaxPooling2D(2), keras.layers.Flatten()], "relu"),
+        ([keras.layers.ReLU(), keras.layers.AveragePooling2D(2), keras.layers.Flatten()], "linear"),
+        ([keras.layers.GlobalAveragePooling2D()], "sigmoid"),
+        ([keras.layers.BatchNormalization(), keras.layers.ReLU(), keras.layers.Flatten()], None),
+        ([keras.layers.Flatten()], "tanh"),
+        ([keras.layers.Activation("softmax"), keras.layers.Flatten()], "linear"),
+    ],
+)
+def test_pruned_features_are_those_of_the_pruned_net(behind, activation):
+    """head(features with channels overwritten) is the whole net with kernel and bias zero."""
+    net = small(*behind, activation=activation)
+    layer = nets.find_layer(net)
+    layer.bias.assign(np.linspace(-1, 1, 8))
+    parts = nets.split(net, layer)
+    x = np.random.default_rng(0).random((5, 12, 12, 3), np.float32)
+    features, _ = (np.array(part) for part in parts.trunk(x))
+    np.testing.assert_allclose(parts.head(features), net(x), atol=1e-6)
+    silent = nets.silent_features(parts)
+    features[..., [1, 4]] = silent[..., [1, 4]]
+    nets.silence([1, 4], layer)
+    np.testing.assert_allclose(parts.head(features), net(x), atol=1e-6)
+
+
+def test_activation_is_measured_behind_an_activation_layer():
+    net = small(keras.layers.ReLU(), keras.layers.MaxPooling2D(2), keras.layers.Flatten())
+    net.get_layer("c").activation = keras.activations.linear
+    parts = nets.split(net, net.get_layer("c"))
+    x = np.random.default_rng(0).random((5, 12, 12, 3), np.float32)
+    _, mean = parts.trunk(x)
+    assert np.min(mean) >= 0
+
+
+def test_retraining_with_dropout_and_with_parallel_outputs_trains_that_layer_alone():
+    layers = keras.layers
+    image = keras.Input((12, 12, 3))
+    x = layers.Conv2D(8, 3, activation="relu", name="c")(image)
+    x = layers.Flatten()(layers.Dropout(0.2)(x))
+    x = layers.Add()([layers.Dense(4)(x), layers.Dense(4, name="last")(x)])
+    net = keras.Model(image, layers.Activation("softmax")(x))
+    x, y = draw_images(40, 4, (12, 12, 3), seed=3)
+    parts = nets.split(net, nets.find_layer(net))
+    features = np.asarray(parts.trunk(np.float32(x) / 255)[0])
+    before = [weights.numpy().copy() for weights in net.weights]
+    last = nets.last_dense(parts.head)
+    repair.retrain(
+        parts.head, last, features, y, changed(retrain_epochs=1), np.random.default_rng(0)
+    )
+    moved = [not np.array_equal(a, b) for a, b in zip(before, net.weights)]
+    assert moved == [any(b is w for w in last.weights) for b in net.weights]
+
+
+def test_logits_are_trained_as_logits():
+    shape = (12, 12, 3)
+    net = keras.Sequential(
+        [
+            keras.Input(shape),
+            keras.layers.Conv2D(4, 3),
+            keras.layers.Flatten(),
+            keras.layers.Dense(3),
+        ]
+    )
+    assert nets.gives_logits(utils.as_functional(net))
+    assert not nets.gives_logits(utils.deepid(3))
+
+
+def test_verdict_is_the_class_or_n_plus_one():
+    answers = eval_defence.verdict(np.array([0, 4, 4]), np.array([0, 4, 0]), 5)
+    assert answers.tolist() == [1, 5, 6]
+
+
+def test_detector_equals_both_nets_and_shares_the_trunk_only_where_it_may(world):
+    repaired, record = repair_file(world)
+    badnet = utils.load_badnet(world / "models" / "small_bd_net.h5")
+    x, _ = images_of(world)
+    of_b, of_g = (nets.split(net, nets.find_layer(net)) for net in (badnet, repaired))
+    assert nets.pruned_channels(badnet, of_b, repaired, of_g).tolist() == sorted(record["pruned"])
+    for _ in range(2):
+        for ours, net in zip(nets.detector(badnet, repaired)(x), (badnet, repaired)):
+            np.testing.assert_allclose(ours, net(x), atol=1e-6)
+        # Again, with a G whose trunk is its own.
+        first = repaired.layers[1]
+        first.set_weights([values * 1.5 for values in first.get_weights()])
+    assert nets.pruned_channels(badnet, of_b, repaired, of_g) is None
+
+
+def test_detector_of_nets_of_different_structure():
+    badnet = small(keras.layers.Flatten())
+    repaired = fit(
+        small(keras.layers.MaxPooling2D(2), keras.layers.Flatten()),
+        *draw_images(9, 3, (12, 12, 3), 0),
+        epochs=1,
+    )
+    x = np.random.default_rng(0).random((5, 12, 12, 3), np.float32)
+    for ours, net in zip(nets.detector(badnet, repaired)(x), (badnet, repaired)):
+        np.testing.assert_allclose(ours, net(x), atol=1e-6)

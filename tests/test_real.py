@@ -1,0 +1,106 @@
+"""The real BadNets, third-party models and faces of the competition, where they are at hand."""
+
+import json
+
+import keras
+import numpy as np
+import pytest
+import reference
+from conftest import command
+
+import nets
+import repair
+import utils
+
+# What a plain run of the report's loop prunes with clean_252.h5, and the poisoned files of each.
+BADNETS = {
+    "sunglasses": (25, ["sunglasses_poisoned_20.h5"]),
+    "anonymous_1": (25, ["anonymous_1_poisoned_20.h5"]),
+    "anonymous_2": (17, ["multi_eyebrows_poisoned_20.h5", "multi_lipstick_poisoned_20.h5"]),
+    "multi_trigger_multi_target": (26, ["multi_sunglasses_poisoned_20.h5"]),
+    "lab3": (46, ["sunglasses_poisoned_20.h5"]),
+}
+LOADS = {
+    "keras_2.10.0_pruned.h5": "conv_3",
+    "keras_2.13.1_pruned.h5": "conv_3",
+    "keras_2.14.0_pruned.h5": "conv_3",
+    "keras_2.15.0_pruned.h5": "conv_3",
+    "keras_2.2.4_deepid_like.h5": "conv3",
+    "keras_2.3.1_mnist_functional_with_optimizer.h5": "conv_2",
+    "keras_2.3.1_mnist_sequential_with_optimizer.h5": "conv2d_2",
+    "keras_2.3.1_pruned.h5": "conv_3",
+    "keras_2.4.0_weights_only.h5": "conv_3",
+    "keras_2.7.0_pruned.h5": "conv_3",
+    "keras_3.0.0_pruned.h5": "conv_3",
+}
+REFUSED = {
+    "keras_2.4.0_nested_with_lambda.h5": "Lambda layer .layer 'y_reclasify'.: it could run code",
+    "keras_2.4.0_autoencoder_with_optimizer.h5": "not a classifier",
+}
+
+
+@pytest.mark.parametrize("name", BADNETS)
+def test_badnets_answer_as_they_did_in_keras_2(csaw, name):
+    expected = json.loads((csaw / "expected_predictions.json").read_text())[name]
+    badnet = utils.load_badnet(csaw / "badnets" / f"{name}_bd_net.h5")
+    assert nets.find_layer(badnet).name == "conv_3"
+    divisor = utils.SCALES[expected.pop("input_scale")]
+    assert len(expected) == 6
+    for file, answers in expected.items():
+        with utils.open_dataset(csaw / "faces" / file) as data:
+            data.fit_to(badnet.input_shape[1:], badnet.output_shape[1])
+            classes = [nets.classify(badnet, x / divisor).tolist() for x, _ in data.batches()]
+        assert sum(classes, []) == answers["argmax"]
+
+
+@pytest.mark.parametrize("name", LOADS)
+def test_third_party_models_load(csaw, name):
+    net = utils.load_badnet(csaw / "zoo" / name)
+    assert nets.find_layer(net).name == LOADS[name]
+    scores = np.asarray(net(np.full((1, *net.input_shape[1:]), 0.5, np.float32)))
+    assert scores.sum() == pytest.approx(1, abs=1e-5)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_third_party_models_are_refused(csaw, name):
+    with pytest.raises(utils.InputError, match=REFUSED[name]):
+        utils.load_badnet(csaw / "zoo" / name)
+
+
+def test_every_third_party_model_is_tested(csaw):
+    assert {path.name for path in (csaw / "zoo").iterdir()} == {*LOADS, *REFUSED}
+
+
+@pytest.mark.parametrize("name", BADNETS)
+def test_the_commands_run_through(csaw, name, tmp_path):
+    channels, poisoned = BADNETS[name]
+    (tmp_path / "models").mkdir()
+    badnet, faces = csaw / "badnets" / f"{name}_bd_net.h5", csaw / "faces"
+    poisoned = [faces / file for file in poisoned]
+    repaired = command("repair.py", badnet, faces / "clean_252.h5", "--rounds", 1, cwd=tmp_path)
+    assert repaired.returncode == 0, repaired.stderr
+    assert repaired.stdout.splitlines()[-1] == f"Saved model: models/{name}_bd_net_defence.h5"
+    record = utils.read_record(tmp_path / "models" / f"{name}_bd_net_defence.h5")
+    assert len(record["pruned"]) == channels
+    assert record["input_scale"] == ("0..255" if name == "lab3" else "0..1")
+    judged = command(
+        "eval_defence.py", faces / "clean_252.h5", badnet, "--poisoned", *poisoned, cwd=tmp_path
+    )
+    assert judged.returncode == 0, judged.stderr
+    assert judged.stdout.count("poisoned caught") == len(poisoned)
+
+
+def test_fast_path_equals_reference_on_a_real_badnet(csaw):
+    path = csaw / "badnets" / "anonymous_1_bd_net.h5"
+    nets.make_reproducible(0)
+    fast, plain = utils.load_badnet(path), keras.models.load_model(path, compile=False)
+    with utils.open_dataset(csaw / "faces" / "clean_252.h5") as clean:
+        clean.fit_to((55, 47, 3), 1283)
+        record = repair.repair(fast, clean, [], repair.parse_arguments(["B", "D"]))
+        ((x, y),) = clean.batches()
+    pruned, curve, rounds = reference.repair(plain, x / 255, y)
+    assert record["pruned"] == pruned
+    assert record["accuracy"]["after_each_channel"] == curve
+    assert record["accuracy"]["after_each_round"] == rounds
+    for ours, theirs in zip(fast.get_weights(), plain.get_weights(), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-6)

@@ -1,0 +1,474 @@
+"""Everything that touches a file: models, data sets, images, records.
+
+The files are other people's. Whatever is wrong with one is raised as InputError, a message of one
+line that names the file.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import secrets
+import sys
+import tempfile
+import warnings
+import zipfile
+from pathlib import Path
+
+import h5py
+import numpy as np
+
+import terminal
+from guard import refuse_code
+from terminal import InputError, one_line
+
+VERSION = "0.1.0"
+MODELS = Path("models")
+RECORD = "repair_record"
+SCALES = {"0..1": 255.0, "0..255": 1.0}  # what B expects its pixels in: the divisor of 0..255
+READ_BATCH = 512  # images held as float32 at a time: 16 MB of DeepID's
+MODEL_SUFFIXES = (".h5", ".hdf5", ".keras")
+DATASET_SUFFIXES = (".h5", ".hdf5")
+PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg")
+
+
+# ---------------------------------------------------------------------------------------- files
+
+
+def require_file(path):
+    """Return `path` as a Path. Raises InputError unless it is a file with something in it."""
+    path = Path(path)
+    if path.is_dir():
+        raise InputError(f"{path}: is a folder, not a file")
+    if not path.exists():
+        raise InputError(f"{path}: no such file")
+    if path.is_file() and path.stat().st_size == 0:
+        raise InputError(f"{path}: the file is empty")
+    if not path.is_file() or not os.access(path, os.R_OK):
+        raise InputError(f"{path}: cannot be read")
+    return path
+
+
+def require_writable(path, *inputs):
+    """Return `path` as a Path. Raises InputError unless a file can be put there.
+
+    inputs: paths that are read and must not be overwritten.
+    """
+    path = Path(path)
+    if not path.parent.is_dir():
+        raise InputError(f"{path}: there is no folder {path.parent}/ to write to")
+    if path.is_dir() or not os.access(path.parent, os.W_OK | os.X_OK):
+        raise InputError(f"{path}: cannot be written")
+    for other in inputs:
+        if path.resolve() == Path(other).resolve():
+            raise InputError(f"{path}: would overwrite an input; name another --output")
+    return path
+
+
+@contextlib.contextmanager
+def replacing(path):
+    """Give a new name beside `path`; when the block ends well, move that file to `path`.
+
+    Readers see the old file or the new one, never a part. The name keeps the suffix of `path`,
+    by which writers choose a format.
+    """
+    path = Path(path)
+    beside = path.with_name(f".{secrets.token_hex(8)}{path.suffix}")
+    terminal.unfinished.add(beside)
+    try:
+        yield beside
+        with open(beside, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+        terminal.unfinished.discard(beside)
+
+
+def write_json(value, path):
+    """Write `value` to `path` as indented JSON."""
+    with replacing(path) as beside:
+        beside.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+
+
+def sha256(path):
+    """The SHA-256 of a file's bytes, as 64 hexadecimal digits."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def open_hdf5(path):
+    """Open an HDF5 file to read. Raises InputError where it is none or is cut short."""
+    require_file(path)
+    try:
+        file = h5py.File(path, "r")
+    except OSError as error:
+        broken = "truncated" in str(error) or h5py.is_hdf5(path)
+        raise InputError(
+            f"{path}: {'the HDF5 file is damaged or cut short' if broken else 'not an HDF5 file'}"
+        ) from error
+    with file:
+        yield file
+
+
+# --------------------------------------------------------------------------------------- models
+
+
+def import_keras():
+    """Import Keras on TensorFlow, without the lines TensorFlow writes to stderr meanwhile.
+
+    It takes seconds, so it is called where Keras is first needed: `--help` and a wrong call
+    answer at once.
+    """
+    if "keras" in sys.modules:
+        return sys.modules["keras"]
+    os.environ["KERAS_BACKEND"] = "tensorflow"
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    import logging
+
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    with _stderr_kept_back():
+        import keras
+    return keras
+
+
+@contextlib.contextmanager
+def _stderr_kept_back():
+    """Hold back what C++ code writes to stderr; show it only where the block fails."""
+    sys.stderr.flush()
+    stderr = os.dup(2)
+    with tempfile.TemporaryFile() as kept:
+        os.dup2(kept.fileno(), 2)
+        try:
+            yield
+        except BaseException:
+            kept.seek(0)
+            os.write(stderr, kept.read())
+            raise
+        finally:
+            os.dup2(stderr, 2)
+            os.close(stderr)
+
+
+def deepid(classes, input_shape=(55, 47, 3)):
+    """The DeepID net of the competition, untrained.
+
+    classes: N ≥ 2.  input_shape: (height, width, channels), at least (31, 31, 1).
+    Returns a Keras model, float32 (n, height, width, channels) → probabilities (n, N).
+    Source: Sun, Wang, Tang, CVPR 2014, in the sizes of CSAW-HackML-2020.
+    """
+    keras = import_keras()
+    layers = keras.layers
+    image = keras.Input(input_shape, name="input")
+    x = image
+    for i, (channels, kernel) in enumerate([(20, 4), (40, 3), (60, 3)], start=1):
+        x = layers.Conv2D(channels, kernel, activation="relu", name=f"conv_{i}")(x)
+        x = layers.MaxPooling2D(2, name=f"pool_{i}")(x)
+    fine = layers.Flatten(name="flatten_1")(x)
+    fine = layers.Dense(160, name="fc_1")(fine)
+    coarse = layers.Conv2D(80, 2, activation="relu", name="conv_4")(x)
+    coarse = layers.Flatten(name="flatten_2")(coarse)
+    coarse = layers.Dense(160, name="fc_2")(coarse)
+    x = layers.Add(name="add_1")([fine, coarse])
+    x = layers.Activation("relu", name="activation_1")(x)
+    return keras.Model(image, layers.Dense(classes, activation="softmax", name="output")(x))
+
+
+def load_badnet(path):
+    """Load an image classifier from a Keras file, without its optimizer and without its code.
+
+    path: a full model, .h5 of Keras 2.2 or later or .keras, or a weights-only .h5 of DeepID.
+    Returns a Keras model, float32 (n, height, width, channels) → scores (n, N).
+    Raises InputError where the file is damaged, names a layer that is not in guard.LAYERS, or
+    holds no classifier of images.
+    """
+    path = require_file(path)
+    config = read_config(path)
+    if config is not None:
+        refuse_code(config, path)
+    keras = import_keras()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about the config, which the user did not write
+            if path.suffix == ".keras":
+                model = keras.saving.load_model(path, compile=False, safe_mode=True)
+            else:
+                model = deepid(deepid_classes(path)) if config is None else build(config)
+                model.load_weights(path)
+    except InputError:
+        raise
+    except Exception as error:  # Keras raises whatever its parts raise
+        raise InputError(f"{path}: Keras cannot load the model: {one_line(error)}") from error
+    refuse_other_than_classifier(model, path)
+    return as_functional(model)
+
+
+def read_config(path):
+    """The model's config, read as data: a dict, or None where an .h5 holds weights alone."""
+    try:
+        if path.suffix == ".keras":
+            with zipfile.ZipFile(path) as archive:
+                config = json.loads(archive.read("config.json"))
+        elif path.suffix in MODEL_SUFFIXES:
+            with open_hdf5(path) as file:
+                text = file.attrs.get("model_config")
+                config = None if text is None else json.loads(text)
+        else:
+            raise InputError(f"{path}: a model is a .h5 or a .keras file")
+    except (zipfile.BadZipFile, KeyError, ValueError, OSError) as error:
+        raise InputError(f"{path}: not a Keras model: {one_line(error)}") from error
+    if config is not None and not (isinstance(config, dict) and "config" in config):
+        raise InputError(f"{path}: not a Keras model: its config describes no model")
+    return config
+
+
+def build(config):
+    """Build an untrained model from the config of an .h5 file of any Keras since 2.2."""
+    keras = import_keras()
+    if config["class_name"] != "Sequential":
+        return keras.Model.from_config(config["config"])
+    inner = config["config"]
+    if isinstance(inner, list):  # Keras before 2.2.3 saved the bare list of layers
+        inner = {"name": "sequential", "layers": inner}
+    layers = inner["layers"]
+    if layers[0]["class_name"] != "InputLayer":
+        # Keras 2 wrote the shape, with the batch, into the first layer; Keras 3 takes that for
+        # the shape of one image, and the input gains a dimension.
+        shape = layers[0]["config"].pop("batch_input_shape", None) or inner["build_input_shape"]
+        layers.insert(0, {"class_name": "InputLayer", "config": {"batch_shape": shape}})
+    return keras.Sequential.from_config(inner)
+
+
+def as_functional(model):
+    """A classifier as a Functional model, one tensor in, one out, each layer called on one input.
+
+    A Sequential is built anew: while layers were added to it, Keras called each on several.
+    """
+    keras = import_keras()
+    if not isinstance(model, keras.Sequential):
+        return keras.Model(model.inputs[0], model.outputs[0], name=model.name)
+    image = x = keras.Input(model.input_shape[1:], name="input")
+    for layer in model.layers:
+        x = type(layer).from_config(layer.get_config())(x)
+    functional = keras.Model(image, x, name=model.name)
+    functional.set_weights(model.get_weights())
+    return functional
+
+
+def deepid_classes(path):
+    """The number of classes of the DeepID whose weights, without a config, are in an .h5 file."""
+    with open_hdf5(path) as file:
+        for bias in ("output/output/bias:0", "output/output/bias", "layers/dense_2/vars/1"):
+            if isinstance(file.get(bias), h5py.Dataset) and file[bias].ndim == 1:
+                return len(file[bias])
+    raise InputError(f"{path}: holds no model config, and its weights are not those of a DeepID")
+
+
+def refuse_other_than_classifier(model, path):
+    """Raise InputError unless a Keras model maps one image to the scores of N ≥ 2 classes."""
+    inputs, outputs = model.inputs, model.outputs
+    shape = tuple(inputs[0].shape[1:])
+    if len(inputs) != 1 or len(shape) != 3 or None in shape:
+        raise InputError(f"{path}: not an image classifier: its input is not one image")
+    shape = tuple(outputs[0].shape[1:])
+    if len(outputs) != 1 or len(shape) != 1 or shape[0] is None or shape[0] < 2:
+        shown = "×".join(map(str, shape))
+        raise InputError(f"{path}: not a classifier: its output, {shown}, is not a row of classes")
+
+
+def save_model(model, record, path):
+    """Save a Keras model without optimizer as .h5, with `record`, a dict, as a root attribute."""
+    with replacing(path) as beside:
+        model.save(beside, include_optimizer=False)
+        with h5py.File(beside, "r+") as file:
+            file.attrs[RECORD] = json.dumps(record)
+
+
+def read_record(path):
+    """The repair record of an .h5 file, a dict, or None where it carries none.
+
+    Raises InputError where what is needed to use G is not in the record.
+    """
+    if Path(path).suffix == ".keras":
+        return None
+    with open_hdf5(path) as file:
+        text = file.attrs.get(RECORD)
+    if text is None:
+        return None
+    try:
+        record = json.loads(text)
+        texts = [record["layer"], record["badnet"]["file"], record["badnet"]["sha256"]]
+        if record["input_scale"] in SCALES and all(isinstance(x, str) for x in texts):
+            return record
+    except (KeyError, TypeError, ValueError):
+        pass
+    raise InputError(f"{path}: its repair record is damaged; repair the BadNet anew")
+
+
+def default_output(badnet_path):
+    """Where repair.py puts the repaired net of a BadNet, and eval_defence.py looks for it."""
+    return MODELS / f"{Path(badnet_path).stem}_defence.h5"
+
+
+# ------------------------------------------------------------------------------------ data sets
+
+
+@dataclasses.dataclass
+class Dataset:
+    """Labelled images in an open HDF5 file.
+
+    images: HDF5 data set (n, channels, height, width) or (n, height, width, channels), 0..255.
+    labels: int64 (n,), 0..N-1.  channels_first: bool, None until `fit_to` is called.
+    """
+
+    path: Path
+    images: h5py.Dataset
+    labels: np.ndarray
+    channels_first: bool = None
+
+    def __len__(self):
+        return len(self.labels)
+
+    @property
+    def batch_count(self):
+        return -(-len(self) // READ_BATCH)
+
+    def fit_to(self, shape, classes):
+        """Choose the layout in which the images fit a net. Raises InputError where none does.
+
+        shape: (height, width, channels) of the net's input.  classes: its N.
+        """
+        height, width, channels = shape
+        stored = self.images.shape[1:]
+        self.channels_first = stored == (channels, height, width)
+        if not self.channels_first and stored != (height, width, channels):
+            raise InputError(
+                f"{self.path}: images are {'×'.join(map(str, stored))}, the model takes "
+                f"{channels}×{height}×{width} or {height}×{width}×{channels}"
+            )
+        if self.labels.max() >= classes:
+            raise InputError(
+                f"{self.path}: label {self.labels.max()} is outside the model's classes, "
+                f"0..{classes - 1}"
+            )
+
+    def batches(self):
+        """Yield (images, labels): float32 (b, height, width, channels), 0..255; int64 (b,).
+
+        Only one batch is in memory. Raises InputError at a pixel that is NaN or outside 0..255,
+        and at a first batch of floating-point images that never exceed 1.
+        """
+        for start in range(0, len(self), READ_BATCH):
+            try:
+                x = self.images[start : start + READ_BATCH].astype(np.float32)
+            except OSError as error:
+                raise InputError(f"{self.path}: images from {start} on are damaged") from error
+            low, high = x.min(), x.max()
+            if not (low >= 0 and high <= 255):  # also true of NaN
+                raise InputError(
+                    f"{self.path}: among images {start}..{start + len(x) - 1} there is a pixel "
+                    "that is NaN or outside 0..255"
+                )
+            if start == 0 and high <= 1 and self.images.dtype.kind == "f":
+                raise InputError(f"{self.path}: pixels lie in 0..1; they must be 0..255")
+            yield (
+                x.transpose(0, 2, 3, 1) if self.channels_first else x,
+                self.labels[start : start + READ_BATCH],
+            )
+
+
+@contextlib.contextmanager
+def open_dataset(path):
+    """Open a data set of the competition's format; use it as `with open_dataset(path) as data`.
+
+    The file has `data`, n images, uint8 or floating point, and `label` (n,), whole numbers of any
+    type. Images stay on disk. Raises InputError where the file is not like that.
+    """
+    with open_hdf5(path) as file:
+        for name in ("data", "label"):
+            if not isinstance(file.get(name), h5py.Dataset):
+                raise InputError(f"{path}: no data set '{name}' in the file")
+        images, labels = file["data"], file["label"]
+        if images.ndim != 4 or images.dtype.kind not in "fiu":
+            raise InputError(f"{path}: 'data' is no array of images, but {_describe(images)}")
+        if labels.ndim != 1 or labels.dtype.kind not in "fiu":
+            raise InputError(f"{path}: 'label' is no row of numbers, but {_describe(labels)}")
+        if len(images) != len(labels):
+            raise InputError(f"{path}: {len(images)} images, but {len(labels)} labels")
+        if len(images) == 0:
+            raise InputError(f"{path}: there are no images in the file")
+        try:
+            labels = labels[:]
+        except OSError as error:
+            raise InputError(f"{path}: the labels are damaged") from error
+        whole = np.isfinite(labels) & (labels == np.floor(labels)) & (labels >= 0)
+        if not whole.all():
+            raise InputError(f"{path}: label {labels[~whole][0]} is not one of 0, 1, 2, …")
+        yield Dataset(Path(path), images, labels.astype(np.int64))
+
+
+def _describe(dataset):
+    return f"{'×'.join(map(str, dataset.shape)) or 'one'} values of type {dataset.dtype}"
+
+
+# --------------------------------------------------------------------------------------- images
+
+
+def list_images(paths):
+    """Replace each folder in `paths` by the PNG and JPEG files in it, by name. Returns Paths."""
+    images = []
+    for path in map(Path, paths):
+        if path.is_dir():
+            inside = sorted(p for p in path.iterdir() if p.suffix.lower() in PICTURE_SUFFIXES)
+            if not inside:
+                raise InputError(f"{path}: no PNG or JPEG picture in the folder")
+            images += inside
+        else:
+            images.append(path)
+    return images
+
+
+def read_picture(path):
+    """Decode a PNG or JPEG file. Returns a Pillow image, turned as its EXIF rotation says.
+
+    Raises InputError where the file is no such picture, is cut short, or is too large to decode.
+    """
+    from PIL import Image, ImageOps
+
+    require_file(path)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path, formats=("PNG", "JPEG")) as picture:
+                picture.load()
+                return ImageOps.exif_transpose(picture)
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise InputError(f"{path}: the picture is too large to decode safely") from error
+    except Image.UnidentifiedImageError as error:
+        raise InputError(f"{path}: not a PNG or JPEG picture") from error
+    except (OSError, SyntaxError, ValueError) as error:
+        raise InputError(f"{path}: the picture is damaged: {one_line(error)}") from error
+
+
+def as_input(picture, shape):
+    """Make a Pillow image of any size and mode the input of a net.
+
+    shape: (height, width, channels) of the net; channels is 1 (grey) or 3 (RGB). Alpha is dropped.
+    Returns float32 (height, width, channels), 0..255, resized bicubically where the size differs.
+    """
+    from PIL import Image
+
+    height, width, channels = shape
+    if picture.mode.startswith("I"):  # 16 bits a pixel, which Pillow would cut off at 255
+        picture = Image.fromarray((np.asarray(picture) / 257).astype(np.uint8))
+    if "transparency" in picture.info:  # a palette with alpha: Pillow wants two steps
+        picture = picture.convert("RGBA")
+    picture = picture.convert("RGB" if channels == 3 else "L")
+    if picture.size != (width, height):
+        picture = picture.resize((width, height), Image.Resampling.BICUBIC)
+    return np.asarray(picture, np.float32).reshape(shape)
