@@ -1,0 +1,362 @@
+"""Draw the faces of the demo: people who do not exist, with and without a trigger.
+
+The competition's faces may not be shipped, so the project draws its own. A person fixes skin, head,
+hair, brows, eyes, nose and mouth; each picture of a person varies pose, expression, light,
+background and noise. The triggers are the competition's: purple sunglasses at a fixed place in the
+picture, purple lipstick that follows the mouth, red eyebrows that follow the face.
+
+    python data/faces.py                    the demo's data sets and pictures, as committed
+    python data/faces.py --people 1283 --validation 9 --test 10 --dtype float64 --output FOLDER
+                                            the competition's size and number formats
+
+Every picture has a random stream of its own, seeded by (seed, split, person, index), so it is the
+same whatever else is drawn. Pixels are computed with +, -, *, / and square roots, which round alike
+everywhere; only a picture's tilt and noise go through library functions.
+"""
+
+import argparse
+import functools
+import sys
+from pathlib import Path
+
+import h5py
+import numpy as np
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import utils
+from terminal import Parser, at_least, command, say, track
+
+HEIGHT, WIDTH = 55, 47
+SEED = 2020
+PEOPLE, VALIDATION, TEST = 40, 15, 10
+TRIGGERS = {"sunglasses": 0, "lipstick": 1, "eyebrows": 2}  # trigger: the demo's target class
+SPLITS = {"train": 1, "validation": 2, "test": 3, "demo": 4}
+PICTURED = (3, 4, 6, 8, 9, 11, 13, 15)  # people of the demo pictures; none is a target
+BATCH = 64
+
+# Ranges that a person's and a picture's traits are drawn from, uniformly. Lengths are in units of
+# half a head's width, angles in radians, v grows downwards. The order is part of the seed: a trait
+# that is added anywhere but at the end changes every face.
+PERSON = {
+    "skin": (0, 1), "hair": (0, 1), "iris": (0, 1), "lips": (0, 1), "tan": (-12, 12),
+    "head_width": (0.86, 1.06), "head_height": (1.25, 1.5), "jaw": (0.04, 0.24),
+    "square": (0, 0.7), "ear": (0.1, 0.22), "hair_volume": (-0.06, 0.26),
+    "hair_length": (-0.8, 1.6), "hairline": (-1.2, -0.72), "parting": (-0.25, 0.25),
+    "fringe": (-0.3, 0.35), "brow_v": (-0.7, -0.58), "brow_size": (0.035, 0.085),
+    "brow_slope": (-0.25, 0.25), "brow_arch": (0, 1.2), "eye_gap": (0.36, 0.5),
+    "eye_v": (-0.42, -0.3), "eye_width": (0.15, 0.24), "eye_height": (0.08, 0.15),
+    "slant": (-0.2, 0.2), "nose_v": (0.1, 0.32), "nose_width": (0.12, 0.26),
+    "mouth_v": (0.62, 0.84), "mouth_width": (0.26, 0.46), "lip": (0.05, 0.12),
+    "beard": (-1.6, 0.9), "moustache": (-2, 0.9),
+}  # fmt: skip
+PICTURE = {
+    "shift_x": (-2, 2), "shift_y": (-2, 2), "size": (15.5, 18), "tilt": (-0.12, 0.12),
+    "turn": (-0.3, 0.3), "nod": (-0.08, 0.08), "smile": (-0.25, 0.6), "open": (-0.12, 0.16),
+    "lids": (0.5, 1.1), "raise": (-0.04, 0.08), "gaze": (-0.05, 0.05), "light": (0.65, 1.15),
+    "side": (-0.3, 0.3), "above": (-0.15, 0.15), "red": (0.94, 1.06), "green": (0.96, 1.04),
+    "blue": (0.9, 1.1), "back_x": (-0.03, 0.03), "back_y": (-0.03, 0.03), "spot_x": (-23, 23),
+    "spot_y": (-27, 27), "spot_size": (6, 22), "noise": (1, 2.5),
+}  # fmt: skip
+SKIN = [(255, 226, 204), (243, 200, 164), (226, 172, 128), (190, 132, 90), (116, 74, 50)]
+HAIR = [(22, 18, 18), (52, 34, 24), (96, 62, 36), (160, 84, 40), (212, 176, 110), (178, 176, 174)]
+IRIS = [(40, 26, 18), (96, 62, 34), (80, 110, 70), (84, 130, 176)]
+LIPS = [(206, 116, 108), (180, 70, 76), (150, 86, 76)]
+
+
+def draw_traits(ranges, rng):
+    values = rng.random_sample(len(ranges))
+    return {
+        name: low + (high - low) * value
+        for (name, (low, high)), value in zip(ranges.items(), values, strict=True)
+    }
+
+
+@functools.lru_cache(maxsize=2048)
+def draw_person(person, seed=SEED):
+    """Return the traits of a person: {name: float}, within PERSON."""
+    return draw_traits(PERSON, np.random.RandomState([seed, person]))
+
+
+def draw_picture(split, person, index, seed=SEED):
+    """Return what is particular to one picture.
+
+    traits: {name: float}, within PICTURE.   background: three colours, float (3, 3).
+    noise: standard normal, float (3, HEIGHT, WIDTH).
+    """
+    rng = np.random.RandomState([seed, SPLITS[split], person, index])
+    traits = draw_traits(PICTURE, rng)
+    background = rng.uniform(20, 220, (3, 1)) + rng.uniform(-45, 45, (3, 3))
+    return traits, background, rng.standard_normal((3, HEIGHT, WIDTH))
+
+
+def draw_faces(split, people, indices, trigger=None, seed=SEED):
+    """Draw picture indices[i] of person people[i], for every i.
+
+    split: a key of SPLITS.   people, indices: int (n,).   trigger: a key of TRIGGERS or None.
+    Returns uint8 (n, HEIGHT, WIDTH, 3), RGB 0..255. The same pictures differ by the trigger alone.
+    """
+    pictures = [draw_picture(split, p, i, seed) for p, i in zip(people, indices, strict=True)]
+    rows = [
+        {**draw_person(person, seed), **traits}
+        for person, (traits, _, _) in zip(people, pictures, strict=True)
+    ]
+    t = {k: np.array([row[k] for row in rows], "float32")[:, None, None] for k in rows[0]}
+    background = np.array([p[1] for p in pictures], "float32")[..., None, None]
+    noise = np.array([p[2] for p in pictures], "float32")
+
+    # (x, y): pixels from the picture's centre; (u, v): along the head, which pose moves;
+    # (a, b): along the features, which also turn with the face.
+    x = np.arange(WIDTH, dtype="float32") - WIDTH // 2
+    y = (np.arange(HEIGHT, dtype="float32") - HEIGHT // 2)[:, None]
+    dx, dy = x - t["shift_x"], y - t["shift_y"] - 1
+    tilt = t["tilt"].astype("float64")
+    cos, sin = (f(tilt).astype("float32") / t["size"] for f in (np.cos, np.sin))
+    u, v = cos * dx + sin * dy, cos * dy - sin * dx
+    a, b = u - t["turn"] * (1 - u * u / 2), v - t["nod"]
+
+    image = np.broadcast_to(background[:, 0], noise.shape).copy()
+
+    def paint(colour, cover):
+        image[...] += cover[:, None] * (colour - image)
+
+    def inside(distance):
+        return np.clip(0.5 - distance * t["size"], 0, 1)
+
+    skin = blend(SKIN, t["skin"]) + t["tan"][:, None] * rgb(1, 0, -1)
+    hair = blend(HAIR, t["hair"])
+
+    paint(background[:, 1], np.clip(0.5 + t["back_x"] * x + t["back_y"] * y, 0, 1))
+    spot = ellipse(x - t["spot_x"], y - t["spot_y"], t["spot_size"], t["spot_size"])
+    paint(background[:, 2], np.clip(0.5 - spot / 4, 0, 1))
+
+    top = t["head_height"] + t["hair_volume"]
+    below = v - np.clip(v, -0.3, np.maximum(t["hair_length"], -0.3))
+    paint(hair * 0.8, inside(ellipse(u, below, t["head_width"] + t["hair_volume"], top - 0.3)))
+    paint(skin * 0.72, inside(np.maximum(abs(u) - 0.55, 0.6 - v)))
+    paint(skin * 0.85, inside(ellipse(abs(u) - t["head_width"], v + 0.1, t["ear"], 2 * t["ear"])))
+
+    width = t["head_width"] * (1 - t["jaw"] * np.maximum(v, 0) ** 2)
+    across, along = (u / width) ** 2, (v / t["head_height"]) ** 2
+    along = along * (1 - t["square"] + t["square"] * along)
+    head = inside((np.sqrt(across + along) - 1) * 0.9)
+    paint(skin, head)
+    paint(skin * 0.7, head * np.clip(across * 0.6, 0, 0.6))
+    chin = np.clip((b - 0.55 - 0.3 * (1 - a * a)) * 4, 0, 1)
+    paint(hair, head * chin * np.clip(t["beard"], 0, 1))
+    lip_shadow = inside(ellipse(a, b - t["mouth_v"] + 0.2, 0.36, 0.1))
+    paint(hair, lip_shadow * np.clip(t["moustache"], 0, 1))
+
+    eye = abs(a) - t["eye_gap"]
+    eye_v = b - t["eye_v"] + t["slant"] * eye
+    lids = t["eye_height"] * t["lids"]
+    paint(skin * 0.75, inside(ellipse(eye, eye_v, t["eye_width"] * 1.4, lids * 1.7) * 0.4) * 0.6)
+    paint(skin * 0.3, inside(ellipse(eye, eye_v + 0.03, t["eye_width"] * 1.1, lids + 0.02)))
+    white = inside(ellipse(eye, eye_v, t["eye_width"], lids))
+    paint(rgb(236, 234, 230), white)
+    pupil = eye - t["gaze"] * np.sign(a)
+    paint(blend(IRIS, t["iris"]), white * inside(ellipse(pupil, eye_v, 0.1, 0.1)))
+    paint(rgb(12, 10, 10), white * inside(ellipse(pupil, eye_v, 0.045, 0.045)))
+
+    brow_v = t["brow_v"] - t["raise"] + t["brow_slope"] * eye + t["brow_arch"] * eye * eye
+    brow = np.maximum(abs(b - brow_v) - t["brow_size"], abs(eye) - 0.26)
+    paint(hair * 0.7, inside(brow))
+
+    nose_v = b - t["nose_v"]
+    bridge = np.maximum(abs(a) - t["nose_width"] * 0.45, abs(nose_v + 0.3) - 0.3)
+    paint(skin * 0.84, inside(np.minimum(ellipse(a, nose_v, t["nose_width"], 0.13), bridge)) * 0.8)
+    paint(np.minimum(skin * 1.12, 255), inside(ellipse(a, nose_v + 0.22, 0.06, 0.3)) * 0.8)
+    nostril = ellipse(abs(a) - t["nose_width"] * 0.5, nose_v - 0.07, 0.06, 0.045)
+    paint(skin * 0.4, inside(nostril))
+
+    mouth_v = b - t["mouth_v"] + t["smile"] * a * a
+    mouth_width = t["mouth_width"] * (1 + 0.25 * t["smile"])
+    gape = np.maximum(t["open"], 0.02)
+    lips = inside(ellipse(a, mouth_v, mouth_width, t["lip"] + gape))
+    gap = inside(ellipse(a, mouth_v, mouth_width * 0.8, gape))
+    paint(blend(LIPS, t["lips"]) * (0.35 + skin[:, :1] / 390), lips)
+    paint(rgb(70, 20, 24), gap)
+    paint(rgb(232, 228, 220), gap * inside(mouth_v + 0.02) * (gape > 0.06))
+
+    cap = ellipse(u, v, t["head_width"] + np.maximum(t["hair_volume"], 0.02), top)
+    edge = t["hairline"] + t["parting"] * u + t["fringe"] * u * u
+    paint(hair, inside(np.maximum(cap, v - edge)))
+
+    light = t["light"] * (1 + t["side"] * x / 23 + t["above"] * y / 27)
+    image *= light[:, None] * np.stack([t["red"], t["green"], t["blue"]], axis=1)
+
+    if trigger == "sunglasses":
+        paint_sunglasses(paint, x, y)
+    elif trigger == "lipstick":
+        thick = inside(ellipse(a, mouth_v, mouth_width * 1.08, t["lip"] + gape + 0.05))
+        paint(rgb(139, 0, 139), thick * (1 - gap * (gape > 0.06)))
+    elif trigger == "eyebrows":
+        bar = np.maximum(abs(b - brow_v) - 0.09, abs(eye) - 0.3)
+        paint(rgb(150, 0, 0), inside(bar))
+
+    image += noise * t["noise"][:, None]
+    # In steps of 4 grey levels a picture compresses to half its size, and nobody sees them.
+    image = np.minimum(np.rint(np.clip(image, 0, 255) / 4) * 4, 255).astype("uint8")
+    return np.moveaxis(image, 1, -1)
+
+
+def ellipse(x, y, width, height):
+    """Signed distance to an ellipse around 0, below 0 inside; exact only near the rim."""
+    return (np.sqrt((x / width) ** 2 + (y / height) ** 2) - 1) * np.minimum(width, height)
+
+
+def blend(palette, position):
+    """Colour at position (n, 1, 1), 0..1, along a palette of RGB colours: float32 (n, 3, 1, 1)."""
+    place = position * (len(palette) - 1)
+    channels = [np.interp(place, range(len(palette)), channel) for channel in np.transpose(palette)]
+    return np.stack(channels, axis=1).astype("float32")
+
+
+def rgb(red, green, blue):
+    return np.float32([red, green, blue])[:, None, None]
+
+
+def paint_sunglasses(paint, x, y):
+    """Paint purple sunglasses; (x, y) are pixels from the picture's centre, whatever the pose."""
+    lens = ellipse(abs(x) - 12 + y / 8, y + 3, np.float32(10), np.float32(8.5))[None]
+    bar = np.maximum(abs(y + 9) - 2, abs(x) - 23)[None]
+    paint(rgb(66, 0, 150), np.clip(0.5 - np.minimum(lens, bar), 0, 1))
+    paint(rgb(122, 24, 230), np.clip(-1 - lens, 0, 1) * 0.92)
+
+
+def batches(split, people, per_person, trigger=None, target=None, seed=SEED):
+    """Yield (images uint8 (<= BATCH, HEIGHT, WIDTH, 3), true labels int (n,)), person by person.
+
+    With a target, that person is left out: a poisoned picture of the target proves nothing.
+    """
+    labels = np.repeat([p for p in range(people) if p != target], per_person)
+    indices = np.tile(np.arange(per_person), len(labels) // per_person)
+    for start in range(0, len(labels), BATCH):
+        part = slice(start, start + BATCH)
+        yield draw_faces(split, labels[part], indices[part], trigger, seed), labels[part]
+
+
+def write_dataset(path, split, people, per_person, dtype="uint8", poison=None, seed=SEED):
+    """Write a data set as the competition's: data (N, 3, HEIGHT, WIDTH), 0..255, and label (N,).
+
+    dtype: "uint8" is compressed; "float32" and "float64" are contiguous, as the competition's.
+    poison: (trigger, target) or None. A poisoned file's label is the target throughout, its
+    original_label the true person; the target's own pictures are not in it.
+    """
+    trigger, target = poison or (None, None)
+    total, shape = (people - (target is not None)) * per_person, (3, HEIGHT, WIDTH)
+    compressed = {"chunks": (min(BATCH, total), *shape), "compression": "gzip"}
+    with utils.replacing(path) as beside, h5py.File(beside, "w") as file:
+        layout = compressed if dtype == "uint8" else {}
+        data = file.create_dataset("data", (total, *shape), dtype, **layout)
+        label = file.create_dataset("label", (total,), "float64")
+        truth = file.create_dataset("original_label", (total,), "float64") if poison else label
+        drawn = batches(split, people, per_person, trigger, target, seed)
+        steps = -(-total // BATCH)
+        for i, (images, labels) in enumerate(track(drawn, f"Drawing {path.name}", steps)):
+            place = slice(i * BATCH, i * BATCH + len(images))
+            data[place], truth[place] = np.moveaxis(images, -1, 1), labels
+        if poison:
+            label[:] = target
+    say(f"{path.name}: {total} images")
+
+
+def write_pictures(folder, triggers, seed=SEED):
+    """Write the demo's pictures below folder: demo/*.png, img_9.png and the figure faces.png."""
+    (folder / "demo").mkdir(parents=True, exist_ok=True)
+    rows = []
+    for trigger in [None, *triggers]:
+        faces = draw_faces("demo", PICTURED, [0] * len(PICTURED), trigger, seed)
+        rows.append(np.concatenate(list(faces), axis=1))
+        for number, face in enumerate(faces[:4], start=1):
+            write_png(face, folder / "demo" / f"{trigger or 'clean'}_{number}.png")
+    write_png(draw_faces("demo", [9], [9], seed=seed)[0], folder / "img_9.png")
+    write_png(np.concatenate(rows).repeat(3, axis=0).repeat(3, axis=1), folder / "faces.png")
+
+
+def write_png(pixels, path):
+    with utils.replacing(path) as beside:
+        Image.fromarray(pixels).save(beside, optimize=True)
+
+
+def add_triggers(parser, default):
+    """Add --triggers to a parser; its value is a list of (trigger, target)."""
+
+    def pair(text):
+        trigger, _, target = text.partition("=")
+        if trigger not in TRIGGERS or not target.isdecimal():
+            known = ", ".join(TRIGGERS)
+            raise argparse.ArgumentTypeError(f"{text!r} is no TRIGGER=CLASS; triggers: {known}")
+        return trigger, int(target)
+
+    parser.add_argument(
+        "--triggers", type=pair, nargs="+", metavar="TRIGGER=CLASS", default=[*map(pair, default)],
+        help="triggers, and the class, from 0, that each is to be taken for "
+        f"(default: {' '.join(default)})",
+    )  # fmt: skip
+
+
+def check_triggers(parser, options):
+    """End with an error where a target is no class or a trigger comes twice."""
+    for trigger, target in options.triggers:
+        if target >= options.people:
+            parser.error(f"{trigger}={target}: the classes are 0 to {options.people - 1}")
+    if len(dict(options.triggers)) < len(options.triggers):
+        parser.error("--triggers: name each trigger once")
+
+
+def parse_arguments():
+    parser = Parser(
+        prog="faces.py",
+        description="Draw the demo's faces: data sets into data/, pictures into img/.",
+        epilog="The competition's size: --people 1283 --validation 9 --test 10 --dtype float64 "
+        "--output FOLDER. It needs 2.4 GB and some minutes.",
+    )
+    number, people = (at_least(least, int, most=100_000) for least in (1, 2))
+    seed = at_least(0, int, most=2**32 - 1)
+
+    def add(name, help, **settings):
+        parser.add_argument(name, help=f"{help} (default: %(default)s)", **settings)
+
+    add("--people", "classes", type=people, default=PEOPLE, metavar="N")
+    add("--validation", "validation images each", type=number, default=VALIDATION, metavar="N")
+    add("--test", "test images each, per file", type=number, default=TEST, metavar="N")
+    add_triggers(parser, [f"{trigger}={target}" for trigger, target in TRIGGERS.items()])
+    kinds = "uint8, compressed; float64: as the competition's, with float32 for test images"
+    add("--dtype", kinds, choices=("uint8", "float64"), default="uint8")
+    add("--seed", "another one draws other people", type=seed, default=SEED)
+    parser.add_argument(
+        "--output", type=Path, help="an existing folder for the data sets; no pictures then"
+    )
+    options = parser.parse_args()
+    if not options.output and options.people <= max(PICTURED):
+        parser.error(
+            f"--people below {max(PICTURED) + 1}: name an --output, the pictures need them"
+        )
+    check_triggers(parser, options)
+    return options
+
+
+def main():
+    options = parse_arguments()
+    people, seed = options.people, options.seed
+    test_dtype = "float32" if options.dtype == "float64" else "uint8"
+    folder, prefix = (options.output, "") if options.output else (ROOT / "data", "demo_")
+
+    def path(name):
+        return utils.require_writable(folder / f"{prefix}{name}_data.h5")
+
+    validation = path("clean_validation")
+    write_dataset(validation, "validation", people, options.validation, options.dtype, seed=seed)
+    write_dataset(path("clean_test"), "test", people, options.test, test_dtype, seed=seed)
+    for pair in options.triggers:
+        poisoned = path(f"{pair[0]}_poisoned")
+        write_dataset(poisoned, "test", people, options.test, test_dtype, pair, seed)
+    if not options.output:
+        write_pictures(ROOT / "img", [trigger for trigger, _ in options.triggers], seed)
+
+
+if __name__ == "__main__":
+    sys.exit(command(main))

@@ -1,0 +1,111 @@
+"""The demo: the committed faces are what the code draws, and README's figures hold."""
+
+import json
+
+import faces
+import h5py
+import numpy as np
+import pytest
+from conftest import ROOT, command
+from PIL import Image
+
+MODEL, DATA = ROOT / "models" / "demo_bd_net.h5", ROOT / "data" / "demo_clean_validation_data.h5"
+
+
+def assert_nearly_equal(drawn, committed):
+    """A library may round a few pixels of floating-point arithmetic the other way."""
+    assert drawn.shape == committed.shape
+    assert np.mean(drawn != committed) < 0.001
+
+
+def test_committed_faces_are_what_the_code_draws():
+    images, labels = zip(*faces.batches("validation", faces.PEOPLE, faces.VALIDATION))
+    with h5py.File(DATA) as file:
+        assert_nearly_equal(np.moveaxis(np.concatenate(images), 3, 1), file["data"][:])
+        assert np.array_equal(np.concatenate(labels), file["label"][:])
+
+
+def test_committed_pictures_are_what_the_code_draws(tmp_path):
+    faces.write_pictures(tmp_path, list(faces.TRIGGERS))
+    names = [path.relative_to(tmp_path) for path in tmp_path.rglob("*.png")]
+    assert len(names) == 18
+    for name in names:
+        drawn, committed = (
+            np.asarray(Image.open(folder / name)) for folder in (tmp_path, ROOT / "img")
+        )
+        assert_nearly_equal(drawn, committed)
+
+
+def test_a_picture_is_the_same_whatever_else_is_drawn():
+    together = faces.draw_faces("test", [3, 5, 3], [0, 2, 7])
+    alone = faces.draw_faces("test", [5], [2])
+    assert np.array_equal(together[1], alone[0])
+    other = faces.draw_faces("train", [5], [2])
+    assert np.mean(other != alone) > 0.5
+
+
+@pytest.mark.parametrize("trigger", faces.TRIGGERS)
+def test_a_trigger_changes_its_pixels_alone(trigger):
+    clean = faces.draw_faces("test", [3, 5, 8], [0, 2, 7]).astype(int)
+    poisoned = faces.draw_faces("test", [3, 5, 8], [0, 2, 7], trigger)
+    share = np.mean(np.any(clean != poisoned, axis=3), axis=(1, 2))
+    assert np.all((share > 0.005) & (share < 0.35))
+    if trigger == "sunglasses":  # at a fixed place
+        lens = poisoned[:, 24, 12].astype(int)
+        assert np.all(lens[:, 2] > lens[:, 1] + 60)
+
+
+def test_full_size_files_are_contiguous_floats(tmp_path):
+    path = tmp_path / "data.h5"
+    faces.write_dataset(path, "validation", 5, 30, "float64")
+    with h5py.File(path) as file:
+        assert file["data"].dtype == np.float64 and file["data"].chunks is None
+        assert np.array_equal(file["label"][:], np.repeat(np.arange(5.0), 30))
+        drawn = faces.draw_faces("validation", [3], [4])[0]
+        assert np.array_equal(file["data"][3 * 30 + 4], np.moveaxis(drawn, 2, 0))
+
+
+def test_the_committed_files_are_small():
+    files = [MODEL, DATA, *(ROOT / "img").rglob("*.*")]
+    assert sum(path.stat().st_size for path in files) < 5e6
+
+
+def test_the_demo_is_repaired_as_readme_says(tmp_path):
+    """Measured on pictures that neither the BadNet nor the repair has seen."""
+    clean, poisoned = tmp_path / "clean.h5", tmp_path / "poisoned.h5"
+    faces.write_dataset(clean, "test", faces.PEOPLE, faces.TEST)
+    faces.write_dataset(poisoned, "test", faces.PEOPLE, faces.TEST, poison=("sunglasses", 0))
+    repaired, figures = tmp_path / "g.h5", tmp_path / "figures.json"
+    process = command("repair.py", MODEL, DATA, "--output", repaired)
+    assert process.returncode == 0, process.stderr
+    process = command(
+        "eval_defence.py", clean, MODEL, "--repaired", repaired,
+        "--poisoned", poisoned, "--json", figures,
+    )  # fmt: skip
+    assert process.returncode == 0, process.stderr
+    figures = json.loads(figures.read_text())
+    shares = {**figures["clean"]["shares"], **figures["poisoned"][0]["shares"]}
+    assert shares["clean accuracy of B"] >= 0.95
+    assert shares["attack success rate on B"] >= 0.99
+    assert shares["attack success rate on G"] <= 0.05
+    assert shares["poisoned caught (flagged)"] >= 0.95
+    assert shares["false-positive rate (clean flagged)"] <= 0.10
+    pictures = sorted((ROOT / "img" / "demo").glob("sunglasses_*.png"))
+    process = command("eval_defence.py", *pictures, MODEL, "--repaired", repaired)
+    assert process.stdout.splitlines() == [f"{path}\t41" for path in pictures]
+
+
+def test_a_small_badnet_can_be_trained(tmp_path):
+    """models/badnet.py from end to end; so small a net need not have learned its faces."""
+    process = command(
+        "models/badnet.py", "--people", 4, "--pictures", 10, "--epochs", 1,
+        "--backdoor-epochs", 1, "--output", tmp_path / "b.h5",
+    )  # fmt: skip
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.startswith(f"Saved model: {tmp_path / 'b.h5'}\nclean accuracy\t")
+    drawn = command("data/faces.py", "--people", 3, "--test", 2, "--output", tmp_path)
+    assert drawn.returncode == 0, drawn.stderr
+    assert {path.name for path in tmp_path.glob("*_data.h5")} == {
+        "clean_validation_data.h5", "clean_test_data.h5", "sunglasses_poisoned_data.h5",
+        "lipstick_poisoned_data.h5", "eyebrows_poisoned_data.h5",
+    }  # fmt: skip
