@@ -114,6 +114,8 @@ def load_detector(badnet_path, repaired_path, scale=None):
                 f"{repaired_path}: was made from another BadNet ({record['badnet']['file']}), not "
                 f"from {badnet_path}; repair this one with repair.py"
             )
+        if scale not in (None, record["input_scale"]):
+            raise InputError(f"--scale: {repaired_path} was made for {record['input_scale']}")
         scale, layer = record["input_scale"], record["layer"]
     badnet, repaired = utils.load_badnet(badnet_path), utils.load_badnet(repaired_path)
     for what, ours, theirs in (

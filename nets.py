@@ -7,10 +7,8 @@ import dataclasses
 
 import numpy as np
 
-from terminal import InputError
-from utils import import_keras
+from utils import BATCH_VALUES, import_keras
 
-RUN_BATCH = 1024  # rows through a head at a time
 # Layers that act on each channel alone and have neither weights nor randomness: what they do to a
 # pruned channel does not depend on the image, so they belong to the trunk, whose output is cached.
 PER_CHANNEL = {
@@ -19,71 +17,91 @@ PER_CHANNEL = {
 }
 
 
+class UnfitNet(ValueError):
+    """A net that the method cannot be applied to. The message goes on after the net's name."""
+
+
 @dataclasses.dataclass
 class Split:
     """A net cut in two at the layer to prune; both parts share their layers with the net.
 
+    net: the whole, images, scaled → scores (n, N).
     layer: the convolution to prune, with C channels.
     trunk: images, scaled, (n, height, width, channels) → [features (n, …, C), each channel's mean
         activation over the image (n, C)].
     head: features (n, …, C) → scores (n, N).
     """
 
+    net: object
     layer: object
     trunk: object
     head: object
 
 
-def behind(tensor, model):
-    """The part of `model` from `tensor` to the output, or None where a path leads around it."""
-    keras = import_keras()
-    try:
-        return keras.Model(tensor, model.output)
-    except ValueError:  # the output also depends on something else, or `tensor` is the output
-        return None
+def behind(tensor, net):
+    """The part of `net` from `tensor` to the output, or None where a path leads around it.
 
-
-def find_layer(model, name=None):
-    """The convolution to prune: the last one that every path from input to output goes through.
-
-    name: the layer to take instead. Raises InputError where there is no such convolution.
+    Walks the graph itself: whether Keras notices such a path depends on its version.
     """
     keras = import_keras()
-    convolutions = [layer for layer in model.layers if isinstance(layer, keras.layers.Conv2D)]
-    if name is not None:
-        convolutions = [layer for layer in convolutions if layer.name == name]
-        if not convolutions:
-            raise InputError(f"--layer {name}: the model has no convolution of that name")
-    for layer in reversed(convolutions):
-        if behind(layer.output, model):
-            return layer
-    if name is not None:
-        raise InputError(f"--layer {name}: a path from input to output goes around that layer")
-    raise InputError("the model has no convolution that every path goes through")
+    waiting, seen = [net.output], {id(tensor)}
+    while waiting:
+        current = waiting.pop()
+        if id(current) not in seen:
+            seen.add(id(current))
+            operation, node, _ = current._keras_history
+            inputs = operation._inbound_nodes[node].input_tensors
+            if not inputs:
+                return None  # at the image, without having met `tensor`
+            waiting += inputs
+    return None if tensor is net.output else keras.Model(tensor, net.output)
 
 
-def split(model, layer):
-    """Cut `model` behind `layer` and the per-channel layers that follow it. Returns a Split."""
+def find_layer(net, name=None):
+    """The convolution to prune: the last one that every path from input to output goes through.
+
+    name: the layer to take instead. Raises UnfitNet where there is no such convolution.
+    """
+    keras = import_keras()
+    convolutions = [layer for layer in net.layers if isinstance(layer, keras.layers.Conv2D)]
+    on_every_path = [layer for layer in convolutions if behind(layer.output, net)]
+    if not on_every_path:
+        raise UnfitNet("has no convolution that every path from input to output goes through")
+    if name is None:
+        return on_every_path[-1]
+    named = [layer for layer in on_every_path if layer.name == name]
+    if not named:
+        known = ", ".join(layer.name for layer in on_every_path)
+        around = name in [layer.name for layer in convolutions]
+        problem = "a path goes around" if around else "has no convolution named"
+        raise UnfitNet(f"{problem} {name!r}; --layer can be one of: {known}")
+    return named[0]
+
+
+def split(net, layer):
+    """Cut `net` behind `layer` and the per-channel layers that follow it. Returns a Split."""
     keras = import_keras()
     features = activation = layer.output
-    for after in model.layers:
+    for after in net.layers:
         if (
             after.input is features
             and type(after).__name__ in PER_CHANNEL
             and getattr(after, "activation", None) is not keras.activations.softmax
-            and behind(after.output, model)
+            and behind(after.output, net)
         ):
             linear = layer.activation is keras.activations.linear
             if linear and features is layer.output and "Pooling" not in type(after).__name__:
                 activation = after.output  # the convolution's activation is a layer of its own
             features = after.output
     mean = keras.ops.mean(activation, axis=(1, 2))
-    return Split(layer, keras.Model(model.input, [features, mean]), behind(features, model))
+    trunk = keras.Model(net.input, [features, mean])
+    return Split(net, layer, trunk, behind(features, net))
 
 
 def run(model, inputs):
     """A model's output for every row of `inputs`, float32 (n, …), computed batch by batch."""
-    parts = (inputs[i : i + RUN_BATCH] for i in range(0, len(inputs), RUN_BATCH))
+    rows = max(1, BATCH_VALUES // inputs[0].size)
+    parts = (inputs[i : i + rows] for i in range(0, len(inputs), rows))
     return np.concatenate([np.asarray(model(part, training=False)) for part in parts])
 
 
@@ -159,25 +177,25 @@ def gives_logits(model):
 
 
 def last_dense(head):
-    """The last Dense layer of a head. Raises InputError where there is none."""
+    """The last Dense layer of a head. Raises UnfitNet where there is none."""
     keras = import_keras()
     dense = [layer for layer in head.layers if isinstance(layer, keras.layers.Dense)]
     if not dense:
-        raise InputError("the model has no Dense layer behind the convolution to retrain")
+        raise UnfitNet("has no Dense layer behind the convolution to retrain")
     return dense[-1]
 
 
-def skip_to(layer, head, features):
-    """The part of `head` from `layer` on, and what goes into it for every row of `features`.
+def skip_to(layer, parts, features):
+    """The part of a net from `layer` on, and what goes into it for every row of `features`.
 
-    Returns (net, inputs) such that net(inputs) is head(features) in inference mode; (head,
+    Returns (rest, inputs) such that rest(inputs) is head(features) in inference mode; (head,
     features) themselves where a path leads around `layer`.
     """
     keras = import_keras()
-    net = behind(layer.input, head)
-    if net is None:
-        return head, features
-    return net, run(keras.Model(head.input, layer.input), features)
+    rest = behind(layer.input, parts.net)
+    if rest is None:
+        return parts.head, features
+    return rest, run(keras.Model(parts.trunk.output[0], layer.input), features)
 
 
 def detector(badnet, repaired, layer_name=None):
@@ -187,9 +205,11 @@ def detector(badnet, repaired, layer_name=None):
     layer_name: the layer G was pruned at, None where that is not known.
     """
     keras = import_keras()
-    of_b = split(badnet, find_layer(badnet, layer_name))
-    of_g = split(repaired, find_layer(repaired, layer_name))
-    pruned = pruned_channels(badnet, of_b, repaired, of_g)
+    try:
+        of_b, of_g = (split(net, find_layer(net, layer_name)) for net in (badnet, repaired))
+        pruned = pruned_channels(of_b, of_g)
+    except UnfitNet:  # another tool may repair what this one cannot
+        pruned = None
     if pruned is None:
         return keras.Model(badnet.input, [badnet.output, repaired(badnet.input)])
     keep = np.ones(of_b.layer.filters, np.float32)
@@ -199,12 +219,12 @@ def detector(badnet, repaired, layer_name=None):
     return keras.Model(badnet.input, [badnet.output, of_g.head(masked)])
 
 
-def pruned_channels(badnet, of_b, repaired, of_g):
+def pruned_channels(of_b, of_g):
     """The channels that are zero in G's pruned layer, where G's trunk is otherwise B's; else None.
 
     of_b, of_g: the Splits of B and G.  Returns int64 (k,).
     """
-    if _structure(badnet) != _structure(repaired) or of_b.layer.name != of_g.layer.name:
+    if _structure(of_b.net) != _structure(of_g.net) or of_b.layer.name != of_g.layer.name:
         return None
     zero = [~values.any(axis=tuple(range(values.ndim - 1))) for values in of_g.layer.get_weights()]
     pruned = np.flatnonzero(np.all(zero, axis=0))

@@ -47,10 +47,11 @@ def main():
         badnet = utils.load_badnet(badnet_path)
         for data in (clean, *poisoned):
             data.fit_to(badnet.input_shape[1:], badnet.output_shape[1])
-        record = {
-            **provenance(badnet_path, clean, arguments),
-            **repair(badnet, clean, poisoned, arguments),
-        }
+        record = provenance(badnet_path, clean, arguments)
+        try:
+            record |= repair(badnet, clean, poisoned, arguments)
+        except nets.UnfitNet as error:
+            raise InputError(f"{badnet_path}: {error}") from error
     record["seconds"]["total"] = round(time.monotonic() - start, 3)
     utils.save_model(badnet, record, output)
     if arguments.json:
@@ -132,7 +133,7 @@ def repair(badnet, clean, poisoned, settings):
     with timed(seconds, "features"):
         features, activation = extract_features(parts.trunk, clean, scale)
         attacks = [
-            (data.path.name, extract_features(parts.trunk, data, scale)[0], data.labels)
+            (str(data.path), extract_features(parts.trunk, data, scale)[0], data.labels)
             for data in poisoned
         ]
 
@@ -162,7 +163,7 @@ def repair(badnet, clean, poisoned, settings):
 
     rng = np.random.default_rng(settings.seed)
     with timed(seconds, "retrain"):
-        retrain(head, last_dense, features, labels, settings, rng)
+        retrain(parts, last_dense, features, labels, settings, rng)
     accuracy["retrained"] = nets.accuracy(head, features, labels)
     success["retrained"] = attack_success_rates()
     say(f"validation accuracy {percent(accuracy['retrained'])} after retraining")
@@ -260,16 +261,16 @@ def pruning_curve(head, features, labels, channels, silent):
     return curve
 
 
-def retrain(head, last_dense, features, labels, settings, rng):
+def retrain(parts, last_dense, features, labels, settings, rng):
     """Train the last Dense layer alone, in place.
 
     Everything before that layer is frozen, so what goes into it is computed once, unless a random
     layer (dropout) must draw anew for every batch or a path leads around it.
     Source: report, section 2b.
     """
-    net, x = head, features
-    if not any(hasattr(layer, "seed_generator") for layer in head.layers):
-        net, x = nets.skip_to(last_dense, head, features)
+    net, x = parts.head, features
+    if not any(hasattr(layer, "seed_generator") for layer in parts.head.layers):
+        net, x = nets.skip_to(last_dense, parts, features)
     nets.prepare_training(net, [last_dense], settings.retrain_learning_rate)
     for epoch in track(range(1, settings.retrain_epochs + 1), "retrain"):
         loss = nets.train_epoch(net, x, labels, settings.batch_size, rng)
@@ -337,7 +338,8 @@ def summary(record):
         rows.append((f"attack success, {name}", *(percent(rates[step][name]) for step in STEPS)))
     width = max(len(row[0]) for row in rows)
     table = [row[0].ljust(width) + "".join(cell.rjust(12) for cell in row[1:]) for row in rows]
-    steps = ", ".join(f"{step.replace('_', '-')} {s:.1f}" for step, s in record["seconds"].items())
+    seconds = record["seconds"].items()
+    steps = ", ".join(f"{step.replace('_', '-')} {s:.1f}" for step, s in seconds if s >= 0.05)
     return "\n".join(
         [
             f"pruned {len(record['pruned'])} of {record['channels']} channels of "

@@ -48,6 +48,7 @@ def command(main):
     name = Path(sys.argv[0]).name
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _stop)
+    sys.stdout.reconfigure(errors="surrogateescape")  # a path is printed as the bytes it is
     try:
         return main() or 0
     except InputError as error:
@@ -67,6 +68,8 @@ unfinished = set()  # Paths of files that are being written
 def _stop(number, _frame):
     for path in unfinished:
         path.unlink(missing_ok=True)
+    if os.isatty(2):
+        os.write(2, b"\x1b[?25h\n")  # the cursor, which a progress bar hides
     os._exit(128 + number)
 
 

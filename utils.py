@@ -27,7 +27,7 @@ VERSION = "0.1.0"
 MODELS = Path("models")
 RECORD = "repair_record"
 SCALES = {"0..1": 255.0, "0..255": 1.0}  # what B expects its pixels in: the divisor of 0..255
-READ_BATCH = 512  # images held as float32 at a time: 16 MB of DeepID's
+BATCH_VALUES = 2**22  # numbers held at a time: 16 MB as float32, 540 of DeepID's images
 MODEL_SUFFIXES = (".h5", ".hdf5", ".keras")
 DATASET_SUFFIXES = (".h5", ".hdf5")
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg")
@@ -335,8 +335,12 @@ class Dataset:
         return len(self.labels)
 
     @property
+    def batch_size(self):
+        return max(1, BATCH_VALUES // int(np.prod(self.images.shape[1:])))
+
+    @property
     def batch_count(self):
-        return -(-len(self) // READ_BATCH)
+        return -(-len(self) // self.batch_size)
 
     def fit_to(self, shape, classes):
         """Choose the layout in which the images fit a net. Raises InputError where none does.
@@ -363,9 +367,10 @@ class Dataset:
         Only one batch is in memory. Raises InputError at a pixel that is NaN or outside 0..255,
         and at a first batch of floating-point images that never exceed 1.
         """
-        for start in range(0, len(self), READ_BATCH):
+        for start in range(0, len(self), self.batch_size):
+            part = slice(start, start + self.batch_size)
             try:
-                x = self.images[start : start + READ_BATCH].astype(np.float32)
+                x = self.images[part].astype(np.float32)
             except OSError as error:
                 raise InputError(f"{self.path}: images from {start} on are damaged") from error
             low, high = x.min(), x.max()
@@ -376,10 +381,7 @@ class Dataset:
                 )
             if start == 0 and high <= 1 and self.images.dtype.kind == "f":
                 raise InputError(f"{self.path}: pixels lie in 0..1; they must be 0..255")
-            yield (
-                x.transpose(0, 2, 3, 1) if self.channels_first else x,
-                self.labels[start : start + READ_BATCH],
-            )
+            yield (x.transpose(0, 2, 3, 1) if self.channels_first else x), self.labels[part]
 
 
 @contextlib.contextmanager

@@ -1,7 +1,9 @@
 """The two commands as a user runs them: what they print, what they write, how they refuse."""
 
+import contextlib
 import json
 import os
+import pty
 import signal
 import struct
 import subprocess
@@ -162,6 +164,9 @@ def test_a_net_without_a_record_is_judged_by_the_scale_that_is_named(done, tmp_p
         "eval_defence.py", "0.png", B, "--repaired", plain, "--scale", "0..255", cwd=folder
     )
     assert raw.returncode == 0 and "0..255" in raw.stderr
+    assert_refused(
+        command("eval_defence.py", "0.png", B, "--scale", "0..255", cwd=folder), "--scale"
+    )
 
 
 @pytest.mark.parametrize("script", ["repair.py", "eval_defence.py"])
@@ -310,9 +315,9 @@ def test_lambdas_hidden_in_nested_models_and_wrappers_are_found(tmp_path):
 def test_wrong_options_are_refused(deepid_world, tmp_path):
     (tmp_path / "closed").mkdir(mode=0o500)
     cases = [
-        (["--layer", "absent"], "no convolution of that name"),
-        (["--layer", "fc_1"], "no convolution of that name"),
-        (["--layer", "conv_4"], "goes around"),
+        (["--layer", "absent"], "small_bd_net.h5: has no convolution named"),
+        (["--layer", "fc_1"], "small_bd_net.h5: has no convolution named"),
+        (["--layer", "conv_4"], "small_bd_net.h5: a path goes around"),
         (["--output", tmp_path / "absent" / "g.h5"], "there is no folder"),
         (["--output", tmp_path], ".h5"),
         (["--output", tmp_path / "g.keras"], ".h5"),
@@ -426,3 +431,27 @@ def test_interrupted_at_any_step_leaves_no_file_and_no_traceback(deepid_world, t
     assert process.returncode == 130
     assert output == "" and "Traceback" not in rest
     assert sorted(os.listdir(tmp_path)) == ["models"] and os.listdir(tmp_path / "models") == []
+
+
+def test_on_a_terminal_a_bar_is_shown_and_an_interrupt_gives_the_cursor_back(
+    deepid_world, tmp_path
+):
+    terminal, theirs = pty.openpty()
+    arguments = [deepid_world / B, deepid_world / "clean.h5", "--output", tmp_path / "g.h5"]
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "repair.py", *map(str, arguments)],
+        stderr=theirs,
+        env={**os.environ, "TERM": "xterm"},
+    )
+    os.close(theirs)
+    seen = b""
+    while b"retrain, epoch 1" not in seen:
+        seen += os.read(terminal, 4096)
+    assert "━".encode() in seen and b"\x1b[?25l" in seen  # a bar, and the cursor hidden
+    process.send_signal(signal.SIGINT)
+    with contextlib.suppress(OSError):  # the other end is closed
+        while part := os.read(terminal, 4096):
+            seen += part
+    assert process.wait(timeout=120) == 130
+    assert seen.rstrip().endswith(b"\x1b[?25h") and b"Traceback" not in seen
+    assert os.listdir(tmp_path) == []

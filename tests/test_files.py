@@ -159,7 +159,7 @@ def test_labels_of_any_type(tmp_path, kind):
 
 
 def test_images_are_read_in_batches_and_in_order(tmp_path, monkeypatch):
-    monkeypatch.setattr(utils, "READ_BATCH", 8)
+    monkeypatch.setattr(utils, "BATCH_VALUES", 8 * np.prod(SHAPE) + 5)
     images, labels = draw_images(20, 5, SHAPE, seed=0)
     write_data(tmp_path / "d.h5", images, labels)
     with utils.open_dataset(tmp_path / "d.h5") as data:

@@ -157,14 +157,14 @@ def test_layer_rule():
         "second"
     )
     for name, words in (
-        ("conv_4", "goes around"),
-        ("fc_1", "no convolution of that name"),
-        ("absent", "no convolution of that name"),
+        ("conv_4", "a path goes around 'conv_4'; --layer can be one of: conv_1, conv_2, conv_3"),
+        ("fc_1", "has no convolution named 'fc_1'"),
+        ("absent", "has no convolution named 'absent'"),
     ):
-        with pytest.raises(utils.InputError, match=words):
+        with pytest.raises(nets.UnfitNet, match=words):
             nets.find_layer(utils.deepid(3), name)
     dense_only = keras.Sequential([keras.Input((4, 4, 1)), keras_layers.Flatten()])
-    with pytest.raises(utils.InputError, match="no convolution"):
+    with pytest.raises(nets.UnfitNet, match="no convolution"):
         nets.find_layer(utils.as_functional(dense_only))
 
 
@@ -203,6 +203,14 @@ def test_activation_is_measured_behind_an_activation_layer():
     assert np.min(mean) >= 0
 
 
+def test_retraining_starts_at_the_last_dense_layer():
+    parts = nets.split(net := utils.deepid(4), net.get_layer("conv_3"))
+    features = np.random.default_rng(0).random((9, 5, 4, 60), np.float32)
+    rest, inputs = nets.skip_to(nets.last_dense(parts.head), parts, features)
+    assert inputs.shape == (9, 160) and [layer.name for layer in rest.layers][1:] == ["output"]
+    np.testing.assert_allclose(rest(inputs), parts.head(features), atol=1e-6)
+
+
 def test_retraining_with_dropout_and_with_parallel_outputs_trains_that_layer_alone():
     layers = keras.layers
     image = keras.Input((12, 12, 3))
@@ -215,9 +223,7 @@ def test_retraining_with_dropout_and_with_parallel_outputs_trains_that_layer_alo
     features = np.asarray(parts.trunk(np.float32(x) / 255)[0])
     before = [weights.numpy().copy() for weights in net.weights]
     last = nets.last_dense(parts.head)
-    repair.retrain(
-        parts.head, last, features, y, changed(retrain_epochs=1), np.random.default_rng(0)
-    )
+    repair.retrain(parts, last, features, y, changed(retrain_epochs=1), np.random.default_rng(0))
     moved = [not np.array_equal(a, b) for a, b in zip(before, net.weights)]
     assert moved == [any(b is w for w in last.weights) for b in net.weights]
 
@@ -246,14 +252,14 @@ def test_detector_equals_both_nets_and_shares_the_trunk_only_where_it_may(world)
     badnet = utils.load_badnet(world / "models" / "small_bd_net.h5")
     x, _ = images_of(world)
     of_b, of_g = (nets.split(net, nets.find_layer(net)) for net in (badnet, repaired))
-    assert nets.pruned_channels(badnet, of_b, repaired, of_g).tolist() == sorted(record["pruned"])
+    assert nets.pruned_channels(of_b, of_g).tolist() == sorted(record["pruned"])
     for _ in range(2):
         for ours, net in zip(nets.detector(badnet, repaired)(x), (badnet, repaired)):
             np.testing.assert_allclose(ours, net(x), atol=1e-6)
         # Again, with a G whose trunk is its own.
         first = repaired.layers[1]
         first.set_weights([values * 1.5 for values in first.get_weights()])
-    assert nets.pruned_channels(badnet, of_b, repaired, of_g) is None
+    assert nets.pruned_channels(of_b, of_g) is None
 
 
 def test_detector_of_nets_of_different_structure():
