@@ -1,0 +1,26 @@
+# make demo: set up and repair the demo's BadNet, then judge clean and poisoned pictures.
+# make test: set up and run the tests.   make lint: check the style.
+PYTHON ?= python3
+PY = .venv/bin/python
+
+demo: .venv/ready
+	$(PY) repair.py models/demo_bd_net.h5 data/demo_clean_validation_data.h5
+	$(PY) eval_defence.py img/demo/clean_*.png img/demo/sunglasses_*.png demo_bd_net
+
+test: .venv/ready-for-tests
+	$(PY) -m pytest -n 2
+
+lint: .venv/ready-for-tests
+	$(PY) -m ruff check
+	$(PY) -m ruff format --check
+
+.venv/ready: requirements.txt
+	$(PYTHON) -m venv .venv
+	$(PY) -m pip install --quiet -r requirements.txt
+	touch $@
+
+.venv/ready-for-tests: .venv/ready tests/requirements.txt
+	$(PY) -m pip install --quiet -r tests/requirements.txt
+	touch $@
+
+.PHONY: demo test lint
