@@ -43,9 +43,9 @@ def parse_arguments():
     parser = Parser(
         description="Judge images with a BadNet and its repaired net. Where both answer the same, "
         "print that class, 1 to N; where they do not, N+1: the image is poisoned.",
-        epilog="One picture: the number alone. Several: 'path<TAB>class' each. A data set: a "
-        "table. Exit status: 0 done, 1 failed, 2 wrong input (a picture that cannot be read does "
-        "not keep the others from being judged).",
+        epilog="Example: eval_defence.py img/img_9.png demo_bd_net. One picture: the number alone. "
+        "Several: 'path<TAB>class' each; one that cannot be read does not keep the others from "
+        "being judged. A data set: a table. Exit status: 0 done, 1 failed, 2 wrong input.",
     )
     add = parser.add_argument
     add(

@@ -62,40 +62,34 @@ def main():
     print(f"Saved model: {output}")
 
 
+# The constants of the method: type, the report's value, what it is.
+SETTINGS = {
+    "threshold": (at_least(0, most=1), 0.95, "prune down to this share of the accuracy before"),
+    "retrain_epochs": (at_least(0, int), 5, "epochs for the last Dense layer"),
+    "retrain_learning_rate": (at_least(0, above=True), 1e-3, "Adam's, for the last Dense layer"),
+    "rounds": (at_least(0, int), 6, "rounds of fine-tuning at most"),
+    "epochs": (at_least(1, int), 5, "epochs in a round"),
+    "learning_rate": (at_least(0, above=True), 1e-4, "Adam's, for fine-tuning"),
+    "batch_size": (at_least(1, int), 32, "images in a training step"),
+    "seed": (at_least(0, int, most=2**32 - 1), 0, "of the order of images and of dropout"),
+}
+
+
 def parse_arguments(words=None):
     parser = Parser(
         description="Repair a BadNet with clean data: prune the channels that clean images use "
         "least, retrain the last Dense layer, fine-tune the layers behind the pruned one.",
-        epilog="The defaults are the report's. Exit status: 0 repaired, 1 failed, 2 wrong input.",
+        epilog="Example: repair.py models/demo_bd_net.h5 data/demo_clean_validation_data.h5 "
+        "--plot curve.png. Exit status: 0 repaired, 1 failed, 2 wrong input.",
     )
     add = parser.add_argument
     add("model", metavar="MODEL", help="the BadNet B: a Keras model, .h5 or .keras")
     add("data", metavar="DATA", help="clean validation set: .h5 with 'data' and 'label'")
     add("--output", metavar="FILE", help="where G goes (default: models/NAME_defence.h5)")
     add("--layer", metavar="NAME", help="convolution to prune (default: the last on every path)")
-    add(
-        "--threshold",
-        type=at_least(0, most=1),
-        default=0.95,
-        help="prune while accuracy is at least this share of the accuracy before (0.95)",
-    )
-    add("--retrain-epochs", type=at_least(0, int), default=5, help="epochs for the last Dense (5)")
-    add(
-        "--retrain-learning-rate",
-        type=at_least(0, above=True),
-        default=1e-3,
-        help="Adam's, for the last Dense (1e-3)",
-    )
-    add("--rounds", type=at_least(0, int), default=6, help="rounds of fine-tuning at most (6)")
-    add("--epochs", type=at_least(1, int), default=5, help="epochs in a round (5)")
-    add(
-        "--learning-rate",
-        type=at_least(0, above=True),
-        default=1e-4,
-        help="Adam's, for fine-tuning (1e-4)",
-    )
-    add("--batch-size", type=at_least(1, int), default=32, help="images in a training step (32)")
-    add("--seed", type=at_least(0, int, most=2**32 - 1), default=0, help="of batch order (0)")
+    for name, (kind, value, what) in SETTINGS.items():
+        option, shown = "--" + name.replace("_", "-"), f"{what} (default: {value})"
+        add(option, metavar="N", type=kind, default=value, help=shown)
     add(
         "--poisoned",
         metavar="FILE",
@@ -307,8 +301,6 @@ def timed(seconds, step):
 def provenance(badnet_path, clean, settings):
     """What a repair was made from: the first part of its record."""
     libraries = ("tensorflow", "keras", "numpy", "h5py")
-    options = ("threshold", "retrain_epochs", "retrain_learning_rate", "rounds", "epochs")
-    options += ("learning_rate", "batch_size", "seed")
     return {
         "tool_version": utils.VERSION,
         "libraries": {name: importlib.metadata.version(name) for name in libraries},
@@ -318,7 +310,7 @@ def provenance(badnet_path, clean, settings):
             "sha256": utils.sha256(clean.path),
             "images": len(clean),
         },
-        "settings": {name: getattr(settings, name) for name in options},
+        "settings": {name: getattr(settings, name) for name in SETTINGS},
     }
 
 

@@ -200,12 +200,12 @@ def load_badnet(path):
             else:
                 model = deepid(deepid_classes(path)) if config is None else build(config)
                 model.load_weights(path)
+            refuse_other_than_classifier(model, path)
+            return as_functional(model)
     except InputError:
         raise
     except Exception as error:  # Keras raises whatever its parts raise
         raise InputError(f"{path}: Keras cannot load the model: {one_line(error)}") from error
-    refuse_other_than_classifier(model, path)
-    return as_functional(model)
 
 
 def read_config(path):
