@@ -74,8 +74,9 @@ def _stop(number, _frame):
 
 
 def one_line(error):
-    """The first line of what an exception says, as a string without a closing full stop."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")
+    """The first line of what an exception says, at most 200 characters, without a full stop."""
+    line = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    return line.rstrip(".") if len(line) <= 200 else line[:199] + "…"
 
 
 @functools.cache

@@ -230,6 +230,7 @@ def read_config(path):
 def build(config):
     """Build an untrained model from the config of an .h5 file of any Keras since 2.2."""
     keras = import_keras()
+    config = portable(config)
     if config["class_name"] != "Sequential":
         return keras.Model.from_config(config["config"])
     inner = config["config"]
@@ -242,6 +243,21 @@ def build(config):
         shape = layers[0]["config"].pop("batch_input_shape", None) or inner["build_input_shape"]
         layers.insert(0, {"class_name": "InputLayer", "config": {"batch_shape": shape}})
     return keras.Sequential.from_config(inner)
+
+
+def portable(config):
+    """A config less what keeps another version of Keras from reading it and changes nothing.
+
+    Initializers are needless, since the weights are loaded; older versions do not know all of
+    their keys, nor the mere mention of quantization.
+    """
+    if isinstance(config, dict):
+        return {
+            key: portable(part)
+            for key, part in config.items()
+            if not (key.endswith("_initializer") or (key == "quantization_config" and not part))
+        }
+    return [portable(part) for part in config] if isinstance(config, list) else config
 
 
 def as_functional(model):

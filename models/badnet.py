@@ -110,9 +110,15 @@ def free_dormant_channels(model, images, seed):
     fresh = np.random.RandomState(seed).uniform(-limit, limit, kernel.shape)
     conv_3.set_weights([np.where(free, fresh, kernel), np.where(free, 0, bias)])
 
+    class Keep(keras.constraints.Constraint):
+        def __init__(self, start, but):
+            self.start, self.but = start, but
+
+        def __call__(self, trained):
+            return keras.ops.where(self.but, trained, self.start)
+
     def keep(variable, but):
-        start, but = variable.numpy(), np.broadcast_to(but, variable.shape)
-        variable.constraint = lambda trained: keras.ops.where(but, trained, start)
+        variable.constraint = Keep(variable.numpy(), np.broadcast_to(but, variable.shape))
 
     keep(conv_3.kernel, but=free)
     keep(conv_3.bias, but=free)
