@@ -38,12 +38,11 @@ class Split:
     head: object
 
 
-def behind(tensor, net):
-    """The part of `net` from `tensor` to the output, or None where a path leads around it.
+def on_every_path(tensor, net):
+    """Whether every path from the input of `net` to its output goes through `tensor`.
 
-    Walks the graph itself: whether Keras notices such a path depends on its version.
+    Walks the graph itself: whether Keras notices a path around depends on its version.
     """
-    keras = import_keras()
     waiting, seen = [net.output], {id(tensor)}
     while waiting:
         current = waiting.pop()
@@ -52,9 +51,9 @@ def behind(tensor, net):
             operation, node, _ = current._keras_history
             inputs = operation._inbound_nodes[node].input_tensors
             if not inputs:
-                return None  # at the image, without having met `tensor`
+                return False  # at the image, without having met `tensor`
             waiting += inputs
-    return None if tensor is net.output else keras.Model(tensor, net.output)
+    return True
 
 
 def find_layer(net, name=None):
@@ -64,14 +63,14 @@ def find_layer(net, name=None):
     """
     keras = import_keras()
     convolutions = [layer for layer in net.layers if isinstance(layer, keras.layers.Conv2D)]
-    on_every_path = [layer for layer in convolutions if behind(layer.output, net)]
-    if not on_every_path:
+    candidates = [layer for layer in convolutions if on_every_path(layer.output, net)]
+    if not candidates:
         raise UnfitNet("has no convolution that every path from input to output goes through")
     if name is None:
-        return on_every_path[-1]
-    named = [layer for layer in on_every_path if layer.name == name]
+        return candidates[-1]
+    named = [layer for layer in candidates if layer.name == name]
     if not named:
-        known = ", ".join(layer.name for layer in on_every_path)
+        known = ", ".join(layer.name for layer in candidates)
         around = name in [layer.name for layer in convolutions]
         problem = "a path goes around" if around else "has no convolution named"
         raise UnfitNet(f"{problem} {name!r}; --layer can be one of: {known}")
@@ -87,7 +86,7 @@ def split(net, layer):
             after.input is features
             and type(after).__name__ in PER_CHANNEL
             and getattr(after, "activation", None) is not keras.activations.softmax
-            and behind(after.output, net)
+            and on_every_path(after.output, net)
         ):
             linear = layer.activation is keras.activations.linear
             if linear and features is layer.output and "Pooling" not in type(after).__name__:
@@ -95,7 +94,7 @@ def split(net, layer):
             features = after.output
     mean = keras.ops.mean(activation, axis=(1, 2))
     trunk = keras.Model(net.input, [features, mean])
-    return Split(net, layer, trunk, behind(features, net))
+    return Split(net, layer, trunk, keras.Model(features, net.output))
 
 
 def run(model, inputs):
@@ -192,9 +191,9 @@ def skip_to(layer, parts, features):
     features) themselves where a path leads around `layer`.
     """
     keras = import_keras()
-    rest = behind(layer.input, parts.net)
-    if rest is None:
+    if not on_every_path(layer.input, parts.net):
         return parts.head, features
+    rest = keras.Model(layer.input, parts.net.output)
     return rest, run(keras.Model(parts.trunk.output[0], layer.input), features)
 
 

@@ -262,6 +262,19 @@ def test_detector_equals_both_nets_and_shares_the_trunk_only_where_it_may(world)
     assert nets.pruned_channels(of_b, of_g) is None
 
 
+def test_detector_of_nets_that_cannot_be_split():
+    """Another tool may have repaired a net in which no convolution lies on every path."""
+    image = keras.Input((8, 8, 3))
+    flat = keras.layers.Flatten()
+    sides = [flat(keras.layers.Conv2D(2, 3)(image)), flat(keras.layers.Conv2D(2, 3)(image))]
+    net = keras.Model(image, keras.layers.Dense(3)(keras.layers.Concatenate()(sides)))
+    with pytest.raises(nets.UnfitNet):
+        nets.find_layer(net)
+    x = np.random.default_rng(0).random((5, 8, 8, 3), np.float32)
+    for ours in nets.detector(net, net)(x):
+        np.testing.assert_allclose(ours, net(x), atol=1e-6)
+
+
 def test_detector_of_nets_of_different_structure():
     badnet = small(keras.layers.Flatten())
     repaired = fit(
