@@ -3,7 +3,10 @@
 Everything here works on Keras models in memory; no function reads or writes a file.
 """
 
+import collections
+import concurrent.futures
 import dataclasses
+import functools
 
 import numpy as np
 
@@ -97,16 +100,51 @@ def split(net, layer):
     return Split(net, layer, trunk, keras.Model(features, net.output))
 
 
-def run(model, inputs):
-    """A model's output for every row of `inputs`, float32 (n, …), computed batch by batch."""
-    rows = max(1, BATCH_VALUES // inputs[0].size)
-    parts = (inputs[i : i + rows] for i in range(0, len(inputs), rows))
-    return np.concatenate([np.asarray(model(part, training=False)) for part in parts])
+@functools.lru_cache(maxsize=8)
+def compiled(model):
+    """A model in inference mode as one TensorFlow graph, for float32 batches (b, …) of any size.
+
+    `model.predict_on_batch` makes another for each of the first sizes, and after each `compile`.
+    """
+    import_keras()
+    import tensorflow as tf
+
+    signature = [tf.TensorSpec(model.input.shape)]
+    return tf.function(
+        lambda x: model(x, training=False), input_signature=signature, autograph=False
+    )
 
 
-def classify(model, inputs):
-    """The class of every row of `inputs`, int64 (n,), 0..N-1: the index of the largest score."""
-    return run(model, inputs).argmax(axis=1)
+def side_by_side(function, items):
+    """Yield function(item) for every item, in order, two at a time in threads.
+
+    While two are under way the next item is fetched, and no more.
+    """
+    with concurrent.futures.ThreadPoolExecutor(2) as threads:
+        under_way = collections.deque()
+        for item in items:
+            under_way.append(threads.submit(function, item))
+            if len(under_way) > 2:
+                yield under_way.popleft().result()
+        while under_way:
+            yield under_way.popleft().result()
+
+
+def outputs(model, inputs, rows=None):
+    """Iterate over a model's output, float32 (b, …), for batch after batch of `inputs`.
+
+    rows: int (k,), the rows of `inputs` to take, in this order; all where None.
+    """
+    rows = np.arange(len(inputs)) if rows is None else rows
+    size = max(1, BATCH_VALUES // inputs[0].size)
+    parts = (inputs[rows[start : start + size]] for start in range(0, len(rows), size))
+    return map(np.asarray, side_by_side(compiled(model), parts))
+
+
+def classify(model, inputs, rows=None):
+    """The class of rows of `inputs`, as in `outputs`: int64 (k,), 0..N-1, of the largest score."""
+    classes = [scores.argmax(axis=1) for scores in outputs(model, inputs, rows)]
+    return np.concatenate([np.empty(0, np.int64), *classes])
 
 
 def accuracy(model, inputs, labels):
@@ -143,29 +181,73 @@ def make_reproducible(seed):
     tensorflow.config.experimental.enable_op_determinism()
 
 
-def prepare_training(model, layers, learning_rate):
-    """Give a classifier a fresh Adam that trains `layers` alone; the others stay as they are.
+def make_trainer(model, layers, learning_rate, batch_size, rng):
+    """Make a function that trains `layers` of a classifier, with one Adam for all its calls.
 
-    Loss: categorical cross-entropy, from the labels' numbers instead of one-hot rows.
+    The other layers stay as they are. Loss: categorical cross-entropy, from the labels' numbers
+    instead of one-hot rows.  rng: a NumPy Generator.
+    Returns train_epoch(x, y), which trains on every row of float32 x (n, …) and int64 y (n,),
+    0..N-1, once, in the order rng.permutation(n), and returns the mean loss over the rows.
     """
     keras = import_keras()
+    import tensorflow as tf
+
     for layer in model.layers:
         layer.trainable = layer in layers
-    model.compile(
-        keras.optimizers.Adam(learning_rate),
-        keras.losses.SparseCategoricalCrossentropy(from_logits=gives_logits(model)),
-    )
+    adam = fused_adam()(learning_rate)
+    adam.build(model.trainable_variables)
+    model.compile(adam, keras.losses.CategoricalCrossentropy(from_logits=gives_logits(model)))
+
+    # Many steps in one graph: to start a step from here takes as long as the step of a small net.
+    signature = [tf.TensorSpec(model.input.shape), tf.TensorSpec([None], tf.int64)]
+
+    @tf.function(input_signature=signature, autograph=False)
+    def train(x, y):
+        def step(start, losses):
+            rows = slice(start, start + batch_size)
+            with tf.GradientTape() as tape:
+                wanted = tf.one_hot(y[rows], model.output.shape[1])
+                loss = model.compute_loss(y=wanted, y_pred=model(x[rows], training=True))
+            adam.apply(tape.gradient(loss, model.trainable_variables))
+            loss = tf.cast(loss, tf.float32) * tf.cast(tf.size(y[rows]), tf.float32)
+            return start + batch_size, losses + loss
+
+        return tf.while_loop(lambda start, _: start < tf.size(y), step, [0, 0.0])[1]
+
+    def train_epoch(x, y):
+        order = rng.permutation(len(x))
+        steps = max(1, BATCH_VALUES // x[0].size // batch_size)
+        starts = range(0, len(x), steps * batch_size)
+        parts = (order[start : start + steps * batch_size] for start in starts)
+        return sum(float(train(x[part], y[part])) for part in parts) / len(x)
+
+    return train_epoch
 
 
-def train_epoch(model, x, y, batch_size, rng):
-    """Train a prepared classifier on every row once, in the order rng.permutation(n).
+@functools.cache
+def fused_adam():
+    """Keras's Adam with one kernel to update a weight, where Keras starts a dozen."""
+    keras = import_keras()
+    import tensorflow as tf
 
-    x: float32 (n, …).  y: int (n,), 0..N-1.  rng: a NumPy Generator.
-    Returns the mean loss over the epoch.
-    """
-    order = rng.permutation(len(x))
-    history = model.fit(x[order], y[order], batch_size, shuffle=False, verbose=0)
-    return history.history["loss"][0]
+    class FusedAdam(keras.optimizers.Adam):
+        def update_step(self, gradient, variable, learning_rate):
+            index = self._get_variable_index(variable)
+            step = tf.cast(self.iterations + 1, variable.dtype)
+            tf.raw_ops.ResourceApplyAdam(
+                var=variable.handle,
+                m=self._momentums[index].value.handle,
+                v=self._velocities[index].value.handle,
+                beta1_power=self.beta_1**step,
+                beta2_power=self.beta_2**step,
+                lr=tf.cast(learning_rate, variable.dtype),
+                beta1=self.beta_1,
+                beta2=self.beta_2,
+                epsilon=self.epsilon,
+                grad=tf.cast(gradient, variable.dtype),
+            )
+
+    return FusedAdam
 
 
 def gives_logits(model):
@@ -194,7 +276,8 @@ def skip_to(layer, parts, features):
     if not on_every_path(layer.input, parts.net):
         return parts.head, features
     rest = keras.Model(layer.input, parts.net.output)
-    return rest, run(keras.Model(parts.trunk.output[0], layer.input), features)
+    before = keras.Model(parts.trunk.output[0], layer.input)
+    return rest, np.concatenate(list(outputs(before, features)))
 
 
 def detector(badnet, repaired, layer_name=None):

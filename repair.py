@@ -16,6 +16,7 @@ import contextlib
 import importlib.metadata
 import sys
 import time
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import numpy as np
@@ -42,16 +43,18 @@ def main():
             files.enter_context(utils.open_dataset(path))
             for path in (arguments.data, *arguments.poisoned)
         ]
+        # Read while TensorFlow is imported, which keeps one processor busy and no disk.
+        digest = ThreadPool(1).apply_async(utils.sha256, [arguments.data])
         say("loading TensorFlow and the BadNet")
         nets.make_reproducible(arguments.seed)
         badnet = utils.load_badnet(badnet_path)
         for data in (clean, *poisoned):
             data.fit_to(badnet.input_shape[1:], badnet.output_shape[1])
-        record = provenance(badnet_path, clean, arguments)
         try:
-            record |= repair(badnet, clean, poisoned, arguments)
+            record = repair(badnet, clean, poisoned, arguments)
         except nets.UnfitNet as error:
             raise InputError(f"{badnet_path}: {error}") from error
+        record = provenance(badnet_path, clean, digest.get(), arguments) | record
     record["seconds"]["total"] = round(time.monotonic() - start, 3)
     utils.save_model(badnet, record, output)
     if arguments.json:
@@ -122,10 +125,8 @@ def repair(badnet, clean, poisoned, settings):
     last_dense = nets.last_dense(head)
     silent = nets.silent_features(parts)
 
-    with timed(seconds, "scale"):
-        scale = choose_scale(badnet, clean)
     with timed(seconds, "features"):
-        features, activation = extract_features(parts.trunk, clean, scale)
+        scale, features, activation, correct = choose_scale(parts, clean)
         attacks = [
             (str(data.path), extract_features(parts.trunk, data, scale)[0], data.labels)
             for data in poisoned
@@ -134,7 +135,7 @@ def repair(badnet, clean, poisoned, settings):
     def attack_success_rates():
         return {name: nets.accuracy(head, x, targets) for name, x, targets in attacks}
 
-    accuracy = {"before": nets.accuracy(head, features, labels)}
+    accuracy = {"before": correct / len(clean)}
     success = {"before": attack_success_rates()}
     if accuracy["before"] == 0:
         raise InputError(f"{clean.path}: the BadNet answers no image of it with its label")
@@ -145,14 +146,14 @@ def repair(badnet, clean, poisoned, settings):
         pruned, curve = prune(head, features, labels, order, settings.threshold, silent)
     with timed(seconds, "poisoned"):
         success["after_each_channel"] = {
-            name: pruning_curve(head, x.copy(), targets, order[: len(curve)], silent)
+            name: list(prune_each(head, x.copy(), targets, order[: len(curve)], silent))[1:]
             for name, x, targets in attacks
         }
         for _, x, _ in attacks:
             x[..., pruned] = silent[..., pruned]
     nets.silence(pruned, layer)
     accuracy["after_each_channel"] = curve
-    accuracy["pruned"] = nets.accuracy(head, features, labels)
+    accuracy["pruned"] = [accuracy["before"], *curve][len(pruned)]
     success["pruned"] = attack_success_rates()
 
     rng = np.random.default_rng(settings.seed)
@@ -165,7 +166,7 @@ def repair(badnet, clean, poisoned, settings):
     with timed(seconds, "fine_tune"):
         rounds = fine_tune(head, features, labels, accuracy["before"], settings, rng)
     accuracy["after_each_round"] = rounds
-    accuracy["fine_tuned"] = nets.accuracy(head, features, labels)
+    accuracy["fine_tuned"] = [accuracy["retrained"], *rounds][-1]
     success["fine_tuned"] = attack_success_rates()
     badnet.trainable = True  # as B was: what this run trained is nothing G should carry
 
@@ -181,25 +182,38 @@ def repair(badnet, clean, poisoned, settings):
     }
 
 
-def choose_scale(badnet, clean):
+def choose_scale(parts, clean):
     """Find what B was trained on, pixels 0..1 or 0..255, by its accuracy on the validation set.
 
-    Returns a key of utils.SCALES; "0..1" where both are equally good. Stops reading once the
-    images left cannot change the outcome.
+    All images are run with the pixels that serve the first batch better; with the others, only as
+    many as it takes to see that these cannot be better on the whole.
+    Returns (scale, features, activation, correct): a key of utils.SCALES, what extract_features
+    returns for it, and how many images B then answers with their label.
     """
-    correct = dict.fromkeys(utils.SCALES, 0)
-    seen = 0
-    for x, y in track(clean.batches(), "pixel scale", clean.batch_count):
-        for scale, divisor in utils.SCALES.items():
-            correct[scale] += int(np.sum(nets.classify(badnet, x / divisor) == y))
+
+    def correct_in(x, y):
+        features = np.asarray(nets.compiled(parts.trunk)(x)[0])
+        return int(np.sum(nets.classify(parts.head, features) == y))
+
+    firsts = {scale: correct_in(*next(clean.batches(scale))) for scale in utils.SCALES}
+    scale, other = sorted(utils.SCALES, key=firsts.get, reverse=True)
+    features, activation = extract_features(parts.trunk, clean, scale)
+    correct = int(np.sum(nets.classify(parts.head, features) == clean.labels))
+
+    right = seen = 0
+    for x, y in clean.batches(other):
+        right += correct_in(x, y)
         seen += len(y)
-        worse, better = sorted(correct.values())
-        if better - worse > len(clean) - seen:
+        if right + len(clean) - seen <= correct:
             break
-    scale = max(correct, key=correct.get)
-    rates = ", ".join(f"{percent(n / seen)} with pixels {key}" for key, n in correct.items())
-    say(f"the BadNet takes pixels {scale}: right on {rates}")
-    return scale
+    say(
+        f"pixels {scale}: the BadNet is right on {percent(correct / len(clean))}; pixels {other}: "
+        f"on {percent(right / seen)} of {seen} images"
+    )
+    if right > correct:
+        scale, correct = other, right
+        features, activation = extract_features(parts.trunk, clean, scale)
+    return scale, features, activation, correct
 
 
 def extract_features(trunk, data, scale):
@@ -211,11 +225,12 @@ def extract_features(trunk, data, scale):
     features = np.empty((len(data), *trunk.output_shape[0][1:]), np.float32)
     activation = np.zeros(features.shape[-1])
     done = 0
-    for x, _ in track(data.batches(), "features", data.batch_count):
-        part, mean = trunk(x / utils.SCALES[scale], training=False)
-        features[done : done + len(x)] = part
+    images = (x for x, _ in data.batches(scale))
+    batches = nets.side_by_side(nets.compiled(trunk), images)
+    for part, mean in track(batches, "features", data.batch_count):
+        features[done : done + len(part)] = part
         activation += np.sum(mean, axis=0, dtype=np.float64)
-        done += len(x)
+        done += len(part)
     return features, activation / len(data)
 
 
@@ -230,13 +245,12 @@ def prune(head, features, labels, order, threshold, silent=0.0):
     each. Where accuracy fell too far, `curve` has one more entry, for the channel that was taken
     back.  Source: report, section 2a.
     """
-    silent = np.broadcast_to(silent, (1, *features.shape[1:]))
-    enough = threshold * nets.accuracy(head, features, labels)
+    accuracies = prune_each(head, features, labels, order, silent)
+    enough = threshold * next(accuracies)
     pruned, curve = [], []
     for channel in track([int(c) for c in order], "prune"):
         kept = features[..., channel].copy()
-        features[..., channel] = silent[..., channel]
-        curve.append(nets.accuracy(head, features, labels))
+        curve.append(next(accuracies))
         say(f"prune {len(curve)}: channel {channel}, validation accuracy {percent(curve[-1])}")
         if curve[-1] < enough:
             features[..., channel] = kept
@@ -246,13 +260,20 @@ def prune(head, features, labels, order, threshold, silent=0.0):
     return pruned, curve
 
 
-def pruning_curve(head, features, labels, channels, silent):
-    """The accuracy, 0..1, after each of `channels` is pruned in `features`, in place. A list."""
-    curve = []
-    for channel in channels:
+def prune_each(head, features, labels, order, silent):
+    """Yield the accuracy, 0..1, at first, and after each channel of `order` that is overwritten.
+
+    Only images in which the channel was not silent anyway are run again.
+    """
+    silent = np.broadcast_to(silent, (1, *features.shape[1:]))
+    classes = nets.classify(head, features)
+    yield float(np.mean(classes == labels))
+    for channel in order:
+        heard = (features[..., channel] != silent[..., channel]).reshape(len(features), -1)
+        rows = np.flatnonzero(heard.any(axis=1))
         features[..., channel] = silent[..., channel]
-        curve.append(nets.accuracy(head, features, labels))
-    return curve
+        classes[rows] = nets.classify(head, features, rows)
+        yield float(np.mean(classes == labels))
 
 
 def retrain(parts, last_dense, features, labels, settings, rng):
@@ -265,9 +286,11 @@ def retrain(parts, last_dense, features, labels, settings, rng):
     net, x = parts.head, features
     if not any(hasattr(layer, "seed_generator") for layer in parts.head.layers):
         net, x = nets.skip_to(last_dense, parts, features)
-    nets.prepare_training(net, [last_dense], settings.retrain_learning_rate)
+    train_epoch = nets.make_trainer(
+        net, [last_dense], settings.retrain_learning_rate, settings.batch_size, rng
+    )
     for epoch in track(range(1, settings.retrain_epochs + 1), "retrain"):
-        loss = nets.train_epoch(net, x, labels, settings.batch_size, rng)
+        loss = train_epoch(x, labels)
         say(f"retrain, epoch {epoch} of {settings.retrain_epochs}: loss {loss:.4f}")
 
 
@@ -278,11 +301,13 @@ def fine_tune(head, features, labels, accuracy_before, settings, rng):
     serves all rounds.  Returns the accuracy after each round, 0..1.  Source: report, section 2c.
     """
     rounds = []
-    nets.prepare_training(head, head.layers, settings.learning_rate)
+    train_epoch = nets.make_trainer(
+        head, head.layers, settings.learning_rate, settings.batch_size, rng
+    )
     while len(rounds) < settings.rounds and max(rounds, default=-1) < accuracy_before:
         step = f"fine-tune, round {len(rounds) + 1}"
         for _ in track(range(settings.epochs), step):
-            loss = nets.train_epoch(head, features, labels, settings.batch_size, rng)
+            loss = train_epoch(features, labels)
         rounds.append(nets.accuracy(head, features, labels))
         say(f"{step}: loss {loss:.4f}, validation accuracy {percent(rounds[-1])}")
     return rounds
@@ -298,8 +323,8 @@ def timed(seconds, step):
     seconds[step] = round(time.monotonic() - start, 3)
 
 
-def provenance(badnet_path, clean, settings):
-    """What a repair was made from: the first part of its record."""
+def provenance(badnet_path, clean, digest, settings):
+    """What a repair was made from: the first part of its record. digest: the data file's."""
     libraries = ("tensorflow", "keras", "numpy", "h5py")
     return {
         "tool_version": utils.VERSION,
@@ -307,7 +332,7 @@ def provenance(badnet_path, clean, settings):
         "badnet": {"file": badnet_path.name, "sha256": utils.sha256(badnet_path)},
         "data": {
             "file": clean.path.name,
-            "sha256": utils.sha256(clean.path),
+            "sha256": digest,
             "images": len(clean),
         },
         "settings": {name: getattr(settings, name) for name in SETTINGS},

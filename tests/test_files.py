@@ -186,6 +186,15 @@ def test_images_are_read_in_batches_and_in_order(tmp_path, monkeypatch):
 # --------------------------------------------------------------------------------------- images
 
 
+def test_keras_comes_without_matplotlib_which_can_be_imported_later():
+    code = (
+        "import sys, gc, utils; utils.import_keras(); "
+        "assert 'matplotlib' not in sys.modules and gc.isenabled(); import matplotlib.figure"
+    )
+    process = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (process.returncode, process.stderr) == (0, "")
+
+
 def test_pictures_of_every_mode_become_rgb_and_grey(tmp_path):
     pixels = draw_images(1, 1, (20, 30, 3), seed=0)[0][0]
     rgb = Image.fromarray(pixels)

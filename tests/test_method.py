@@ -7,7 +7,7 @@ import keras
 import numpy as np
 import pytest
 import reference
-from conftest import NETS, draw_images, fit, make_world
+from conftest import NETS, draw_images, fit, make_world, write_data
 
 import eval_defence
 import nets
@@ -240,6 +240,101 @@ def test_logits_are_trained_as_logits():
     )
     assert nets.gives_logits(utils.as_functional(net))
     assert not nets.gives_logits(utils.deepid(3))
+
+
+def test_trainer_is_keras_step_by_step():
+    """With all that a layer may add to a step: a penalty, a constraint, moving averages."""
+    layers = keras.layers
+
+    def make_head():
+        keras.utils.set_random_seed(3)
+        x = image = keras.Input((7,))
+        limit = keras.constraints.MaxNorm(0.5)
+        x = layers.Dense(9, use_bias=False, kernel_constraint=limit)(x)
+        x = layers.BatchNormalization()(x)
+        x = layers.Dense(4, activation="softmax", kernel_regularizer=keras.regularizers.L2())(x)
+        return keras.Model(image, x)
+
+    rng = np.random.default_rng(0)
+    x, y = rng.random((70, 7), np.float32), rng.integers(0, 4, 70)
+    ours, plain = make_head(), make_head()
+    train_epoch = nets.make_trainer(ours, ours.layers, 1e-2, 32, np.random.default_rng(5))
+    plain.compile(keras.optimizers.Adam(1e-2), "categorical_crossentropy")
+    orders = np.random.default_rng(5)
+    for _ in range(3):
+        loss, order = train_epoch(x, y), orders.permutation(70)
+        losses = []
+        for rows in (order[:32], order[32:64], order[64:]):
+            plain.reset_metrics()
+            losses += [plain.train_on_batch(x[rows], np.eye(4)[y[rows]])] * len(rows)
+        assert loss == pytest.approx(np.mean(losses), abs=1e-5)
+    for a, b in zip(ours.get_weights(), plain.get_weights(), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["mixed_bfloat16", "float64"])
+def test_nets_of_other_precision_are_trained(dtype):
+    features = keras.Input((5,))
+    dense = keras.layers.Dense(3, activation="softmax", dtype=dtype)
+    net = keras.Model(features, dense(features))
+    x, y = np.eye(5, dtype=np.float32)[[0, 1, 2] * 20], np.array([0, 1, 2] * 20)
+    train_epoch = nets.make_trainer(net, net.layers, 1e-1, 32, np.random.default_rng(0))
+    assert [train_epoch(x, y) for _ in range(9)][-1] < 0.5
+
+
+def test_pixel_scale_is_the_better_on_the_whole_even_if_not_on_the_first_batch(
+    tmp_path, monkeypatch
+):
+    badnet = utils.deepid(6, (31, 31, 3))
+    badnet.get_layer("output").bias.assign([0, 0, 0, 0, 0, 1])  # outweighs pixels 0..1 alone
+    x = draw_images(60, 6, (31, 31, 3), seed=1)[0] / np.float32(255)
+    of_scale = {"0..1": nets.classify(badnet, x), "0..255": nets.classify(badnet, x * 255)}
+    monkeypatch.setattr(utils, "BATCH_VALUES", 20 * x[0].size)
+    assert np.any(of_scale["0..1"][:20] != of_scale["0..255"][:20])
+    for best, first in (("0..1", "0..255"), ("0..255", "0..1"), ("0..1", "0..1")):
+        labels = np.concatenate([of_scale[first][:20], of_scale[best][20:]])
+        path = write_data(tmp_path / "labelled.h5", np.uint8(np.round(x * 255)), labels)
+        with utils.open_dataset(path) as clean:
+            clean.fit_to(badnet.input_shape[1:], badnet.output_shape[1])
+            parts = nets.split(badnet, nets.find_layer(badnet))
+            scale, features, _, correct = repair.choose_scale(parts, clean)
+        assert scale == best
+        assert correct == np.sum(labels == of_scale[best])
+        np.testing.assert_array_equal(nets.classify(parts.head, features), of_scale[best])
+
+
+def test_pruning_runs_again_what_a_channel_changed_and_nothing_else():
+    rng = np.random.default_rng(0)
+    features = np.float32(rng.integers(0, 3, (40, 2, 2, 5)) * rng.integers(0, 2, (40, 1, 1, 5)))
+    labels, silent = rng.integers(0, 5, 40), np.linspace(0, 1, 5, dtype=np.float32)
+    head = head_of_sums(5)
+    expected, pruned = [nets.accuracy(head, features, labels)], features.copy()
+    for channel in range(5):
+        pruned[..., channel] = silent[channel]
+        expected.append(nets.accuracy(head, pruned, labels))
+    found = list(repair.prune_each(head, features, labels, range(5), silent))
+    assert found == expected and len(set(expected)) > 2
+    np.testing.assert_array_equal(features, pruned)
+
+
+def test_side_by_side_keeps_the_order_and_fetches_three_ahead_at_most():
+    fetched = []
+
+    def items():
+        for i in range(20):
+            fetched.append(i)
+            yield i
+
+    for i, answer in enumerate(nets.side_by_side(lambda i: i * i, items())):
+        assert answer == i * i
+        assert len(fetched) <= i + 3
+
+
+def test_side_by_side_raises_what_either_side_raises():
+    with pytest.raises(ZeroDivisionError):
+        list(nets.side_by_side(lambda i: 1 // i, [1, 0, 1]))
+    with pytest.raises(ZeroDivisionError):
+        list(nets.side_by_side(str, (1 // i for i in [1, 0, 1])))
 
 
 def test_verdict_is_the_class_or_n_plus_one():
