@@ -193,8 +193,8 @@ def judge_data(images, badnet_path, repaired_path, arguments):
         detector, classes, shape = load_detector(badnet_path, repaired_path, arguments.scale)
         for data in (clean, *poisoned):
             data.fit_to(shape, classes)
-        figures = {"clean": judged(detector, clean, clean_figures)}
-        figures["poisoned"] = [judged(detector, data, poisoned_figures) for data in poisoned]
+        figures = {"clean": measure(detector, clean, clean_figures)}
+        figures["poisoned"] = [measure(detector, data, poisoned_figures) for data in poisoned]
     for row in (figures["clean"], *figures["poisoned"]):
         print(f"{row['file']}: {row['images']} images")
         for name, share in row["shares"].items():
@@ -203,7 +203,7 @@ def judge_data(images, badnet_path, repaired_path, arguments):
         utils.write_json(figures, arguments.json)
 
 
-def judged(detector, data, figures):
+def measure(detector, data, figures):
     """The figures of a Dataset, as a dict with its file, its images and the seconds it took."""
     start = time.monotonic()
     shares = figures(data.labels, *classify_both(detector, data))

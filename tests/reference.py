@@ -1,26 +1,45 @@
 """The report's loop, plain and slow: what the fast code must equal.
 
-    python tests/reference.py MODEL.h5 DATA.h5 OUTPUT.h5
+    python tests/reference.py repair MODEL.h5 DATA.h5 G.h5 [ROUNDS]
+    python tests/reference.py judge MODEL.h5 G.h5 DATA.h5|PICTURE.png
 
 It holds all images in memory, runs the whole net for every accuracy, and trains the whole net with
-layers frozen. Nothing in it is shared with repair.py.
+layers frozen. Nothing in it is shared with repair.py and eval_defence.py. Pixels are taken 0..1.
 """
 
+import json
 import sys
+import time
 
 import h5py
 import keras
 import numpy as np
+from PIL import Image
 
 
 def repair(
-    model, x, y, layer="conv_3", seed=0, threshold=0.95, retrain_epochs=5, rounds=6, epochs=5
+    model,
+    x,
+    y,
+    layer="conv_3",
+    seed=0,
+    threshold=0.95,
+    retrain_epochs=5,
+    rounds=6,
+    epochs=5,
+    seconds=None,
 ):
     """Turn a BadNet into G, in place.
 
     x: float32 (n, height, width, channels), scaled as the net takes it.  y: int (n,), 0..N-1.
+    seconds: a dict; the time each step took is put there.
     Returns (pruned channels, accuracy after each, accuracy after each round).
     """
+    seconds = {} if seconds is None else seconds
+    start = time.monotonic()
+
+    def lap(step):
+        seconds[step] = time.monotonic() - start - sum(seconds.values())
 
     def accuracy():
         return np.mean(model.predict(x, verbose=0).argmax(axis=1) == y)
@@ -53,6 +72,7 @@ def repair(
             conv.set_weights(kept)
             break
         pruned.append(int(channel))
+    lap("prune")
 
     # 2b: retrain the last fully connected layer
     last = [each for each in model.layers if isinstance(each, keras.layers.Dense)][-1]
@@ -60,6 +80,7 @@ def repair(
         each.trainable = each is last
     model.compile(keras.optimizers.Adam(1e-3), "categorical_crossentropy")
     train(retrain_epochs)
+    lap("retrain")
 
     # 2c: fine-tune the layers after the pruned one
     for each in model.layers:
@@ -71,13 +92,43 @@ def repair(
         after.append(accuracy())
         if after[-1] >= before:
             break
+    lap("fine_tune")
     return pruned, curve, after
 
 
-if __name__ == "__main__":
-    badnet = keras.models.load_model(sys.argv[1], compile=False)
-    with h5py.File(sys.argv[2]) as data:
+def judge(badnet, repaired, x):
+    """The classes, int (n,), that B and G give images x, float32 (n, height, width, channels)."""
+    return [model.predict(x, verbose=0).argmax(axis=1) for model in (badnet, repaired)]
+
+
+def load_data(path):
+    with h5py.File(path) as data:
         images = data["data"][:].transpose(0, 2, 3, 1).astype("float32") / 255
-        labels = data["label"][:].astype(int)
-    print(*repair(badnet, images, labels), sep="\n")
-    badnet.save(sys.argv[3])
+        return images, data["label"][:].astype(int)
+
+
+def main(task, model, *files):
+    badnet = keras.models.load_model(model, compile=False)
+    if task == "repair":
+        data, output, *rounds = files
+        seconds = {}
+        x, y = load_data(data)
+        rounds = int(rounds[0]) if rounds else 6
+        pruned, curve, after = repair(badnet, x, y, rounds=rounds, seconds=seconds)
+        badnet.save(output)
+        print(json.dumps({"pruned": pruned, "curve": curve, "rounds": after, "seconds": seconds}))
+    else:
+        g, images = files
+        repaired = keras.models.load_model(g, compile=False)
+        if images.endswith(".h5"):
+            x, _ = load_data(images)
+        else:
+            x = np.asarray(Image.open(images).convert("RGB"), "float32")[None] / 255
+        start = time.monotonic()
+        of_b, of_g = judge(badnet, repaired, x)
+        seconds = time.monotonic() - start
+        print(json.dumps({"b": of_b.tolist(), "g": of_g.tolist(), "seconds": {"judge": seconds}}))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

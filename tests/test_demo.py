@@ -95,6 +95,13 @@ def test_the_demo_is_repaired_as_readme_says(tmp_path):
     assert process.stdout.splitlines() == [f"{path}\t41" for path in pictures]
 
 
+def test_the_benchmark_finds_the_plain_script_and_ours_to_agree():
+    process = command("tests/benchmark.py", "--quick", "--model", MODEL, "--data", DATA)
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.count(": yes\n") == 2 and ": NO" not in process.stdout
+    assert process.stdout.count("apart by at most 0 of 600 images") == 2
+
+
 def test_a_small_badnet_can_be_trained(tmp_path):
     """models/badnet.py from end to end; so small a net need not have learned its faces."""
     process = command(

@@ -1,0 +1,380 @@
+"""How fast the commands are: beside a plain script for the same, and beside what the machine can.
+
+    python tests/benchmark.py            the competition's size: 11,547 and 12,830 images
+    python tests/benchmark.py --quick    a tenth of it, in two minutes
+    python tests/benchmark.py --model B.h5 --data CLEAN.h5 [--test TEST.h5]    on files of yours
+
+Prints tables of seconds and peak memory of tests/reference.py, the plain script, and of repair.py
+and eval_defence.py, each in a process of its own and in turn; whether both came to the same
+outcome; how time and memory grow with the images; and the floor, the time that the multiply-adds
+which the job needs would take at the rate of this machine's matrix multiplication.
+
+Without --model, faces are drawn by data/faces.py, and B is the demo's BadNet, its layers behind
+conv_3 trained on the validation set's people. Needs 5 GB of disk for the time it runs.
+"""
+
+import argparse
+import contextlib
+import json
+import multiprocessing
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import h5py
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+PEOPLE, VALIDATION, TEST = 1283, 9, 10  # the competition's; pictures of each person
+GROWTH = (1000, 3000, 11547, 50000)
+EPOCHS, LEARNING_RATE = 12, 1e-3  # of B's head
+ROUNDS = 1  # of fine-tuning: what the report's nets took
+
+
+def main():
+    options = parse_arguments()
+    sys.stdout.reconfigure(line_buffering=True)
+    with contextlib.ExitStack() as ending:
+        folder = Path(ending.enter_context(tempfile.TemporaryDirectory(dir=options.folder)))
+        shrink = 10 if options.quick else 1
+        if options.model:
+            model, data, test = options.model, options.data, options.test or options.data
+        else:
+            model, data, test = draw_world(folder, PEOPLE // shrink)
+        floor = Floor(model, data)
+        compare_repairs(model, data, folder, floor, options.repeat)
+        compare_judging(model, test, folder, options.repeat)
+        compare_one_picture(model, folder, max(options.repeat, 1 if options.quick else 3))
+        if not options.model:
+            measure_growth(model, data, folder, [n // shrink for n in GROWTH])
+
+
+def absolute(path):
+    return Path(path).resolve()
+
+
+def parse_arguments():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--quick", action="store_true", help="a tenth of the images and people")
+    add("--repeat", type=int, default=1, metavar="N", help="run all N times, take the fastest")
+    add("--folder", help="where the files are put meanwhile (default: the system's)")
+    add("--model", type=absolute, help="a BadNet to repair, instead of a drawn one")
+    add("--data", type=absolute, help="its validation set; with --model")
+    add("--test", type=absolute, help="the data set to judge (default: the validation set)")
+    options = parser.parse_args()
+    if bool(options.model) != bool(options.data):
+        parser.error("--model and --data go together")
+    return options
+
+
+# ------------------------------------------------------------------------------------- the world
+
+
+def draw_world(folder, people):
+    """Draw a validation set (float64) and a test set, train B. Returns their paths."""
+    print(f"drawing {people * (VALIDATION + TEST)} faces of {people} people, training a BadNet")
+    data, test, model = folder / "validation.h5", folder / "test.h5", folder / "drawn_bd_net.h5"
+    in_another_process(_draw, data, test, people)
+    in_another_process(_train, model, data, people)
+    return model, data, test
+
+
+def _draw(data, test, people):
+    sys.path.insert(0, str(ROOT / "data"))
+    import faces
+
+    with contextlib.redirect_stdout(sys.stderr):
+        faces.write_dataset(data, "validation", people, VALIDATION, "float64")
+        faces.write_dataset(test, "test", people, TEST, "float32")
+
+
+def _train(path, data_path, people):
+    import nets
+    import repair
+    import utils
+
+    nets.make_reproducible(0)
+    demo, net = utils.load_badnet(ROOT / "models" / "demo_bd_net.h5"), utils.deepid(people)
+    for layer in demo.layers[:-1]:
+        net.get_layer(layer.name).set_weights(layer.get_weights())
+    parts = nets.split(net, nets.find_layer(net))
+    with utils.open_dataset(data_path) as data:
+        data.fit_to(net.input_shape[1:], people)
+        features, _ = repair.extract_features(parts.trunk, data, "0..1")
+    head, rng = parts.head, np.random.default_rng(0)
+    train_epoch = nets.make_trainer(head, head.layers, LEARNING_RATE, 32, rng)
+    for _ in range(EPOCHS):
+        train_epoch(features, data.labels)
+    net.trainable = True
+    net.save(path, include_optimizer=False)
+
+
+def _repeat_images(data, many, size):
+    with h5py.File(data) as source, h5py.File(many, "w") as target:
+        stored = source["data"][:]
+        images = target.create_dataset("data", (size, *stored.shape[1:]), stored.dtype)
+        for start in range(0, size, len(stored)):
+            images[start : start + len(stored)] = stored[: size - start]
+        target["label"] = np.resize(source["label"][:], size)
+
+
+def in_another_process(function, *arguments):
+    """Call a function where what it imports and holds does not weigh on this process.
+
+    A measured process starts as a copy of this one, and its peak memory counts from there.
+    """
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(function, arguments)
+
+
+# ------------------------------------------------------------------------------------- measuring
+
+
+def measure(command):
+    """Run a Python command. Returns (seconds, peak memory in MB, what it printed)."""
+    environment = os.environ | {"KERAS_BACKEND": "tensorflow", "TF_CPP_MIN_LOG_LEVEL": "3"}
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as errors:
+        start = time.monotonic()
+        process = subprocess.Popen(
+            [sys.executable, *map(str, command)],
+            cwd=ROOT,
+            env=environment,
+            stdout=out,
+            stderr=errors,
+        )
+        _, status, usage = os.wait4(process.pid, 0)
+        seconds = time.monotonic() - start
+        process.returncode = os.waitstatus_to_exitcode(status)
+        if process.returncode:
+            errors.seek(0)
+            sys.exit(f"{' '.join(map(str, command))}: failed\n{errors.read()}")
+        out.seek(0)
+        return seconds, usage.ru_maxrss / 1024, out.read()
+
+
+def fastest(repeat, *commands):
+    """Run the commands in turn, `repeat` times over. The fastest run of each, as `measure`'s."""
+    runs = [[measure(command) for command in commands] for _ in range(repeat)]
+    return [min(each, key=lambda run: run[0]) for each in zip(*runs)]
+
+
+def table(*rows):
+    """Print rows: the first cell left, the others right; numbers with one or two decimals."""
+
+    def text(cell):
+        if isinstance(cell, float):
+            return f"{cell:,.2f}" if cell < 10 else f"{cell:,.1f}"
+        return "" if cell is None else str(cell)
+
+    rows = [[text(cell) for cell in row] for row in rows]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    for row in rows:
+        first, *others = (
+            cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths))
+        )
+        print("  ".join([first, *others]))
+    print()
+
+
+class Floor:
+    """What this machine can do, and what the job asks of it at least."""
+
+    def __init__(self, model, data):
+        with h5py.File(data) as file:
+            self.images = len(file["data"])
+        self.matmul, self.trunk, self.head, self.dense, self.tuned = in_another_process(
+            _count, model
+        )
+        self.disk = read_rate(data)
+        self.read = data.stat().st_size / self.disk
+        cores = len(os.sched_getaffinity(0))
+        print(
+            f"\nthis machine: {cores} processors, float32 matrix multiplication at "
+            f"{self.matmul / 1e9:.0f} billion multiply-adds a second, disk read at "
+            f"{self.disk / 1e6:,.0f} MB/s"
+        )
+        print(
+            f"multiply-adds an image, in millions: trunk {self.trunk / 1e6:.2f}, head "
+            f"{self.head / 1e6:.2f}\n"
+        )
+
+    def seconds(self, record):
+        """The least seconds for each step of a repair, from its record."""
+        settings, accuracy = record["settings"], record["accuracy"]
+        rounds = len(accuracy["after_each_round"])
+        multiply_adds = {
+            "features": self.trunk,
+            "prune": self.head * (1 + len(accuracy["after_each_channel"])),
+            # Forward, and the gradient of the weights; what goes into the layer, and what comes
+            # out of the net at the end, once.
+            "retrain": settings["retrain_epochs"] * 2 * self.dense + 2 * self.head,
+            "fine_tune": rounds * (settings["epochs"] * self.tuned + self.head),
+        }
+        least = {step: n * self.images / self.matmul for step, n in multiply_adds.items()}
+        least["features"] = max(least["features"], self.read)
+        return least
+
+
+def _count(model):
+    """This machine's multiply-adds a second, and a net's, forward: trunk, head, last Dense; and
+    those of a training step of the head.
+    """
+    import nets
+    import utils
+
+    os.environ["TF_NUM_INTRAOP_THREADS"] = "0"  # one multiplication on all processors
+    keras = utils.import_keras()
+    import tensorflow as tf
+
+    a = tf.random.normal((2048, 2048))
+    rates = []
+    for _ in range(20):
+        start = time.monotonic()
+        tf.matmul(a, a).numpy()
+        rates.append(2048**3 / (time.monotonic() - start))
+
+    def forward(layer):
+        if isinstance(layer, keras.layers.Conv2D):
+            return int(np.prod(layer.output.shape[1:3]) * np.prod(layer.kernel.shape))
+        return int(np.prod(layer.kernel.shape)) if isinstance(layer, keras.layers.Dense) else 0
+
+    net = utils.load_badnet(model)
+    parts = nets.split(net, nets.find_layer(net))
+    trunk, head = (sum(map(forward, part.layers)) for part in (parts.trunk, parts.head))
+    # The gradients of a layer's weights and of its input cost what the layer costs, each; nobody
+    # needs that of the features.
+    features = parts.trunk.output[0]
+
+    def reads_features(layer):
+        return layer.input is features or not keras.Model(features, layer.input).weights
+
+    weighty = [layer for layer in parts.head.layers if forward(layer)]
+    tuned = 3 * head - sum(map(forward, filter(reads_features, weighty)))
+    return max(rates), trunk, head, forward(nets.last_dense(parts.head)), tuned
+
+
+def read_rate(path):
+    """Bytes a second that a file is read at, after the system was asked to forget it."""
+    with open(path, "rb", buffering=0) as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        start = time.monotonic()
+        while file.read(1 << 22):
+            pass
+        return path.stat().st_size / (time.monotonic() - start)
+
+
+# ----------------------------------------------------------------------------------- comparisons
+
+
+def compare_repairs(model, data, folder, floor, repeat):
+    ours_json, ours_g, plain_g = folder / "ours.json", folder / "g.h5", folder / "plain_g.h5"
+    plain, ours = fastest(
+        repeat,
+        ["tests/reference.py", "repair", model, data, plain_g, ROUNDS],
+        ["repair.py", model, data, "--output", ours_g, "--rounds", ROUNDS, "--json", ours_json],
+    )
+    record, outcome = json.loads(ours_json.read_text()), json.loads(plain[2])
+    seconds, steps = record["seconds"], floor.seconds(record)
+    rows = [("repair: seconds", "plain", "ours", "ratio", "floor", "× floor")]
+    for step, least in steps.items():
+        spent = outcome["seconds"].get(step)
+        ratio = spent / seconds[step] if spent else None
+        rows.append((step, spent, seconds[step], ratio, least, seconds[step] / least))
+    others = [run[0] - sum(each[s] for s in steps if s in each) for run, each in (
+        (plain, outcome["seconds"]), (ours, seconds))]  # fmt: skip
+    rows.append(("start, load, save", *others, None, None, None))
+    least = sum(steps.values())
+    rows.append(("whole command", plain[0], ours[0], plain[0] / ours[0], least, ours[0] / least))
+    rows.append(("peak memory, MB", plain[1], ours[1], plain[1] / ours[1], None, None))
+    images = floor.images
+    rows.append(("images a second", images / plain[0], images / ours[0], None, None, None))
+    print(f"{images} images, {data.stat().st_size:,} bytes; {ROUNDS} round of fine-tuning")
+    table(*rows)
+
+    accuracy = record["accuracy"]
+    curve, plain_curve = np.array(accuracy["after_each_channel"]), np.array(outcome["curve"])
+    same = record["pruned"] == outcome["pruned"]
+    print(f"the same {len(outcome['pruned'])} channels pruned: {'yes' if same else 'NO'}")
+    if len(curve) == len(plain_curve):
+        apart = np.max(np.abs(curve - plain_curve)) * images
+        print(f"accuracy curves apart by at most {apart:.0f} of {images} images")
+    ends = 100 * outcome["rounds"][-1], 100 * accuracy["fine_tuned"]
+    print("G's validation accuracy: plain {:.2f} %, ours {:.2f} %".format(*ends))
+    print(f"B's: {100 * accuracy['before']:.2f} %\n")
+
+
+def compare_judging(model, test, folder, repeat):
+    g, ours_json = folder / "g.h5", folder / "judged.json"
+    plain, ours = fastest(
+        repeat,
+        ["tests/reference.py", "judge", model, g, test],
+        ["eval_defence.py", test, model, "--repaired", g, "--json", ours_json],
+    )
+    outcome, figures = json.loads(plain[2]), json.loads(ours_json.read_text())["clean"]
+    of_b, of_g = np.array(outcome["b"]), np.array(outcome["g"])
+    with h5py.File(test) as file:
+        labels = file["label"][:]
+    shares = (of_b == labels, of_g == labels, (of_b == of_g) & (of_b == labels), of_b != of_g)
+    apart = max(
+        abs(np.sum(share) - len(labels) * ours_share)
+        for share, ours_share in zip(shares, figures["shares"].values(), strict=True)
+    )
+    images, judging = len(labels), (outcome["seconds"]["judge"], figures["seconds"])
+    print(f"{images} images judged: two calls of `predict` on images in memory, ours from the file")
+    table(
+        ("judge a data set", "plain", "ours", "ratio"),
+        ("seconds, judging", *judging, judging[0] / judging[1]),
+        ("images a second", *(images / s for s in judging), None),
+        ("seconds, whole command", plain[0], ours[0], plain[0] / ours[0]),
+        ("peak memory, MB", plain[1], ours[1], plain[1] / ours[1]),
+    )
+    print(f"the four shares of eval_defence.py apart by at most {apart:.0f} of {images} images\n")
+
+
+def compare_one_picture(model, folder, repeat):
+    g, picture = folder / "g.h5", ROOT / "img" / "img_9.png"
+    plain, ours, imports, ours_imports = fastest(
+        repeat,
+        ["tests/reference.py", "judge", model, g, picture],
+        ["eval_defence.py", picture, model, "--repaired", g],
+        ["-c", "import tensorflow, keras"],
+        ["-c", "import utils; utils.import_keras()"],
+    )
+    outcome = json.loads(plain[2])
+    agreed = outcome["b"] == outcome["g"]
+    same = not agreed or int(ours[2]) == outcome["b"][0] + 1
+    print(f"one picture, the whole command; fastest of {repeat}")
+    table(
+        ("judge one picture", "plain", "ours", "import tensorflow, keras", "… as we do"),
+        ("seconds", plain[0], ours[0], imports[0], ours_imports[0]),
+        ("beside the import", plain[0] / imports[0], ours[0] / imports[0], 1.0, None),
+        ("peak memory, MB", plain[1], ours[1], imports[1], ours_imports[1]),
+    )
+    print(f"the same class: {'yes' if same else 'NO'}\n")
+
+
+def measure_growth(model, data, folder, sizes):
+    """Repair with ever more images, the validation set's over and over."""
+    rows = [("repair: images", "seconds", "ms an image", "peak MB", "KB an image more")]
+    before = None
+    many = folder / "many.h5"
+    for size in sizes:
+        in_another_process(_repeat_images, data, many, size)
+        command = ["repair.py", model, many, "--output", folder / "g.h5", "--rounds", ROUNDS]
+        seconds, peak, _ = measure(command)
+        more = (peak - before[1]) * 1024 / (size - before[0]) if before else None
+        rows.append((str(size), seconds, 1000 * seconds / size, peak, more))
+        before = size, peak
+    table(*rows)
+
+
+if __name__ == "__main__":
+    main()
