@@ -13,6 +13,7 @@ if __name__ == "__main__":  # until `command` takes over, Ctrl-C ends the import
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 import contextlib
+import math
 import sys
 import time
 from pathlib import Path
@@ -21,7 +22,7 @@ import numpy as np
 
 import nets
 import utils
-from terminal import InputError, Parser, command, say, track
+from terminal import InputError, Parser, command, memory_option, printable, say, track
 
 PICTURES = 100  # judged together
 
@@ -35,6 +36,8 @@ def main():
     if arguments.poisoned and not of_data:
         raise InputError("--poisoned goes with a clean data set as IMAGE, not with pictures")
     badnet_path, repaired_path = find_models(arguments.model, arguments.repaired)
+    for path in (badnet_path, repaired_path):  # before the seconds that the import takes
+        utils.inspect_model(path, arguments.max_memory)
     if arguments.json:
         utils.require_writable(arguments.json, *images, badnet_path, repaired_path)
 
@@ -77,6 +80,12 @@ def parse_arguments():
         help="poisoned data sets, 'label' being the attack's target, to judge beside the clean one",
     )
     add("--json", metavar="FILE", help="also write the verdicts or the table as JSON")
+    add(
+        "--force",
+        action="store_true",
+        help="judge even where the repaired net was made from another BadNet",
+    )
+    memory_option(parser)
     return parser.parse_args()
 
 
@@ -99,13 +108,16 @@ def find_models(model, repaired=None):
     return path, utils.require_file(repaired)
 
 
-def load_detector(badnet_path, repaired_path, scale=None):
+def load_detector(badnet_path, repaired_path, arguments):
     """Load B and G as one model that takes images 0..255. Returns (detector, N, image shape).
 
-    detector: float32 (n, height, width, channels), 0..255 → the scores of B and of G, (n, N) each.
-    scale: a key of utils.SCALES, for a G without a repair record.
+    detector: float32 (n, height, width, channels), 0..255 → the classes that B and G give, two int
+    arrays (n,), 0..N-1; -1 (B) and -2 (G), so that they never agree, where a score is NaN.
+    arguments: `scale`, a key of utils.SCALES, for a G without a repair record; `max_memory`;
+    `force`, for a G that was made from another B.
     Raises InputError where G does not belong to B.
     """
+    scale = arguments.scale
     record = utils.read_record(repaired_path)
     if record is None:
         scale = scale or next(iter(utils.SCALES))
@@ -113,14 +125,19 @@ def load_detector(badnet_path, repaired_path, scale=None):
         layer = None
     else:
         if record["badnet"]["sha256"] != utils.sha256(badnet_path):
-            raise InputError(
+            problem = (
                 f"{repaired_path}: was made from another BadNet ({record['badnet']['file']}), not "
-                f"from {badnet_path}; repair this one with repair.py"
+                f"from {badnet_path}"
             )
+            if not arguments.force:
+                raise InputError(f"{problem}; repair this one with repair.py, or --force")
+            say(f"warning: {problem}; judging all the same")
         if scale not in (None, record["input_scale"]):
             raise InputError(f"--scale: {repaired_path} was made for {record['input_scale']}")
         scale, layer = record["input_scale"], record["layer"]
-    badnet, repaired = utils.load_badnet(badnet_path), utils.load_badnet(repaired_path)
+    badnet, repaired = (
+        utils.load_badnet(path, arguments.max_memory) for path in (badnet_path, repaired_path)
+    )
     for what, ours, theirs in (
         ("images", badnet.input_shape[1:], repaired.input_shape[1:]),
         ("classes", badnet.output_shape[1:], repaired.output_shape[1:]),
@@ -137,7 +154,10 @@ def load_detector(badnet_path, repaired_path, scale=None):
         x = images / divisor
         # Compiling takes longer than running one image layer by layer.
         scores = both(x, training=False) if len(x) == 1 else nets.compiled(both)(x)
-        return [np.asarray(each) for each in scores]
+        return [
+            np.where(np.isfinite(each).all(axis=1), np.argmax(each, axis=1), none)
+            for each, none in zip(scores, (-1, -2))
+        ]
 
     return detector, badnet.output_shape[1], badnet.input_shape[1:]
 
@@ -155,16 +175,17 @@ def judge_pictures(images, badnet_path, repaired_path, arguments):
     """Print the verdicts on pictures, a batch after the other. Returns the exit status."""
     alone = len(arguments.images) == 1 and not Path(arguments.images[0]).is_dir()
     if alone:
-        picture = utils.read_picture(images[0])  # before the seconds that the nets take to load
-    detector, classes, shape = load_detector(badnet_path, repaired_path, arguments.scale)
+        picture = utils.read_picture(images[0], arguments.max_memory)  # before the nets are loaded
+    detector, classes, shape = load_detector(badnet_path, repaired_path, arguments)
     if shape[2] not in (1, 3):
         raise InputError(f"{badnet_path}: takes images of {shape[2]} channels, not pictures")
     results, unread = [], 0
-    for start in range(0, len(images), PICTURES):
+    count = min(PICTURES, max(1, arguments.max_memory // (4 * math.prod(shape))))
+    for start in range(0, len(images), count):
         judged, inputs = [], []
-        for path in images[start : start + PICTURES]:
+        for path in images[start : start + count]:
             try:
-                picture = picture if alone else utils.read_picture(path)
+                picture = picture if alone else utils.read_picture(path, arguments.max_memory)
                 inputs.append(utils.as_input(picture, shape))
                 judged.append(path)
             except InputError as error:
@@ -172,13 +193,13 @@ def judge_pictures(images, badnet_path, repaired_path, arguments):
                 unread += 1
         if not inputs:
             continue
-        of_b, of_g = (scores.argmax(axis=1) for scores in detector(np.stack(inputs)))
+        of_b, of_g = detector(np.stack(inputs))
         answers = verdict(of_b, of_g, classes)
         for path, answer, b, g in zip(judged, answers.tolist(), of_b.tolist(), of_g.tolist()):
-            print(answer if alone else f"{path}\t{answer}", flush=True)
-            results.append(
-                {"path": str(path), "class": answer, "badnet_class": b + 1, "repaired_class": g + 1}
-            )
+            print(answer if alone else f"{printable(path)}\t{answer}", flush=True)
+            of_each = {"badnet_class": b, "repaired_class": g}
+            of_each = {net: c + 1 if c >= 0 else None for net, c in of_each.items()}
+            results.append({"path": str(path), "class": answer, **of_each})
     if arguments.json:
         utils.write_json(results, arguments.json)
     return 2 if unread else 0
@@ -188,15 +209,16 @@ def judge_data(images, badnet_path, repaired_path, arguments):
     """Print the table of a clean data set and of poisoned ones."""
     with contextlib.ExitStack() as files:
         clean, *poisoned = [
-            files.enter_context(utils.open_dataset(path)) for path in (*images, *arguments.poisoned)
+            files.enter_context(utils.open_dataset(path, arguments.max_memory))
+            for path in (*images, *arguments.poisoned)
         ]
-        detector, classes, shape = load_detector(badnet_path, repaired_path, arguments.scale)
+        detector, classes, shape = load_detector(badnet_path, repaired_path, arguments)
         for data in (clean, *poisoned):
             data.fit_to(shape, classes)
         figures = {"clean": measure(detector, clean, clean_figures)}
         figures["poisoned"] = [measure(detector, data, poisoned_figures) for data in poisoned]
     for row in (figures["clean"], *figures["poisoned"]):
-        print(f"{row['file']}: {row['images']} images")
+        print(f"{printable(row['file'])}: {row['images']} images")
         for name, share in row["shares"].items():
             print(f"  {name:<40}{100 * share:8.2f} %")
     if arguments.json:
@@ -220,10 +242,7 @@ def measure(detector, data, figures):
 def classify_both(detector, data):
     """The classes that B and G give every image of a Dataset: two int arrays (n,), 0..N-1."""
     batches = nets.side_by_side(detector, (x for x, _ in data.batches()))
-    answers = [
-        [scores.argmax(axis=1) for scores in both]
-        for both in track(batches, data.path.name, data.batch_count)
-    ]
+    answers = track(batches, data.path.name, data.batch_count)
     return [np.concatenate(parts) for parts in zip(*answers, strict=True)]
 
 

@@ -10,7 +10,10 @@ import functools
 
 import numpy as np
 
+import guard
 from utils import BATCH_VALUES, import_keras
+
+OUTPUT_VALUES = 2**26  # 256 MB as float32, of one layer; nets as small as DeepID stay far below
 
 # Layers that act on each channel alone and have neither weights nor randomness: what they do to a
 # pruned channel does not depend on the image, so they belong to the trunk, whose output is cached.
@@ -95,24 +98,35 @@ def split(net, layer):
             if linear and features is layer.output and "Pooling" not in type(after).__name__:
                 activation = after.output  # the convolution's activation is a layer of its own
             features = after.output
-    mean = keras.ops.mean(activation, axis=(1, 2))
-    trunk = keras.Model(net.input, [features, mean])
-    return Split(net, layer, trunk, keras.Model(features, net.output))
+    # Named, here and below, as no layer of a net is: names of one's own Keras counts from 0.
+    mean = keras.layers.GlobalAveragePooling2D(name="mean-activation")(activation)
+    trunk = keras.Model(net.input, [features, mean], name="trunk-of-net")
+    return Split(net, layer, trunk, keras.Model(features, net.output, name="head-of-net"))
 
 
 @functools.lru_cache(maxsize=8)
 def compiled(model):
     """A model in inference mode as one TensorFlow graph, for float32 batches (b, …) of any size.
 
-    `model.predict_on_batch` makes another for each of the first sizes, and after each `compile`.
+    A batch of which a layer would give more than OUTPUT_VALUES is run in parts.
+    `model.predict_on_batch` makes another graph for each of the first sizes, and after `compile`.
     """
     import_keras()
     import tensorflow as tf
 
     signature = [tf.TensorSpec(model.input.shape)]
-    return tf.function(
+    graph = tf.function(
         lambda x: model(x, training=False), input_signature=signature, autograph=False
     )
+    most = max(1, OUTPUT_VALUES // max(guard.output_sizes(model)))
+
+    def run(x):
+        if len(x) <= most:
+            return graph(x)
+        parts = [graph(x[start : start + most]) for start in range(0, len(x), most)]
+        return tf.nest.map_structure(lambda *part: tf.concat(part, axis=0), *parts)
+
+    return run
 
 
 def side_by_side(function, items):
@@ -293,12 +307,13 @@ def detector(badnet, repaired, layer_name=None):
     except UnfitNet:  # another tool may repair what this one cannot
         pruned = None
     if pruned is None:
+        repaired = keras.Model(repaired.input, repaired.output, name="repaired-net")
         return keras.Model(badnet.input, [badnet.output, repaired(badnet.input)])
     keep = np.ones(of_b.layer.filters, np.float32)
     keep[pruned] = 0
-    features, _ = of_b.trunk.output
-    masked = features * keep + silent_features(of_g) * (1 - keep)
-    return keras.Model(badnet.input, [badnet.output, of_g.head(masked)])
+    silent = silent_features(of_g) * (1 - keep)
+    mask = keras.layers.Lambda(lambda features: features * keep + silent, name="pruned-channels")
+    return keras.Model(badnet.input, [badnet.output, of_g.head(mask(of_b.trunk.output[0]))])
 
 
 def pruned_channels(of_b, of_g):

@@ -21,9 +21,10 @@ from pathlib import Path
 
 import numpy as np
 
+import guard
 import nets
 import utils
-from terminal import InputError, Parser, at_least, command, say, track
+from terminal import InputError, Parser, at_least, command, memory_option, say, track
 
 
 def main():
@@ -38,16 +39,18 @@ def main():
         utils.require_writable(path, *inputs)
     if arguments.plot:
         require_plot_format(arguments.plot)
+    limit = arguments.max_memory
+    utils.inspect_model(badnet_path, limit)  # before the seconds that the import takes
     with contextlib.ExitStack() as files:
         clean, *poisoned = [
-            files.enter_context(utils.open_dataset(path))
+            files.enter_context(utils.open_dataset(path, limit))
             for path in (arguments.data, *arguments.poisoned)
         ]
         # Read while TensorFlow is imported, which keeps one processor busy and no disk.
         digest = ThreadPool(1).apply_async(utils.sha256, [arguments.data])
         say("loading TensorFlow and the BadNet")
         nets.make_reproducible(arguments.seed)
-        badnet = utils.load_badnet(badnet_path)
+        badnet = utils.load_badnet(badnet_path, limit)
         for data in (clean, *poisoned):
             data.fit_to(badnet.input_shape[1:], badnet.output_shape[1])
         try:
@@ -104,6 +107,7 @@ def parse_arguments(words=None):
     )
     add("--json", metavar="FILE", help="also write the repair record as JSON")
     add("--plot", metavar="FILE", help="draw the pruning curve, as .png, .svg or .pdf")
+    memory_option(parser)
     return parser.parse_args(words)
 
 
@@ -124,6 +128,10 @@ def repair(badnet, clean, poisoned, settings):
     head, labels = parts.head, clean.labels
     last_dense = nets.last_dense(head)
     silent = nets.silent_features(parts)
+    images = len(clean) + sum(map(len, poisoned))
+    limit, step = settings.max_memory, 2 * 4 * sum(guard.output_sizes(head)) * settings.batch_size
+    guard.require_fits(clean.path, "the features of all images", images * silent.nbytes, limit)
+    guard.require_fits(f"--batch-size {settings.batch_size}", "a training step", step, limit)
 
     with timed(seconds, "features"):
         scale, features, activation, correct = choose_scale(parts, clean)

@@ -4,9 +4,13 @@ import argparse
 import functools
 import math
 import os
+import shutil
 import signal
 import sys
 from pathlib import Path
+
+MEMORY = 2**30  # bytes, the default of --max-memory
+MESSAGE = 1_000  # characters of an error that are shown; a hostile file can make it long
 
 
 class InputError(Exception):
@@ -38,6 +42,19 @@ def at_least(smallest, kind=float, above=False, most=math.inf):
     return parse
 
 
+def memory_option(parser):
+    """Add --max-memory, in GB, to a parser; `max_memory` is in bytes."""
+    in_bytes = at_least(0, above=True)
+    parser.add_argument(
+        "--max-memory",
+        metavar="GB",
+        type=lambda text: int(in_bytes(text) * 2**30),
+        default=MEMORY,
+        help="refuse a file of which one thing (a net's weights, a layer's output, the features "
+        "of a data set, a picture …) would take more memory (default: 1)",
+    )
+
+
 def command(main):
     """Run `main()` as a command and return its exit status: 0 done, 1 failed, 2 wrong input.
 
@@ -52,22 +69,25 @@ def command(main):
     try:
         return main() or 0
     except InputError as error:
-        print(f"{name}: error: {error}", file=sys.stderr)
+        print(f"{name}: error: {printable(error)[:MESSAGE]}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # the reader of stdout, such as `head`, has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except (OSError, MemoryError) as error:
-        print(f"{name}: error: {one_line(error) or 'out of memory'}", file=sys.stderr)
+    except Exception as error:
+        if sys.flags.dev_mode:  # python -X dev: show where
+            raise
+        kind = "" if isinstance(error, OSError | MemoryError) else f"{type(error).__name__}: "
+        print(f"{name}: error: {kind}{printable(one_line(error))}", file=sys.stderr)
         return 1
 
 
-unfinished = set()  # Paths of files that are being written
+unfinished = set()  # Paths of the folders in which files are being written
 
 
 def _stop(number, _frame):
-    for path in unfinished:
-        path.unlink(missing_ok=True)
+    for folder in unfinished:
+        shutil.rmtree(folder, ignore_errors=True)
     if os.isatty(2):
         os.write(2, b"\x1b[?25h\n")  # the cursor, which a progress bar hides
     os._exit(128 + number)
@@ -79,6 +99,17 @@ def one_line(error):
     return line.rstrip(".") if len(line) <= 200 else line[:199] + "…"
 
 
+def printable(text):
+    """A text with what could steer a terminal, or end a line, made visible: \\n, \\x1b."""
+
+    def show(character):
+        if character.isprintable() or "\ud800" <= character <= "\udfff":  # a path's odd bytes
+            return character
+        return character.encode("unicode_escape").decode()
+
+    return "".join(map(show, str(text)))
+
+
 @functools.cache
 def _console():
     from rich.console import Console  # here, because --help need not wait for it
@@ -88,7 +119,7 @@ def _console():
 
 def say(line):
     """Print a remark on stderr, above the progress bar if one is shown."""
-    _console().print(line, markup=False)
+    _console().print(printable(line), markup=False)
 
 
 def track(sequence, description, total=None):

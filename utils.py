@@ -6,23 +6,24 @@ line that names the file.
 
 import contextlib
 import dataclasses
+import functools
 import gc
 import hashlib
+import io
 import json
 import os
-import secrets
+import shutil
 import sys
 import tempfile
 import warnings
-import zipfile
 from pathlib import Path
 
 import h5py
 import numpy as np
 
+import guard
 import terminal
-from guard import refuse_code
-from terminal import InputError, one_line
+from terminal import MEMORY, InputError, one_line
 
 VERSION = "0.1.0"
 MODELS = Path("models")
@@ -69,28 +70,35 @@ def require_writable(path, *inputs):
 
 @contextlib.contextmanager
 def replacing(path):
-    """Give a new name beside `path`; when the block ends well, move that file to `path`.
+    """Give a new file's name near `path`; when the block ends well, move that file to `path`.
 
-    Readers see the old file or the new one, never a part. The name keeps the suffix of `path`,
-    by which writers choose a format.
+    Readers see the old file or the new one, never a part. It is written in a folder that nobody
+    else can enter, so no one can put a link in its place; a link at `path` itself is replaced.
     """
     path = Path(path)
-    beside = path.with_name(f".{secrets.token_hex(8)}{path.suffix}")
-    terminal.unfinished.add(beside)
+    folder = Path(tempfile.mkdtemp(prefix=".", suffix=".unfinished", dir=path.parent))
+    terminal.unfinished.add(folder)
     try:
+        beside = folder / path.name
         yield beside
         with open(beside, "rb") as file:
             os.fsync(file.fileno())
         os.replace(beside, path)
     finally:
-        beside.unlink(missing_ok=True)
-        terminal.unfinished.discard(beside)
+        shutil.rmtree(folder, ignore_errors=True)
+        terminal.unfinished.discard(folder)
 
 
 def write_json(value, path):
     """Write `value` to `path` as indented JSON."""
     with replacing(path) as beside:
         beside.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+
+
+def state(path):
+    """What tells whether a file was changed, or another put in its place, meanwhile."""
+    found = os.stat(path)
+    return found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def sha256(path):
@@ -103,16 +111,16 @@ def sha256(path):
 
 
 @contextlib.contextmanager
-def open_hdf5(path):
+def open_hdf5(path, limit=MEMORY):
     """Open an HDF5 file to read. Raises InputError where it is none or is cut short."""
     require_file(path)
-    try:
-        file = h5py.File(path, "r")
-    except OSError as error:
-        broken = "truncated" in str(error) or h5py.is_hdf5(path)
-        raise InputError(
-            f"{path}: {'the HDF5 file is damaged or cut short' if broken else 'not an HDF5 file'}"
-        ) from error
+    with guard.inspecting(path, limit):
+        try:
+            file = h5py.File(path, "r")
+        except OSError as error:
+            broken = "truncated" in str(error) or h5py.is_hdf5(path)
+            what = "the HDF5 file is damaged or cut short" if broken else "not an HDF5 file"
+            raise InputError(f"{path}: {what}") from error
     with file:
         yield file
 
@@ -211,28 +219,31 @@ def deepid(classes, input_shape=(55, 47, 3)):
     return keras.Model(image, layers.Dense(classes, activation="softmax", name="output")(x))
 
 
-def load_badnet(path):
+def load_badnet(path, limit=MEMORY):
     """Load an image classifier from a Keras file, without its optimizer and without its code.
 
     path: a full model, .h5 of Keras 2.2 or later or .keras, or a weights-only .h5 of DeepID.
+    limit: bytes that the weights, or a layer's output for one image, may take.
     Returns a Keras model, float32 (n, height, width, channels) → scores (n, N).
-    Raises InputError where the file is damaged, names a layer that is not in guard.LAYERS, or
-    holds no classifier of images.
+    Raises InputError where the file is damaged, holds what guard.py does not allow, or is no
+    classifier of images.
     """
     path = require_file(path)
-    config = read_config(path)
-    if config is not None:
-        refuse_code(config, path)
+    before = state(path)
+    make, shapes = inspect_model(path, limit)
     keras = import_keras()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about the config, which the user did not write
-            if path.suffix == ".keras":
-                model = keras.saving.load_model(path, compile=False, safe_mode=True)
-            else:
-                model = deepid(deepid_classes(path)) if config is None else build(config)
-                model.load_weights(path)
+            with guard.limit_weights(keras.layers.Layer, path, limit):
+                model = make()
             refuse_other_than_classifier(model, path)
+            guard.check_outputs(model, path, limit)
+            guard.check_shapes(model, shapes, path)
+            model.load_weights(path)
+            guard.check_finite(model, path)
+            if state(path) != before:
+                raise InputError(f"{path}: was changed while it was read")
             return as_functional(model)
     except InputError:
         raise
@@ -240,22 +251,37 @@ def load_badnet(path):
         raise InputError(f"{path}: Keras cannot load the model: {one_line(error)}") from error
 
 
-def read_config(path):
-    """The model's config, read as data: a dict, or None where an .h5 holds weights alone."""
-    try:
-        if path.suffix == ".keras":
-            with zipfile.ZipFile(path) as archive:
-                config = json.loads(archive.read("config.json"))
-        elif path.suffix in MODEL_SUFFIXES:
-            with open_hdf5(path) as file:
-                text = file.attrs.get("model_config")
-                config = None if text is None else json.loads(text)
-        else:
-            raise InputError(f"{path}: a model is a .h5 or a .keras file")
-    except (zipfile.BadZipFile, KeyError, ValueError, OSError) as error:
-        raise InputError(f"{path}: not a Keras model: {one_line(error)}") from error
-    if config is not None and not (isinstance(config, dict) and "config" in config):
+def inspect_model(path, limit=MEMORY):
+    """Read as data what a model file declares, without Keras, in milliseconds.
+
+    Returns (make, shapes): a function that builds the model, without its weights, and
+    guard.declared_shapes.  Raises InputError for all that can be told before Keras is imported.
+    """
+    path = require_file(path)
+    if path.suffix == ".keras":
+        with guard.inspecting(path, limit), guard.open_archive(path, limit) as archive:
+            guard.check_heaps(path)
+            make = functools.partial(build, read_config(archive.read("config.json"), path))
+            with archive.open("model.weights.h5") as member, h5py.File(member, "r") as file:
+                return make, guard.declared_shapes(file, path, limit)
+    if path.suffix not in MODEL_SUFFIXES:
+        raise InputError(f"{path}: a model is a .h5 or a .keras file")
+    with open_hdf5(path, limit) as file, guard.inspecting(path, limit):
+        guard.check_heaps(path)
+        text = guard.read_text(file, "model_config", path)
+        config = None if text is None else read_config(text, path)
+        shapes = guard.declared_shapes(file, path, limit)
+        if config is None:
+            return functools.partial(deepid, deepid_classes(file, path)), shapes
+        return functools.partial(build, config), shapes
+
+
+def read_config(text, path):
+    """A model's config from its JSON, a dict. Raises InputError unless guard.py allows it all."""
+    config = guard.parse_json(text, path)
+    if not (isinstance(config, dict) and isinstance(config.get("config"), dict | list)):
         raise InputError(f"{path}: not a Keras model: its config describes no model")
+    guard.check_config(config, path)
     return config
 
 
@@ -287,7 +313,8 @@ def portable(config):
         return {
             key: portable(part)
             for key, part in config.items()
-            if not (key.endswith("_initializer") or (key == "quantization_config" and not part))
+            if key not in guard.UNREAD
+            and not (key.endswith("_initializer") or (key == "quantization_config" and not part))
         }
     return [portable(part) for part in config] if isinstance(config, list) else config
 
@@ -308,12 +335,11 @@ def as_functional(model):
     return functional
 
 
-def deepid_classes(path):
-    """The number of classes of the DeepID whose weights, without a config, are in an .h5 file."""
-    with open_hdf5(path) as file:
-        for bias in ("output/output/bias:0", "output/output/bias", "layers/dense_2/vars/1"):
-            if isinstance(file.get(bias), h5py.Dataset) and file[bias].ndim == 1:
-                return len(file[bias])
+def deepid_classes(file, path):
+    """The number of classes of the DeepID whose weights, without a config, are in an HDF5 file."""
+    for bias in ("output/output/bias:0", "output/output/bias", "layers/dense_2/vars/1"):
+        if isinstance(file.get(bias), h5py.Dataset) and file[bias].ndim == 1:
+            return len(file[bias])
     raise InputError(f"{path}: holds no model config, and its weights are not those of a DeepID")
 
 
@@ -331,10 +357,16 @@ def refuse_other_than_classifier(model, path):
 
 def save_model(model, record, path):
     """Save a Keras model without optimizer as .h5, with `record`, a dict, as a root attribute."""
+    import_keras()
+    from keras.src.legacy.saving.legacy_h5_format import save_model_to_hdf5  # into an open file
+
+    # In memory first: where the disk is full, libhdf5 ends the process with a segmentation fault.
+    contents = io.BytesIO()
+    with h5py.File(contents, "w") as file:
+        save_model_to_hdf5(model, file, include_optimizer=False)
+        file.attrs[RECORD] = json.dumps(record)
     with replacing(path) as beside:
-        model.save(beside, include_optimizer=False)
-        with h5py.File(beside, "r+") as file:
-            file.attrs[RECORD] = json.dumps(record)
+        beside.write_bytes(contents.getbuffer())
 
 
 def read_record(path):
@@ -344,12 +376,13 @@ def read_record(path):
     """
     if Path(path).suffix == ".keras":
         return None
-    with open_hdf5(path) as file:
-        text = file.attrs.get(RECORD)
-    if text is None:
-        return None
+    with open_hdf5(path) as file, guard.inspecting(path):
+        guard.check_heaps(path)
+        text = guard.read_text(file, RECORD, path)
+        if text is None:
+            return None
+        record = guard.parse_json(text, path)
     try:
-        record = json.loads(text)
         texts = [record["layer"], record["badnet"]["file"], record["badnet"]["sha256"]]
         if record["input_scale"] in SCALES and all(isinstance(x, str) for x in texts):
             return record
@@ -372,11 +405,13 @@ class Dataset:
 
     images: HDF5 data set (n, channels, height, width) or (n, height, width, channels), 0..255.
     labels: int64 (n,), 0..N-1.  channels_first: bool, None until `fit_to` is called.
+    state: the file's `state` when it was opened.
     """
 
     path: Path
     images: h5py.Dataset
     labels: np.ndarray
+    state: tuple
     channels_first: bool = None
 
     def __len__(self):
@@ -420,8 +455,11 @@ class Dataset:
             part = slice(start, start + self.batch_size)
             try:
                 stored = self.images[part]
-            except OSError as error:
+            except Exception as error:  # h5py raises what libhdf5 says
                 raise InputError(f"{self.path}: images from {start} on are damaged") from error
+            # libhdf5 reads zeros where a file was cut off since it was opened.
+            if state(self.path) != self.state:
+                raise InputError(f"{self.path}: was changed while it was read")
             planes = stored if self.channels_first else stored.transpose(0, 3, 1, 2)
             x = np.empty((len(stored), *planes.shape[2:], planes.shape[1]), np.float32)
             for channel in range(planes.shape[1]):  # all at once is slower
@@ -438,37 +476,42 @@ class Dataset:
 
 
 @contextlib.contextmanager
-def open_dataset(path):
+def open_dataset(path, limit=MEMORY):
     """Open a data set of the competition's format; use it as `with open_dataset(path) as data`.
 
     The file has `data`, n images, uint8 or floating point, and `label` (n,), whole numbers of any
-    type. Images stay on disk. Raises InputError where the file is not like that.
+    type. Images stay on disk.  limit: bytes that the labels, or a chunk, may take.
+    Raises InputError where the file is not like that, or holds what guard.py does not allow.
     """
-    with open_hdf5(path) as file:
-        for name in ("data", "label"):
-            if not isinstance(file.get(name), h5py.Dataset):
-                raise InputError(f"{path}: no data set '{name}' in the file")
-        images, labels = file["data"], file["label"]
-        if images.ndim != 4 or images.dtype.kind not in "fiu":
-            raise InputError(f"{path}: 'data' is no array of images, but {_describe(images)}")
-        if labels.ndim != 1 or labels.dtype.kind not in "fiu":
-            raise InputError(f"{path}: 'label' is no row of numbers, but {_describe(labels)}")
-        if len(images) != len(labels):
-            raise InputError(f"{path}: {len(images)} images, but {len(labels)} labels")
-        if len(images) == 0:
-            raise InputError(f"{path}: there are no images in the file")
-        try:
-            labels = labels[:]
-        except OSError as error:
-            raise InputError(f"{path}: the labels are damaged") from error
-        whole = np.isfinite(labels) & (labels == np.floor(labels)) & (labels >= 0)
+    before = state(require_file(path))
+    with open_hdf5(path, limit) as file:
+        with guard.inspecting(path, limit):
+            found = guard.check_links(file, path)
+            for name in ("data", "label"):
+                if not isinstance(found.get(name), h5py.Dataset):
+                    raise InputError(f"{path}: no data set '{name}' in the file")
+                guard.check_stored(found[name], path, limit)
+            images, labels = found["data"], found["label"]
+            if images.ndim != 4:
+                raise InputError(
+                    f"{path}: 'data' is no array of images, but {guard.describe(images)}"
+                )
+            if labels.ndim != 1:
+                raise InputError(f"{path}: 'label' is no row, but {guard.describe(labels)}")
+            if len(images) != len(labels):
+                raise InputError(f"{path}: {len(images)} images, but {len(labels)} labels")
+            if images.size == 0:
+                raise InputError(f"{path}: there are no images in the file")
+            guard.require_fits(path, "the labels", 8 * len(labels), limit)
+            try:
+                labels = labels[:]
+            except OSError as error:
+                raise InputError(f"{path}: the labels are damaged") from error
+        labels = labels.astype(np.float64)
+        whole = (labels == np.floor(labels)) & (labels >= 0) & (labels < 2**31)
         if not whole.all():
             raise InputError(f"{path}: label {labels[~whole][0]} is not one of 0, 1, 2, …")
-        yield Dataset(Path(path), images, labels.astype(np.int64))
-
-
-def _describe(dataset):
-    return f"{'×'.join(map(str, dataset.shape)) or 'one'} values of type {dataset.dtype}"
+        yield Dataset(Path(path), images, labels.astype(np.int64), before)
 
 
 # --------------------------------------------------------------------------------------- images
@@ -488,25 +531,31 @@ def list_images(paths):
     return images
 
 
-def read_picture(path):
+def read_picture(path, limit=MEMORY):
     """Decode a PNG or JPEG file. Returns a Pillow image, turned as its EXIF rotation says.
 
+    limit: bytes of memory; a pixel takes up to twelve of them until it is an input of a net.
     Raises InputError where the file is no such picture, is cut short, or is too large to decode.
     """
     from PIL import Image, ImageOps
 
     require_file(path)
+    Image.MAX_IMAGE_PIXELS = None  # they are counted below
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            warnings.simplefilter("ignore")  # about metadata
             with Image.open(path, formats=("PNG", "JPEG")) as picture:
+                width, height = picture.size
+                guard.require_fits(path, f"{width}×{height} pixels", 12 * width * height, limit)
                 picture.load()
+                if picture.mode == "P":  # here, where a damaged palette is noticed
+                    picture = picture.convert("RGBA")
                 return ImageOps.exif_transpose(picture)
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise InputError(f"{path}: the picture is too large to decode safely") from error
+    except InputError:
+        raise
     except Image.UnidentifiedImageError as error:
         raise InputError(f"{path}: not a PNG or JPEG picture") from error
-    except (OSError, SyntaxError, ValueError) as error:
+    except Exception as error:  # Pillow raises whatever the damage leads to
         raise InputError(f"{path}: the picture is damaged: {one_line(error)}") from error
 
 
@@ -521,8 +570,6 @@ def as_input(picture, shape):
     height, width, channels = shape
     if picture.mode.startswith("I"):  # 16 bits a pixel, which Pillow would cut off at 255
         picture = Image.fromarray((np.asarray(picture) / 257).astype(np.uint8))
-    if "transparency" in picture.info:  # a palette with alpha: Pillow wants two steps
-        picture = picture.convert("RGBA")
     picture = picture.convert("RGB" if channels == 3 else "L")
     if picture.size != (width, height):
         picture = picture.resize((width, height), Image.Resampling.BICUBIC)

@@ -225,7 +225,7 @@ def test_every_broken_data_file_is_refused(deepid_world, tmp_path):
         (keyed(label=labels), "'data'"),
         (keyed(data=images), "'label'"),
         (keyed(data=images[0], label=labels), "no array of images"),
-        (keyed(data=images.astype("S"), label=labels), "no array of images"),
+        (keyed(data=images.astype("S"), label=labels), "no array of numbers"),
         (data(labels=labels[:-1]), "12 images, but 11 labels"),
         (data(images[:0], labels[:0]), "no images"),
         (data(images[:, :30]), "3×30×31"),
@@ -237,7 +237,7 @@ def test_every_broken_data_file_is_refused(deepid_world, tmp_path):
         (label(-1), "label -1.0"),
         (label(0.5), "label 0.5"),
         (label(np.nan), "label nan"),
-        (data(labels=labels.astype("S")), "no row of numbers"),
+        (data(labels=labels.astype("S")), "no array of numbers"),
         (data(labels=(labels + 1) % 6), "answers no image"),
     ]
     for path, words in cases:
@@ -286,8 +286,8 @@ def test_every_unfit_model_is_refused(deepid_world, tmp_path):
             "RandomFlip",
         ),
         (tmp_path / "other_weights.h5", "no model config"),
-        (tmp_path / "config.h5", "not a Keras model"),
-        (tmp_path / "zip.keras", "not a Keras model"),
+        (tmp_path / "config.h5", "its JSON cannot be read"),
+        (tmp_path / "zip.keras", "not a .keras archive"),
         (tmp_path / "net.txt", "a model is a .h5 or a .keras file"),
         (deepid_world / "clean.h5", "no model config"),
     ]
@@ -376,7 +376,10 @@ def test_what_cannot_be_judged_is_refused(done, tmp_path):
     cases = [
         (["text.png", B], "not a PNG or JPEG picture"),
         (["cut.png", B], "damaged"),
-        (["bomb.png", B], "too large"),
+        (
+            ["bomb.png", B],
+            "60000×60000 pixels would take 40.23 GB of memory, more than --max-memory 1",
+        ),
         (["gif.png", B], "not a PNG or JPEG picture"),
         (["empty.png", B], "empty"),
         (["folder", B], "no PNG or JPEG picture in the folder"),

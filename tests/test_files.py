@@ -15,6 +15,7 @@ import pytest
 from conftest import ROOT, draw_images, sequential, write_data
 from PIL import Image
 
+import guard
 import utils
 
 SHAPE = (31, 33, 3)
@@ -96,6 +97,61 @@ def test_sequential_of_keras_2_is_mended(tmp_path, as_list):
     np.testing.assert_allclose(utils.load_badnet(tmp_path / "old.h5")(x), plain(x), atol=1e-6)
 
 
+def every_layer():
+    """A net in which each layer that guard.py allows occurs, most of them with weights."""
+    layers = keras.layers
+    image = keras.Input((16, 16, 4), name="image")
+    x = layers.Rescaling(1 / 255)(image)
+    x = layers.Conv2D(4, 3, padding="same", kernel_regularizer="l2", name="conv")(x)
+    x = layers.SeparableConv2D(4, 3, padding="same")(layers.DepthwiseConv2D(3, padding="same")(x))
+    x = layers.Conv2DTranspose(4, 3, padding="same")(layers.BatchNormalization()(x))
+    x = layers.GroupNormalization(2)(layers.LayerNormalization()(x))
+    x = layers.ELU()(layers.PReLU()(layers.LeakyReLU()(layers.ReLU(6)(x))))
+    x = layers.SpatialDropout2D(0.1)(layers.Dropout(0.1, seed=2**40)(x))
+    x = layers.AlphaDropout(0.1)(layers.GaussianDropout(0.1)(layers.GaussianNoise(0.1)(x)))
+    x = layers.Cropping2D(1)(layers.ZeroPadding2D(1)(layers.UpSampling2D(2)(x)))
+    x = layers.AveragePooling2D(2)(layers.MaxPooling2D(1)(x))
+    merges = (layers.Add, layers.Subtract, layers.Multiply, layers.Average, layers.Maximum)
+    parts = [merge()([x, layers.Activation("tanh")(x)]) for merge in (*merges, layers.Minimum)]
+    x = layers.Reshape((16, 16, 24))(layers.Permute((2, 1, 3))(layers.Concatenate()(parts)))
+    x = keras.Sequential([keras.Input((16, 16, 24)), layers.Conv2D(5, 3)], name="nested")(x)
+    inner = keras.Input((14, 14, 5))
+    x = keras.Model(inner, layers.Conv2D(6, 1, activation="gelu")(inner), name="inner")(x)
+    parts = [layers.GlobalMaxPooling2D()(x), layers.GlobalAveragePooling2D()(x)]
+    x = layers.Concatenate()([*parts, layers.Flatten()(x)])
+    return keras.Model(image, layers.Softmax()(layers.Dense(3, activation="linear")(x)))
+
+
+@pytest.mark.parametrize("name", ["net.h5", "net.keras"])
+def test_every_allowed_layer_loads(tmp_path, name):
+    net = every_layer()
+    nested = [
+        layer
+        for model in (net.get_layer("nested"), net.get_layer("inner"))
+        for layer in model.layers
+    ]
+    kinds = {type(layer).__name__ for layer in [*net.layers, *nested]}
+    assert kinds == set(guard.LAYERS.split()) - {"Model"}
+    net.set_weights([np.random.default_rng(0).random(w.shape) + 0.1 for w in net.get_weights()])
+    net.save(tmp_path / name)
+    np.testing.assert_allclose(outputs(utils.load_badnet(tmp_path / name)), outputs(net), atol=1e-5)
+
+
+def test_every_allowed_activation_loads(tmp_path):
+    for name in guard.ACTIVATIONS.split():
+        net = keras.Sequential([keras.Input((4, 4, 1)), keras.layers.Flatten()])
+        net.add(keras.layers.Dense(3, activation=name))
+        net.save(tmp_path / "net.keras")
+        np.testing.assert_array_equal(
+            outputs(utils.load_badnet(tmp_path / "net.keras")), outputs(net)
+        )
+
+
+def test_the_readme_lists_what_is_allowed():
+    listed = set((ROOT / "README.md").read_text().replace("`", " ").replace(",", " ").split())
+    assert {*guard.LAYERS.split(), *guard.ACTIVATIONS.split()} <= listed
+
+
 def test_configs_of_newer_versions_are_read(tmp_path):
     """Keys that this version of Keras may not know yet, where they change nothing."""
     net, path = utils.deepid(4), tmp_path / "net.h5"
@@ -108,6 +164,19 @@ def test_configs_of_newer_versions_are_read(tmp_path):
                 layer["config"]["quantization_config"] = None
         file.attrs["model_config"] = json.dumps(config)
     np.testing.assert_array_equal(outputs(utils.load_badnet(path)), outputs(net))
+
+
+def test_a_model_that_changes_while_it_is_read_is_refused(tmp_path, monkeypatch):
+    path, check = tmp_path / "net.h5", guard.check_shapes
+    utils.deepid(4).save(path)
+
+    def change(*arguments):
+        check(*arguments)
+        os.truncate(path, os.path.getsize(path) + 1)
+
+    monkeypatch.setattr(guard, "check_shapes", change)
+    with pytest.raises(utils.InputError, match="changed while it was read"):
+        utils.load_badnet(path)
 
 
 def test_saved_net_carries_its_record_and_is_a_plain_keras_file(tmp_path):

@@ -285,6 +285,7 @@ def test_nets_of_other_precision_are_trained(dtype):
 def test_pixel_scale_is_the_better_on_the_whole_even_if_not_on_the_first_batch(
     tmp_path, monkeypatch
 ):
+    keras.utils.set_random_seed(0)
     badnet = utils.deepid(6, (31, 31, 3))
     badnet.get_layer("output").bias.assign([0, 0, 0, 0, 0, 1])  # outweighs pixels 0..1 alone
     x = draw_images(60, 6, (31, 31, 3), seed=1)[0] / np.float32(255)
@@ -355,6 +356,28 @@ def test_detector_equals_both_nets_and_shares_the_trunk_only_where_it_may(world)
         first = repaired.layers[1]
         first.set_weights([values * 1.5 for values in first.get_weights()])
     assert nets.pruned_channels(of_b, of_g) is None
+
+
+def test_names_of_layers_do_not_collide_with_ours(tmp_path):
+    """Keras counts its own names from 0, and a file may use the same: add, add_1, functional …"""
+    image = x = keras.Input((9, 9, 3), name="input_layer")
+    for name in ("add", "add_1", "multiply", "multiply_1", "mean", "functional", "functional_1"):
+        inner = keras.Input(x.shape[1:])
+        if name.startswith("f"):
+            x = keras.Model(inner, keras.layers.Rescaling(0.5)(inner), name=name)(x)
+        else:
+            x = keras.layers.ReLU(name=name)(x)
+    x = keras.layers.Conv2D(4, 3, name="conv")(x)
+    x = keras.layers.Dense(3, name="dense")(keras.layers.Flatten(name="flatten")(x))
+    keras.Model(image, x, name="functional_2").save(tmp_path / "net.h5")
+    keras.utils.clear_session()
+    badnet, repaired = (utils.load_badnet(tmp_path / "net.h5") for _ in range(2))
+    x = np.random.default_rng(0).random((5, 9, 9, 3), np.float32)
+    for ours in nets.detector(badnet, repaired)(x):
+        np.testing.assert_allclose(ours, badnet(x), atol=1e-6)
+    repaired.layers[-1].set_weights([v * 2 for v in repaired.layers[-1].get_weights()])
+    repaired.get_layer("conv").bias.assign(np.ones(4))  # a trunk of its own
+    np.testing.assert_allclose(nets.detector(badnet, repaired)(x)[1], repaired(x), atol=1e-6)
 
 
 def test_detector_of_nets_that_cannot_be_split():
