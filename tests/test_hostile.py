@@ -861,3 +861,18 @@ def test_nobody_else_can_reach_a_file_while_it_is_written(tmp_path):
             (tmp_path / "out.h5").symlink_to(tmp_path / "victim")  # in between
     assert (tmp_path / "out.h5").read_text() == "whole" and not (tmp_path / "out.h5").is_symlink()
     assert os.listdir(tmp_path) == ["out.h5"]
+
+
+# --------------------------------------------------------------------------------------- fuzz
+
+
+def test_a_short_run_of_the_fuzzer_finds_nothing(tmp_path):
+    process = subprocess.run(
+        [sys.executable, ROOT / "tests" / "fuzz.py", "--mutants", "200", "--commands", "6"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "TMPDIR": str(tmp_path)},
+    )
+    assert process.returncode == 0, process.stderr
+    assert "loading: 200 mutants: " in process.stdout and "commands: 6 mutants" in process.stdout
+    assert os.listdir(tmp_path) == []

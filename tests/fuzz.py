@@ -1,0 +1,361 @@
+"""Change valid files at random and load them: each must work or be refused with one line.
+
+    python tests/fuzz.py --mutants 2000 --commands 100
+
+Mutants of a small net (.h5, .keras), a data set and pictures go through the functions that load
+them, in one process, and some through the commands. A mutant that ends otherwise (another
+exception, a crash, 20 seconds) is kept in --folder and makes the exit status 1.
+"""
+
+import argparse
+import collections
+import contextlib
+import copy
+import faulthandler
+import io
+import json
+import random
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import tempfile
+import traceback
+import warnings
+import zipfile
+import zlib
+from pathlib import Path
+
+import h5py
+import numpy as np
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import utils
+
+SHAPE, CLASSES = (12, 12, 3), 4
+SECONDS = 20
+ODD = [None, True, -1, 0, 1, 2**31, 2**63, -0.5, 1e300, "", "x", "Lambda", "relu", [], {}, [[]]]
+
+
+def make_seeds(folder):
+    """Write the valid files that are changed."""
+    keras = utils.import_keras()
+    layers = keras.layers
+    image = x = keras.Input(SHAPE, name="image")
+    for name in ("conv_1", "conv_2"):
+        x = layers.Conv2D(3, 3, activation="relu", name=name)(x)
+    x = layers.Dropout(0.1)(layers.BatchNormalization()(layers.MaxPooling2D(2)(x)))
+    scores = layers.Dense(CLASSES, activation="softmax")(layers.Flatten()(x))
+    net = keras.Model(image, scores)
+    net.save(folder / "net.h5")
+    net.save(folder / "net.keras")
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (10, *SHAPE), np.uint8)
+    for name, options in (("plain.h5", {}), ("packed.h5", {"compression": "gzip"})):
+        with h5py.File(folder / name, "w") as file:
+            file.create_dataset("data", data=images, shuffle=bool(options), **options)
+            file.create_dataset("label", data=np.arange(10.0) % CLASSES)
+    Image.fromarray(images[0]).save(folder / "face.png")
+    Image.fromarray(images[0]).quantize(8).save(folder / "palette.png", transparency=1)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(images[0]).save(folder / "face.jpg", exif=exif)
+
+
+# ------------------------------------------------------------------------------------- changing
+
+
+def change_bytes(contents, rng):
+    """Overwrite, insert, remove, repeat or cut off bytes in a few places."""
+    contents = bytearray(contents)
+    for _ in range(rng.choice([1, 1, 2, 4, 16])):
+        at, size = rng.randrange(len(contents)), rng.choice([1, 1, 2, 4, 8, 100])
+        new = rng.choice([rng.randbytes(size), bytes(size), b"\xff" * size, b"\x7f" + bytes(size)])
+        action = rng.random()
+        if action < 0.6:
+            contents[at : at + len(new)] = new
+        elif action < 0.7:
+            contents[at:at] = new
+        elif action < 0.8:
+            del contents[at : at + size]
+        elif action < 0.95:
+            start = rng.randrange(len(contents))
+            contents[at : at + size] = contents[start : start + size]
+        else:
+            del contents[at:]
+        contents = contents or bytearray(b"\0")
+    return bytes(contents)
+
+
+def change_json(text, rng):
+    """Replace, remove, add or move parts of a JSON document."""
+    document = json.loads(text)
+    for _ in range(rng.choice([1, 1, 1, 2, 5])):
+        places = []
+
+        def walk(value, places=places):
+            keys = value if isinstance(value, dict) else range(len(value))
+            for key in keys:
+                places.append((value, key))
+                if isinstance(value[key], dict | list):
+                    walk(value[key])
+
+        walk(document)
+        if not places:
+            break
+        holder, key = rng.choice(places)
+        other, another = rng.choice(places)
+        action = rng.random()
+        if action < 0.5:
+            holder[key] = copy.deepcopy(rng.choice(ODD))
+        elif action < 0.7:
+            holder[key] = copy.deepcopy(other[another])
+        elif action < 0.85:
+            del holder[key]
+        elif isinstance(holder, list):
+            holder.insert(key, copy.deepcopy(other[another]))
+        else:
+            holder[str(another)] = copy.deepcopy(other[another])
+    return json.dumps(document)
+
+
+def change_structure(contents, rng):
+    """Remove, move, link, reshape objects of an HDF5 file and change attributes."""
+    path = Path(tempfile.gettempdir()) / f"fuzz-{rng.getrandbits(64):x}.h5"
+    path.write_bytes(contents)
+    try:
+        with h5py.File(path, "r+") as file:
+            for _ in range(rng.choice([1, 1, 2, 4])):
+                names = []
+                file.visit(names.append)
+                if names:
+                    with contextlib.suppress(Exception):  # not every change is possible
+                        _change_object(file, rng.choice(names), rng.choice(names), rng)
+        return path.read_bytes()
+    finally:
+        path.unlink()
+
+
+def _change_object(file, name, other, rng):
+    action, item = rng.randrange(9), file[name]
+    if action == 0:
+        del file[name]
+    elif action == 1:
+        file.move(name, rng.choice([f"{other}/moved", f"moved_{rng.random()}"]))
+    elif action in (2, 3):
+        del file[name]
+        links = [h5py.SoftLink("/" + other), h5py.ExternalLink("x.h5", "/x"), file.get(other)]
+        file[name] = rng.choice(links)
+    elif action in (4, 5, 6) and isinstance(item, h5py.Dataset):
+        shape = list(item.shape) or [1]
+        shape[rng.randrange(len(shape))] = rng.choice([0, 1, 7, 2**20])
+        kind = rng.choice(["f2", "f4", "f8", "i1", "u8", "S3", "?", "c8", item.dtype.str])
+        options = rng.choice([{}, {"chunks": True}, {"compression": "gzip"}, {"fletcher32": True}])
+        del file[name]
+        array = file.create_dataset(name, shape, kind, **options)
+        if array.nbytes < 2**22:
+            array[...] = np.full(shape, rng.choice([0, 1, 3]), kind)
+    else:
+        value = rng.choice([1, -1.5, "x", b"\xff", ["a", "b"], [[1]], [b"a"] * 50, [], "{}", "[]"])
+        item.attrs[rng.choice([*item.attrs, "new"])] = value
+
+
+def change_config(contents, rng):
+    path = Path(tempfile.gettempdir()) / f"fuzz-{rng.getrandbits(64):x}.h5"
+    path.write_bytes(contents)
+    try:
+        with h5py.File(path, "r+") as file:
+            file.attrs["model_config"] = change_json(file.attrs["model_config"], rng)
+        return path.read_bytes()
+    finally:
+        path.unlink()
+
+
+def change_archive(contents, rng):
+    """Change one member of a .keras archive, or its name."""
+    archive = zipfile.ZipFile(io.BytesIO(contents))
+    members = [(name, archive.read(name)) for name in archive.namelist()]
+    at = rng.randrange(len(members))
+    name, inside = members[at]
+    if name == "config.json" or rng.random() < 0.4:
+        at = next(i for i, (name, _) in enumerate(members) if name == "config.json")
+        members[at] = ("config.json", change_json(members[at][1], rng))
+    elif name == "model.weights.h5":
+        members[at] = (name, rng.choice([change_bytes, change_structure])(inside, rng))
+    else:
+        members[at] = (rng.choice(["../x", "config.json", "x"]), inside)
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w", rng.choice([0, 0, 0, zipfile.ZIP_DEFLATED])) as archive:
+        for name, inside in members:
+            archive.writestr(name, inside)
+    return out.getvalue()
+
+
+def change_chunks(contents, rng):
+    """Change bytes of a PNG and put its checksums right, so that the change is read."""
+    out, at, contents = contents[:8], 8, bytearray(contents)
+    while at + 12 <= len(contents):
+        size = struct.unpack(">I", contents[at : at + 4])[0]
+        body = bytes(contents[at + 4 : at + 8 + size])
+        if rng.random() < 0.4:
+            body = body[:4] + change_bytes(body[4:] or b"\0", rng)
+        out += struct.pack(">I", len(body) - 4) + body + struct.pack(">I", zlib.crc32(body))
+        at += 12 + size
+    return out
+
+
+CHANGES = {
+    "net.h5": [change_bytes, change_config, change_config, change_structure],
+    "net.keras": [change_bytes, change_archive, change_archive, change_archive],
+    "plain.h5": [change_bytes, change_structure],
+    "packed.h5": [change_bytes, change_structure],
+    "face.png": [change_bytes, change_chunks, change_chunks],
+    "palette.png": [change_bytes, change_chunks],
+    "face.jpg": [change_bytes],
+}
+
+
+def mutant(folder, seed, number):
+    """Write mutant `number` of a run. Returns its Path."""
+    rng = random.Random(f"{seed} {number}")
+    name = rng.choice([*["net.h5", "net.keras"] * 2, *CHANGES])
+    change = rng.choice(CHANGES[name])
+    path = folder / f"{number}-{change.__name__}-{name}"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # "duplicate name" in an archive: that is meant
+        path.write_bytes(change((folder / name).read_bytes(), rng))
+    return path
+
+
+# -------------------------------------------------------------------------------------- loading
+
+
+def load(path):
+    """Load a mutant and use what was loaded, as the commands do."""
+    if "net" in path.name:
+        net = utils.load_badnet(path)
+        net(np.zeros((1, *net.input_shape[1:]), np.float32))
+    elif path.suffix == ".h5":
+        with utils.open_dataset(path) as data:
+            data.fit_to(SHAPE, CLASSES)
+            for _ in data.batches():
+                pass
+    else:
+        utils.as_input(utils.read_picture(path), SHAPE)
+
+
+def work(folder, seed, start, end):
+    """Load mutants start..end-1; print a line for each: its number, a tab, how it ended."""
+
+    def too_long(*_):
+        raise TimeoutError(f"{SECONDS} seconds")
+
+    signal.signal(signal.SIGALRM, too_long)
+    utils.import_keras()
+    for number in range(start, end):
+        path = mutant(folder, seed, number)
+        signal.alarm(SECONDS)
+        faulthandler.dump_traceback_later(SECONDS + 5, exit=True)  # where a library hangs
+        try:
+            load(path)
+            ending = "works"
+        except utils.InputError as error:
+            one_line = "\n" not in str(error) and str(error).startswith(str(path))
+            ending = "refused" if one_line else f"refused badly: {str(error)!r}"
+        except Exception as error:
+            where = traceback.extract_tb(error.__traceback__)[-1]
+            ending = f"{type(error).__name__} in {where.filename}, line {where.lineno}: {error}"
+        signal.alarm(0)
+        faulthandler.cancel_dump_traceback_later()
+        if ending in ("works", "refused"):
+            path.unlink()
+        print(number, ending.replace("\n", " "), sep="\t", flush=True)
+
+
+def run_loading(folder, seed, count):
+    """Yield how each mutant ended; a worker that a crash ended is followed by another."""
+    start = 0
+    while start < count:
+        process = subprocess.Popen(
+            [sys.executable, __file__, "--work", str(folder), str(seed), str(start), str(count)],
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for line in process.stdout:
+            start = int(line.split("\t")[0]) + 1
+            yield line.split("\t", 1)[1].strip()
+        if process.wait() and start < count:
+            kept = ", ".join(path.name for path in folder.glob(f"{start}-*"))
+            yield f"the process ended with status {process.returncode}: {kept}"
+            start += 1
+
+
+def run_commands(folder, seed, count):
+    """Yield how the command that reads each mutant ended."""
+    net, data = folder / "net.h5", folder / "plain.h5"
+    for number in range(count):
+        path = mutant(folder, f"{seed} commands", number)
+        if "net" in path.name:
+            given = ["repair.py", path, data]
+        elif path.suffix == ".h5":
+            given = ["repair.py", net, path]
+        else:
+            given = ["eval_defence.py", path, net, "--repaired", net]
+        if given[0] == "repair.py":
+            given += ["--rounds", 1, "--threshold", 0.9, "--output", folder / "out.h5"]
+        try:
+            process = subprocess.run(
+                [sys.executable, ROOT / given[0], *map(str, given[1:])],
+                capture_output=True,
+                text=True,
+                timeout=60,
+            )
+            errors = [line for line in process.stderr.splitlines() if ": error: " in line]
+            known = {0: (0, "works"), 2: (1, "refused")}.get(process.returncode)
+            if known and known[0] == len(errors) and "Traceback" not in process.stderr:
+                path.unlink()
+                yield known[1]
+            else:
+                yield f"{path.name}: status {process.returncode}: {process.stderr[-300:]!r}"
+        except subprocess.TimeoutExpired:
+            yield f"{path.name}: 60 seconds"
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Fuzz the loading of models, data and pictures.")
+    parser.add_argument("--mutants", type=int, default=2000, help="through the loading functions")
+    parser.add_argument("--commands", type=int, default=100, help="through the commands")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--folder", type=Path, help="where what failed is kept")
+    arguments = parser.parse_args()
+    folder = arguments.folder or Path(tempfile.mkdtemp(prefix="fuzz-"))
+    folder.mkdir(exist_ok=True)
+    make_seeds(folder)
+    failed = 0
+    for what, runner, count in (
+        ("loading", run_loading, arguments.mutants),
+        ("commands", run_commands, arguments.commands),
+    ):
+        endings = collections.Counter()
+        for ending in runner(folder, arguments.seed, count):
+            endings[ending if ending in ("works", "refused") else "failed"] += 1
+            if ending not in ("works", "refused"):
+                print(f"{what}: {ending}", file=sys.stderr, flush=True)
+        print(f"{what}: {count} mutants: " + ", ".join(f"{n} {e}" for e, n in endings.items()))
+        failed += endings["failed"]
+    if failed:
+        print(f"kept in {folder}")
+    elif arguments.folder is None:
+        shutil.rmtree(folder)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--work"]:
+        folder, seed, start, end = sys.argv[2:]
+        sys.exit(work(Path(folder), seed, int(start), int(end)))
+    sys.exit(main())
