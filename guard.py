@@ -417,6 +417,8 @@ def declared_shapes(file, path, limit=MEMORY):
         read_text(group, name, path)
     layers = _names(group, "layer_names", path)
     if not layers:
+        for array in arrays.values():
+            read_text(array, "dtype", path)  # Keras does
         return [array.shape for name, array in arrays.items() if "seed_generator" not in name]
     if f"{within}top_level_model_weights" in found:
         layers.append("top_level_model_weights")
