@@ -84,6 +84,8 @@ def replacing(path):
         with open(beside, "rb") as file:
             os.fsync(file.fileno())
         os.replace(beside, path)
+    except OSError as error:  # such as a full disk, which names no file
+        raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         terminal.unfinished.discard(folder)

@@ -94,6 +94,7 @@ def test_no_room_for_the_output(folder, size):
     assert process.returncode == 1 and process.stdout == ""
     errors = [line for line in process.stderr.splitlines() if ": error: " in line]
     assert len(errors) == 1 and "Traceback" not in process.stderr, process.stderr
+    assert errors[0] == f"repair.py: error: [Errno 27] File too large: '{G}'"
     assert (folder / G).read_bytes() == old
     assert sorted(os.listdir(folder / "models")) == ["small_bd_net.h5", "small_bd_net_defence.h5"]
     assert_next_run_succeeds(folder)
