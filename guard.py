@@ -31,12 +31,12 @@ import numpy as np
 
 from terminal import MEMORY, InputError, one_line
 
-OBJECTS = 50_000  # groups and arrays in an HDF5 file; a net of 1,000 layers with Adam has 20,000
-TEXTS = 10**6  # in the heaps of an HDF5 file; a net of 1,000 layers has some thousands
-LAYER_COUNT = 2_000  # EfficientNetV2-L has 1,028
-CALLS = 10_000  # inputs of all layers together
-JSON_LENGTH = 2**23  # characters; EfficientNetV2-L takes 1.5 million
-JSON_DEPTH = 64  # a plain net has 10
+OBJECTS = 50_000  # groups and arrays in an HDF5 file: weights, and an optimizer's
+TEXTS = 10**6  # in the heaps of an HDF5 file: names of layers and weights
+LAYER_COUNT = 2_000  # keras.applications.EfficientNetV2L has 1,031
+CALLS = 10_000  # inputs of all layers together; that net has 1,164
+JSON_LENGTH = 2**23  # characters; that net's config has 964,217
+JSON_DEPTH = 64  # levels
 UNREAD = {"compile_config"}  # of the optimizer; utils.portable takes it out
 UNBOUNDED = {"seed", "shared_object_id"}  # names of a kind
 NUMBER = 10**6  # no unit count, kernel or image size of a classifier comes near

@@ -16,6 +16,7 @@ import shutil
 import sys
 import tempfile
 import warnings
+import zipfile
 from pathlib import Path
 
 import h5py
@@ -242,7 +243,7 @@ def load_badnet(path, limit=MEMORY):
             refuse_other_than_classifier(model, path)
             guard.check_outputs(model, path, limit)
             guard.check_shapes(model, shapes, path)
-            model.load_weights(path)
+            load_weights(model, path)
             guard.check_finite(model, path)
             if state(path) != before:
                 raise InputError(f"{path}: was changed while it was read")
@@ -264,7 +265,7 @@ def inspect_model(path, limit=MEMORY):
         with guard.inspecting(path, limit), guard.open_archive(path, limit) as archive:
             guard.check_heaps(path)
             make = functools.partial(build, read_config(archive.read("config.json"), path))
-            with archive.open("model.weights.h5") as member, h5py.File(member, "r") as file:
+            with h5py.File(io.BytesIO(archive.read("model.weights.h5")), "r") as file:
                 return make, guard.declared_shapes(file, path, limit)
     if path.suffix not in MODEL_SUFFIXES:
         raise InputError(f"{path}: a model is a .h5 or a .keras file")
@@ -276,6 +277,16 @@ def inspect_model(path, limit=MEMORY):
         if config is None:
             return functools.partial(deepid, deepid_classes(file, path)), shapes
         return functools.partial(build, config), shapes
+
+
+def load_weights(model, path):
+    """Fill a model with the weights of an inspected file."""
+    if path.suffix != ".keras":
+        model.load_weights(path)
+        return
+    # Out of the archive Keras would read them in small pieces, which takes many times as long.
+    with tempfile.TemporaryDirectory() as folder, zipfile.ZipFile(path) as archive:
+        model.load_weights(archive.extract("model.weights.h5", folder))
 
 
 def read_config(text, path):

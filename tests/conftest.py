@@ -108,6 +108,18 @@ def command(script, *arguments, cwd=ROOT, **options):
     )
 
 
+def start(script, *arguments, cwd, **options):
+    """Start one of the project's scripts and go on. Returns the Popen, its pipes text."""
+    return subprocess.Popen(
+        [sys.executable, ROOT / script, *map(str, arguments)],
+        cwd=cwd,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **options,
+    )
+
+
 def assert_refused(process, *words):
     """The process ended with status 2 and one line on stderr that holds `words`."""
     assert process.returncode == 2, process.stderr

@@ -14,7 +14,7 @@ import h5py
 import keras
 import numpy as np
 import pytest
-from conftest import ROOT, assert_refused, command, draw_images, write_data
+from conftest import ROOT, assert_refused, command, draw_images, start, write_data
 from PIL import Image
 
 import utils
@@ -416,13 +416,7 @@ def test_interrupted_at_any_step_leaves_no_file_and_no_traceback(deepid_world, t
         "--json",
         "r.json",
     ]
-    process = subprocess.Popen(
-        [sys.executable, ROOT / "repair.py", *map(str, arguments)],
-        cwd=tmp_path,
-        stderr=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
+    process = start("repair.py", *arguments, cwd=tmp_path)
     seen = ""
     while moment not in seen:
         seen = process.stderr.readline()

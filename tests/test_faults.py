@@ -16,19 +16,20 @@ import time
 import h5py
 import numpy as np
 import pytest
-from conftest import ROOT, assert_refused, command, draw_images, write_data
+from conftest import ROOT, assert_refused, command, draw_images, start, write_data
 
 import utils
 
 B, G = "models/small_bd_net.h5", "models/small_bd_net_defence.h5"
 QUICK = ("--rounds", 1, "--epochs", 1, "--threshold", 0.99)
+QUICK_REPAIR = ("repair.py", B, "clean.h5", *QUICK)
 
 
 @pytest.fixture(scope="module")
 def repaired(deepid_world, tmp_path_factory):
     """A copy of the world, with a repaired net from an earlier run."""
     folder = shutil.copytree(deepid_world, tmp_path_factory.mktemp("repaired") / "world")
-    process = command("repair.py", B, "clean.h5", *QUICK, cwd=folder)
+    process = command(*QUICK_REPAIR, cwd=folder)
     assert process.returncode == 0, process.stderr
     return folder
 
@@ -44,31 +45,22 @@ def left(folder):
 
 
 def assert_next_run_succeeds(folder):
-    process = command("repair.py", B, "clean.h5", *QUICK, cwd=folder)
+    process = command(*QUICK_REPAIR, cwd=folder)
     assert process.returncode == 0, process.stderr
     assert left(folder) == ["small_bd_net.h5", "small_bd_net_defence.h5"]
     assert utils.read_record(folder / G)["layer"] == "conv_3"
     utils.load_badnet(folder / G)
 
 
-def start(folder):
-    return subprocess.Popen(
-        [sys.executable, ROOT / "repair.py", B, "clean.h5", *map(str, QUICK)],
-        cwd=folder,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-    )
-
-
 def test_killed_at_random_moments(folder):
     """20 times SIGKILL, at moments over all of a run."""
     began = time.monotonic()
-    start(folder).wait()
+    start(*QUICK_REPAIR, cwd=folder).communicate()
     length = time.monotonic() - began
     rng = random.Random(0)
     old = (folder / G).read_bytes()
     for i in range(20):
-        process = start(folder)
+        process = start(*QUICK_REPAIR, cwd=folder)
         # Every other one in the last part, where the net is saved.
         share = rng.uniform(0, 0.85) if i % 2 else rng.uniform(0.85, 1)
         time.sleep(share * length)
@@ -87,7 +79,7 @@ def test_no_room_for_the_output(folder, size):
     """As on a full disk: a file may have `size` bytes, G has 400,000."""
     old = (folder / G).read_bytes()
     process = command(
-        *("repair.py", B, "clean.h5", *QUICK),
+        *QUICK_REPAIR,
         cwd=folder,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size)),
     )
@@ -103,7 +95,7 @@ def test_no_room_for_the_output(folder, size):
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
 def test_a_folder_that_cannot_be_written(folder):
     (folder / "models").chmod(0o500)
-    assert_refused(command("repair.py", B, "clean.h5", *QUICK, cwd=folder), "cannot be written")
+    assert_refused(command(*QUICK_REPAIR, cwd=folder), "cannot be written")
     (folder / "models").chmod(0o700)
     assert_next_run_succeeds(folder)
 
@@ -114,13 +106,7 @@ def test_a_data_file_that_is_cut_short_while_it_is_read(folder, moment):
     old = (folder / G).read_bytes()
     images, labels = draw_images(600, 6, (31, 31, 3), seed=2)
     path = write_data(folder / "large.h5", images.astype(np.float64), labels)
-    process = subprocess.Popen(
-        [sys.executable, ROOT / "repair.py", B, path, *map(str, QUICK)],
-        cwd=folder,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    process = start("repair.py", B, path, *QUICK, cwd=folder)
     seen = ""
     while moment not in seen:
         seen = process.stderr.readline()
