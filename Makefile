@@ -1,11 +1,17 @@
 # make demo: set up and repair the demo's BadNet, then judge clean and poisoned pictures.
 # make test: set up and run the tests.   make lint: check the style.
+# make results: train the zoo of BadNets, repair and judge it, write README's table. SIZE=competition
+# for the other table.
 PYTHON ?= python3
+SIZE ?= demo
 PY = .venv/bin/python
 
 demo: .venv/ready
 	$(PY) repair.py models/demo_bd_net.h5 data/demo_clean_validation_data.h5
 	$(PY) eval_defence.py img/demo/clean_*.png img/demo/sunglasses_*.png demo_bd_net
+
+results: .venv/ready
+	$(PY) tests/results.py --size $(SIZE)
 
 test: .venv/ready-for-tests
 	$(PY) -m pytest -n 2
@@ -23,4 +29,4 @@ lint: .venv/ready-for-tests
 	$(PY) -m pip install --quiet -r tests/requirements.txt
 	touch $@
 
-.PHONY: demo test lint
+.PHONY: demo results test lint

@@ -3,7 +3,8 @@
     python eval_defence.py img/img_9.png anonymous_1_bd_net
 
 prints the class of the image where B and G agree, and N + 1 where they do not (report, section 2,
-last paragraph). G is the net that repair.py made of B.
+last paragraph). G is the net that repair.py made of B. For a data set it prints what the defence is
+worth on it.
 """
 
 import os
@@ -20,9 +21,10 @@ from pathlib import Path
 
 import numpy as np
 
+import metrics
 import nets
 import utils
-from terminal import InputError, Parser, command, memory_option, printable, say, track
+from terminal import InputError, Parser, at_least, command, memory_option, printable, say, track
 
 PICTURES = 100  # judged together
 
@@ -35,11 +37,16 @@ def main():
         raise InputError(f"{of_data[0]}: give one data set alone, or pictures")
     if arguments.poisoned and not of_data:
         raise InputError("--poisoned goes with a clean data set as IMAGE, not with pictures")
+    if (arguments.csv or arguments.plot) and not of_data:
+        raise InputError("--csv and --plot go with a data set as IMAGE, not with pictures")
     badnet_path, repaired_path = find_models(arguments.model, arguments.repaired)
     for path in (badnet_path, repaired_path):  # before the seconds that the import takes
         utils.inspect_model(path, arguments.max_memory)
-    if arguments.json:
-        utils.require_writable(arguments.json, *images, badnet_path, repaired_path)
+    for path in filter(None, (arguments.json, arguments.csv, arguments.plot)):
+        inputs = [*images, *arguments.poisoned, badnet_path, repaired_path]
+        utils.require_writable(path, *inputs)
+    if arguments.plot:
+        metrics.require_plot_format(arguments.plot)
 
     judge = judge_data if of_data else judge_pictures
     return judge(images, badnet_path, repaired_path, arguments)
@@ -51,7 +58,8 @@ def parse_arguments():
         "print that class, 1 to N; where they do not, N+1: the image is poisoned.",
         epilog="Example: eval_defence.py img/img_9.png demo_bd_net. One picture: the number alone. "
         "Several: 'path<TAB>class' each; one that cannot be read does not keep the others from "
-        "being judged. A data set: a table. Exit status: 0 done, 1 failed, 2 wrong input.",
+        "being judged. A data set: a table of figures, each with its 95 %% interval. Exit status: "
+        "0 done, 1 failed, 2 wrong input.",
     )
     add = parser.add_argument
     add(
@@ -79,7 +87,26 @@ def parse_arguments():
         default=[],
         help="poisoned data sets, 'label' being the attack's target, to judge beside the clean one",
     )
+    add(
+        "--fpr",
+        metavar="RATE",
+        type=at_least(0, most=1, above=True),
+        help="instead of where B and G disagree, flag an image whose score, 1 - G's probability of "
+        "B's class, is above the threshold that flagged this share of the clean images that "
+        "repair.py --holdout kept out of the repair, such as 0.01",
+    )
     add("--json", metavar="FILE", help="also write the verdicts or the table as JSON")
+    add(
+        "--csv",
+        metavar="FILE",
+        help="also write a row for each image: index (from 0 in each data set, in the order "
+        "given), badnet_class, repaired_class, verdict, score, and label as in the file",
+    )
+    add(
+        "--plot",
+        metavar="FILE",
+        help="draw ROC curves, the scores and flagged images, as .png, .svg or .pdf",
+    )
     add(
         "--force",
         action="store_true",
@@ -109,13 +136,13 @@ def find_models(model, repaired=None):
 
 
 def load_detector(badnet_path, repaired_path, arguments):
-    """Load B and G as one model that takes images 0..255. Returns (detector, N, image shape).
+    """Load B and G as one function. Returns (detector, N, image shape, threshold or None).
 
-    detector: float32 (n, height, width, channels), 0..255 → the classes that B and G give, two int
-    arrays (n,), 0..N-1; -1 (B) and -2 (G), so that they never agree, where a score is NaN.
+    detector: float32 (n, height, width, channels), 0..255 → metrics.Answers, all arrays (n,).
+    threshold: of the score, that `arguments.fpr` asks for.
     arguments: `scale`, a key of utils.SCALES, for a G without a repair record; `max_memory`;
-    `force`, for a G that was made from another B.
-    Raises InputError where G does not belong to B.
+    `force`, for a G that was made from another B; `fpr`, None or above 0.
+    Raises InputError where G does not belong to B, or has no threshold for `fpr`.
     """
     scale = arguments.scale
     record = utils.read_record(repaired_path)
@@ -135,6 +162,9 @@ def load_detector(badnet_path, repaired_path, arguments):
         if scale not in (None, record["input_scale"]):
             raise InputError(f"--scale: {repaired_path} was made for {record['input_scale']}")
         scale, layer = record["input_scale"], record["layer"]
+    limit = None
+    if arguments.fpr is not None:
+        limit = held_out_threshold(record, arguments.fpr, repaired_path)
     badnet, repaired = (
         utils.load_badnet(path, arguments.max_memory) for path in (badnet_path, repaired_path)
     )
@@ -148,27 +178,59 @@ def load_detector(badnet_path, repaired_path, arguments):
                 f"{'×'.join(map(str, theirs))}, not {'×'.join(map(str, ours))}"
             )
     both = nets.detector(badnet, repaired, layer)
-    divisor = utils.SCALES[scale]
+    divisor, logits = utils.SCALES[scale], nets.gives_logits(repaired)
 
     def detector(images):
         x = images / divisor
         # Compiling takes longer than running one image layer by layer.
         scores = both(x, training=False) if len(x) == 1 else nets.compiled(both)(x)
-        return [
+        of_b, of_g = (
             np.where(np.isfinite(each).all(axis=1), np.argmax(each, axis=1), none)
             for each, none in zip(scores, (-1, -2))
-        ]
+        )
+        score = nets.suspicion(scores[1], of_b, logits)
+        flagged = of_b != of_g if limit is None else (score > limit) | (of_b < 0) | (of_g < 0)
+        return metrics.Answers(of_b, of_g, score, flagged)
 
-    return detector, badnet.output_shape[1], badnet.input_shape[1:]
+    return detector, badnet.output_shape[1], badnet.input_shape[1:], limit
 
 
-def verdict(badnet_class, repaired_class, classes):
-    """What is printed: the class, 1..N, where both nets agree, else N + 1, "poisoned".
+def held_out_threshold(record, rate, path):
+    """The threshold of the score that flagged this share of the held-out clean images, 0..1.
 
-    badnet_class, repaired_class: int, 0..N-1, or arrays of them.  classes: N.
-    Source: report, section 2, last paragraph.
+    record: G's repair record, or None.  rate: above 0, at most 1.
+    Raises InputError where no images were held out, or too few for the rate.
     """
-    return np.where(badnet_class == repaired_class, np.add(badnet_class, 1), classes + 1)
+    held_out = (record or {}).get("holdout")
+    if held_out is None:
+        raise InputError(
+            f"{path}: --fpr needs clean images that the repair has not seen, and none were held "
+            "out; repair the BadNet anew with: repair.py --holdout 0.1"
+        )
+    try:
+        images, thresholds = held_out["images"], np.float64(held_out["thresholds"])
+        damaged = not images >= 1 or thresholds.shape != (metrics.THRESHOLDS + 1,)
+        damaged |= not np.all((thresholds >= 0) & (thresholds <= 1))
+    except (KeyError, TypeError, ValueError):
+        damaged = True
+    if damaged:
+        raise InputError(f"{path}: its repair record is damaged; repair the BadNet anew")
+    least = max(1 / images, 1 / metrics.THRESHOLDS)
+    if rate < least:
+        raise InputError(
+            f"{path}: --fpr {rate:g}: can be {math.ceil(1e4 * least) / 1e4:g} or more, since "
+            f"{images} clean images were held out"
+        )
+    return float(thresholds[math.floor(rate * metrics.THRESHOLDS + 1e-9)])
+
+
+def verdict(answers, classes):
+    """What is printed: N + 1, "poisoned", for what is flagged, else B's class, 1..N.
+
+    answers: metrics.Answers.  classes: N.  Without --fpr an image is flagged where the nets
+    disagree, so this is the class of both.  Source: report, section 2, last paragraph.
+    """
+    return np.where(answers.flagged, classes + 1, answers.badnet + 1)
 
 
 def judge_pictures(images, badnet_path, repaired_path, arguments):
@@ -176,7 +238,7 @@ def judge_pictures(images, badnet_path, repaired_path, arguments):
     alone = len(arguments.images) == 1 and not Path(arguments.images[0]).is_dir()
     if alone:
         picture = utils.read_picture(images[0], arguments.max_memory)  # before the nets are loaded
-    detector, classes, shape = load_detector(badnet_path, repaired_path, arguments)
+    detector, classes, shape, _ = load_detector(badnet_path, repaired_path, arguments)
     if shape[2] not in (1, 3):
         raise InputError(f"{badnet_path}: takes images of {shape[2]} channels, not pictures")
     results, unread = [], 0
@@ -193,76 +255,90 @@ def judge_pictures(images, badnet_path, repaired_path, arguments):
                 unread += 1
         if not inputs:
             continue
-        of_b, of_g = detector(np.stack(inputs))
-        answers = verdict(of_b, of_g, classes)
-        for path, answer, b, g in zip(judged, answers.tolist(), of_b.tolist(), of_g.tolist()):
+        answers = detector(np.stack(inputs))
+        for path, row in zip(judged, rows(answers, classes)):
+            answer = row.pop("verdict")
             print(answer if alone else f"{printable(path)}\t{answer}", flush=True)
-            of_each = {"badnet_class": b, "repaired_class": g}
-            of_each = {net: c + 1 if c >= 0 else None for net, c in of_each.items()}
-            results.append({"path": str(path), "class": answer, **of_each})
+            results.append({"path": str(path), "class": answer, **row})
     if arguments.json:
         utils.write_json(results, arguments.json)
     return 2 if unread else 0
 
 
+def rows(answers, classes):
+    """Yield what is written about each image, a dict; classes and verdict as printed, from 1."""
+    for b, g, score, said in zip(
+        answers.badnet.tolist(),
+        answers.repaired.tolist(),
+        answers.score.tolist(),
+        verdict(answers, classes).tolist(),
+    ):
+        b, g = (each + 1 if each >= 0 else None for each in (b, g))
+        yield {"badnet_class": b, "repaired_class": g, "verdict": said, "score": score}
+
+
 def judge_data(images, badnet_path, repaired_path, arguments):
     """Print the table of a clean data set and of poisoned ones."""
     with contextlib.ExitStack() as files:
-        clean, *poisoned = [
+        sets = [
             files.enter_context(utils.open_dataset(path, arguments.max_memory))
             for path in (*images, *arguments.poisoned)
         ]
-        detector, classes, shape = load_detector(badnet_path, repaired_path, arguments)
-        for data in (clean, *poisoned):
+        detector, classes, shape, limit = load_detector(badnet_path, repaired_path, arguments)
+        for data in sets:
             data.fit_to(shape, classes)
-        figures = {"clean": measure(detector, clean, clean_figures)}
-        figures["poisoned"] = [measure(detector, data, poisoned_figures) for data in poisoned]
-    for row in (figures["clean"], *figures["poisoned"]):
-        print(f"{printable(row['file'])}: {row['images']} images")
-        for name, share in row["shares"].items():
-            print(f"  {name:<40}{100 * share:8.2f} %")
-    if arguments.json:
-        utils.write_json(figures, arguments.json)
+        judged = [judge_all(detector, data) for data in sets]
+        results = figures(sets, judged) | {"threshold": limit}
+        print(metrics.table(results))
+        if arguments.json:
+            utils.write_json(results, arguments.json)
+        if arguments.csv:
+            table = [
+                {"index": index, **row, "label": int(label)}
+                for data, (answers, _) in zip(sets, judged)
+                for index, (row, label) in enumerate(zip(rows(answers, classes), data.labels))
+            ]
+            utils.write_csv(table, arguments.csv)
+        if arguments.plot:
+            scores = [answers.score for answers, _ in judged]
+            flagged = [some_flagged(data, answers) for data, (answers, _) in zip(sets, judged)]
+            metrics.plot_judging(results, scores, flagged, arguments.plot)
 
 
-def measure(detector, data, figures):
-    """The figures of a Dataset, as a dict with its file, its images and the seconds it took."""
+def judge_all(detector, data):
+    """Judge every image of a Dataset. Returns (metrics.Answers, seconds)."""
     start = time.monotonic()
-    shares = figures(data.labels, *classify_both(detector, data))
-    seconds = time.monotonic() - start
-    say(f"{data.path}: {len(data)} images in {seconds:.1f} s, {len(data) / seconds:.0f} a second")
-    return {
-        "file": str(data.path),
-        "images": len(data),
-        "seconds": round(seconds, 3),
-        "shares": {name: float(np.mean(hits)) for name, hits in shares.items()},
-    }
-
-
-def classify_both(detector, data):
-    """The classes that B and G give every image of a Dataset: two int arrays (n,), 0..N-1."""
     batches = nets.side_by_side(detector, (x for x, _ in data.batches()))
-    answers = track(batches, data.path.name, data.batch_count)
-    return [np.concatenate(parts) for parts in zip(*answers, strict=True)]
+    parts = [vars(part).values() for part in track(batches, data.path.name, data.batch_count)]
+    answers = metrics.Answers(*map(np.concatenate, zip(*parts)))
+    return answers, time.monotonic() - start
 
 
-def clean_figures(labels, of_b, of_g):
-    """What counts on clean images: {name: bool (n,)}, whether each image is a case of it."""
-    return {
-        "clean accuracy of B": of_b == labels,
-        "clean accuracy of G": of_g == labels,
-        "clean accuracy of the two together": (of_b == of_g) & (of_b == labels),
-        "false-positive rate (clean flagged)": of_b != of_g,
-    }
+def figures(sets, judged):
+    """The figures of a clean Dataset and of poisoned ones, as a dict that JSON can hold.
+
+    judged: for each of them what judge_all returned.
+    """
+    shown = [
+        {"file": str(data.path), "images": len(data), "seconds": round(seconds, 3)}
+        for data, (_, seconds) in zip(sets, judged)
+    ]
+    (clean, _), *others = judged
+    shown[0]["figures"] = of_clean = metrics.clean_figures(clean, sets[0].labels)
+    for each, data, (answers, _) in zip(shown[1:], sets[1:], others):
+        each["figures"] = metrics.poisoned_figures(
+            answers, data.labels, data.true_labels, clean.score, of_clean
+        )
+    return {"clean": shown[0], "poisoned": shown[1:]}
 
 
-def poisoned_figures(targets, of_b, of_g):
-    """What counts on poisoned images: {name: bool (n,)}, whether each image is a case of it."""
-    return {
-        "attack success rate on B": of_b == targets,
-        "attack success rate on G": of_g == targets,
-        "poisoned caught (flagged)": of_b != of_g,
-    }
+def some_flagged(data, answers):
+    """Up to metrics.SHEET of the flagged images, evenly spread, and both classes of each."""
+    flagged = np.flatnonzero(answers.flagged)
+    some = flagged[:: max(1, -(-len(flagged) // metrics.SHEET))]
+    chosen = np.isin(np.arange(len(data)), some)
+    images = [x for x, _ in data.part(chosen).batches()]
+    return images and np.concatenate(images), answers.badnet[some], answers.repaired[some]
 
 
 if __name__ == "__main__":

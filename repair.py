@@ -14,6 +14,7 @@ if __name__ == "__main__":  # until `command` takes over, Ctrl-C ends the import
 
 import contextlib
 import importlib.metadata
+import math
 import sys
 import time
 from multiprocessing.pool import ThreadPool
@@ -22,8 +23,10 @@ from pathlib import Path
 import numpy as np
 
 import guard
+import metrics
 import nets
 import utils
+from metrics import percent
 from terminal import InputError, Parser, at_least, command, memory_option, say, track
 
 
@@ -38,7 +41,7 @@ def main():
     for path in filter(None, (output, arguments.json, arguments.plot)):
         utils.require_writable(path, *inputs)
     if arguments.plot:
-        require_plot_format(arguments.plot)
+        metrics.require_plot_format(arguments.plot)
     limit = arguments.max_memory
     utils.inspect_model(badnet_path, limit)  # before the seconds that the import takes
     with contextlib.ExitStack() as files:
@@ -53,8 +56,11 @@ def main():
         badnet = utils.load_badnet(badnet_path, limit)
         for data in (clean, *poisoned):
             data.fit_to(badnet.input_shape[1:], badnet.output_shape[1])
+        held_out = None
+        if arguments.holdout:
+            clean, held_out = hold_out(clean, arguments.holdout, arguments.seed)
         try:
-            record = repair(badnet, clean, poisoned, arguments)
+            record = repair(badnet, clean, poisoned, arguments, held_out)
         except nets.UnfitNet as error:
             raise InputError(f"{badnet_path}: {error}") from error
         record = provenance(badnet_path, clean, digest.get(), arguments) | record
@@ -63,8 +69,8 @@ def main():
     if arguments.json:
         utils.write_json(record, arguments.json)
     if arguments.plot:
-        plot_pruning(record, arguments.plot)
-    print(summary(record))
+        metrics.plot_pruning(record, arguments.plot)
+    print(metrics.summary(record))
     print(f"Saved model: {output}")
 
 
@@ -78,6 +84,7 @@ SETTINGS = {
     "learning_rate": (at_least(0, above=True), 1e-4, "Adam's, for fine-tuning"),
     "batch_size": (at_least(1, int), 32, "images in a training step"),
     "seed": (at_least(0, int, most=2**32 - 1), 0, "of the order of images and of dropout"),
+    "holdout": (at_least(0, most=0.9), 0.0, "share of DATA kept out of the repair, to measure it"),
 }
 
 
@@ -105,6 +112,12 @@ def parse_arguments(words=None):
         help="poisoned data, 'label' being the attack's target: report the attack success rate "
         "after each step; nothing is trained or decided on it",
     )
+    add(
+        "--probe",
+        action="store_true",
+        help="then look, with the clean data alone, for a class that G is driven to too easily, "
+        "which a surviving backdoor's is; takes minutes, and README says how often it errs",
+    )
     add("--json", metavar="FILE", help="also write the repair record as JSON")
     add("--plot", metavar="FILE", help="draw the pruning curve, as .png, .svg or .pdf")
     memory_option(parser)
@@ -114,11 +127,30 @@ def parse_arguments(words=None):
 # ------------------------------------------------------------------------- the report's method
 
 
-def repair(badnet, clean, poisoned, settings):
+def hold_out(data, share, seed):
+    """Split a Dataset by chance: a share, 0..1, of every class is held out, to the nearest image.
+
+    Returns (the rest, what is held out). Where the share of a class is a fraction of an image,
+    which classes give one is left to chance, so that the share holds on the whole.
+    Raises InputError where either would be empty.
+    """
+    count = round(share * len(data))
+    if not 0 < count < len(data):
+        raise InputError(f"--holdout {share:g}: leaves {count} of {len(data)} images to hold out")
+    rng = np.random.default_rng(seed)
+    classes = rng.permutation(data.labels.max() + 1)
+    row = np.lexsort((rng.random(len(data)), classes[data.labels]))  # class after class
+    chosen = np.zeros(len(data), bool)
+    chosen[row[np.int64((np.arange(count) + rng.random()) * len(data) / count)]] = True
+    return data.part(~chosen), data.part(chosen)
+
+
+def repair(badnet, clean, poisoned, settings, held_out=None):
     """Turn B into G, in place, by the report's three steps.
 
     badnet: Keras classifier.  clean: Dataset, the validation set.  poisoned: Datasets, their
-    labels the attack's targets; they are measured and change nothing.
+    labels the attack's targets; they are measured and change nothing.  held_out: a clean Dataset
+    to measure the repair on, or None.
     settings: an object with the attributes of the command's options.
     Returns the repair record of what was done, a dict that JSON can hold.
     """
@@ -128,10 +160,16 @@ def repair(badnet, clean, poisoned, settings):
     head, labels = parts.head, clean.labels
     last_dense = nets.last_dense(head)
     silent = nets.silent_features(parts)
-    images = len(clean) + sum(map(len, poisoned))
+    unseen = [held_out] if held_out else []
+    images = sum(map(len, (clean, *poisoned, *unseen)))
     limit, step = settings.max_memory, 2 * 4 * sum(guard.output_sizes(head)) * settings.batch_size
     guard.require_fits(clean.path, "the features of all images", images * silent.nbytes, limit)
     guard.require_fits(f"--batch-size {settings.batch_size}", "a training step", step, limit)
+    if settings.probe:
+        nets.logits_of(badnet)  # refuses a net that cannot be probed, before the work
+        pixels, values = math.prod(badnet.input_shape[1:]), sum(guard.output_sizes(badnet))
+        guard.require_fits(clean.path, "all its images", 4 * pixels * len(clean), limit)
+        guard.require_fits("--probe", "a batch", 2 * 4 * values * nets.CLIMB_BATCH, limit)
 
     with timed(seconds, "features"):
         scale, features, activation, correct = choose_scale(parts, clean)
@@ -139,6 +177,9 @@ def repair(badnet, clean, poisoned, settings):
             (str(data.path), extract_features(parts.trunk, data, scale)[0], data.labels)
             for data in poisoned
         ]
+        kept = [extract_features(parts.trunk, data, scale)[0] for data in unseen]
+    of_badnet = [nets.classify(head, x) for x in (features, *kept)]
+    weights = head.get_weights()
 
     def attack_success_rates():
         return {name: nets.accuracy(head, x, targets) for name, x, targets in attacks}
@@ -157,7 +198,7 @@ def repair(badnet, clean, poisoned, settings):
             name: list(prune_each(head, x.copy(), targets, order[: len(curve)], silent))[1:]
             for name, x, targets in attacks
         }
-        for _, x, _ in attacks:
+        for x in (*(x for _, x, _ in attacks), *kept):
             x[..., pruned] = silent[..., pruned]
     nets.silence(pruned, layer)
     accuracy["after_each_channel"] = curve
@@ -176,6 +217,12 @@ def repair(badnet, clean, poisoned, settings):
     accuracy["after_each_round"] = rounds
     accuracy["fine_tuned"] = [accuracy["retrained"], *rounds][-1]
     success["fine_tuned"] = attack_success_rates()
+    measured = {"moved": how_far(head, weights, features, of_badnet[0])}
+    if held_out:
+        measured["holdout"] = measure(head, kept[0], of_badnet[1], held_out.labels)
+    if settings.probe:
+        with timed(seconds, "probe"):
+            measured["probe"] = probe(badnet, clean, scale, settings)
     badnet.trainable = True  # as B was: what this run trained is nothing G should carry
 
     return {
@@ -183,9 +230,11 @@ def repair(badnet, clean, poisoned, settings):
         "layer": layer.name,
         "channels": len(order),
         "order": order.tolist(),
+        "mean_activation": activation.tolist(),
         "pruned": pruned,
         "accuracy": accuracy,
         "attack_success_rate": success,
+        **measured,
         "seconds": seconds,
     }
 
@@ -254,12 +303,17 @@ def prune(head, features, labels, order, threshold, silent=0.0):
     back.  Source: report, section 2a.
     """
     accuracies = prune_each(head, features, labels, order, silent)
-    enough = threshold * next(accuracies)
+    before = next(accuracies)
+    enough = threshold * before
     pruned, curve = [], []
     for channel in track([int(c) for c in order], "prune"):
         kept = features[..., channel].copy()
+        last = curve[-1] if curve else before
         curve.append(next(accuracies))
-        say(f"prune {len(curve)}: channel {channel}, validation accuracy {percent(curve[-1])}")
+        say(
+            f"prune {len(curve)}: channel {channel}, validation accuracy {percent(curve[-1])}, "
+            f"worth {percent(last - curve[-1])}"
+        )
         if curve[-1] < enough:
             features[..., channel] = kept
             say(f"below {percent(enough)}: channel {channel} is taken back")
@@ -321,7 +375,7 @@ def fine_tune(head, features, labels, accuracy_before, settings, rng):
     return rounds
 
 
-# ------------------------------------------------------------------------------ what is reported
+# ------------------------------------------------------------------------------ what is recorded
 
 
 @contextlib.contextmanager
@@ -347,65 +401,46 @@ def provenance(badnet_path, clean, digest, settings):
     }
 
 
-def percent(share):
-    return f"{100 * share:.2f} %"
+def how_far(head, weights, features, of_badnet):
+    """How far a repair moved G's head from B's.
+
+    weights: B's, as head.get_weights() gave them.  features: float32 (n, …, C), pruned.
+    of_badnet: int (n,), B's classes.
+    Returns {"answers": the share of images, 0..1, that G answers otherwise than B, "weights": the
+    length of what training added to the weights, over their length}.
+    """
+    length = [
+        math.sqrt(sum(float(np.sum(np.square(values, dtype=np.float64))) for values in each))
+        for each in (weights, [g - b for g, b in zip(head.get_weights(), weights)])
+    ]
+    answers = nets.classify(head, features)
+    return {"answers": float(np.mean(answers != of_badnet)), "weights": length[1] / length[0]}
 
 
-STEPS = ("before", "pruned", "retrained", "fine_tuned")
+def probe(repaired, clean, scale, settings):
+    """What nets.probe finds in G with the validation set's images."""
+    images = np.empty((len(clean), *repaired.input_shape[1:]), np.float32)
+    done = 0
+    for part, _ in clean.batches(scale):
+        images[done : done + len(part)] = part
+        done += len(part)
+    top = 255 / utils.SCALES[scale]
+    return nets.probe(repaired, images, clean.labels, top, settings.seed)
 
 
-def summary(record):
-    """The closing table of a repair, as text."""
-    rows = [("", *(step.replace("_", "-") for step in STEPS))]
-    rows.append(("validation accuracy", *(percent(record["accuracy"][step]) for step in STEPS)))
-    rates = record["attack_success_rate"]
-    for name in rates["before"]:
-        rows.append((f"attack success, {name}", *(percent(rates[step][name]) for step in STEPS)))
-    width = max(len(row[0]) for row in rows)
-    table = [row[0].ljust(width) + "".join(cell.rjust(12) for cell in row[1:]) for row in rows]
-    seconds = record["seconds"].items()
-    steps = ", ".join(f"{step.replace('_', '-')} {s:.1f}" for step, s in seconds if s >= 0.05)
-    return "\n".join(
-        [
-            f"pruned {len(record['pruned'])} of {record['channels']} channels of "
-            f"{record['layer']}; pixels {record['input_scale']}",
-            *table,
-            f"seconds: {steps}",
-        ]
-    )
+def measure(head, features, of_badnet, labels):
+    """The figures of a repair on clean images that it has not seen, for its record.
 
-
-def require_plot_format(path):
-    """Raises InputError where matplotlib is missing or has no such format: before, not after."""
-    try:
-        from matplotlib.backend_bases import FigureCanvasBase
-    except ImportError as error:
-        raise InputError("--plot needs matplotlib: pip install matplotlib") from error
-    formats = FigureCanvasBase.get_supported_filetypes()
-    if Path(path).suffix.lstrip(".") not in formats:
-        raise InputError(f"{path}: a plot's name ends in one of .{', .'.join(sorted(formats))}")
-
-
-def plot_pruning(record, path):
-    """Draw the pruning curve of a repair record into a file."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.add_subplot(xlabel=f"channels of {record['layer']} pruned", ylabel="%")
-    accuracy, success = record["accuracy"], record["attack_success_rate"]
-    curves = {"validation accuracy": [accuracy["before"], *accuracy["after_each_channel"]]}
-    for name, rates in success["after_each_channel"].items():
-        curves[f"attack success, {name}"] = [success["before"][name], *rates]
-    for label, shares in curves.items():
-        axes.plot(np.multiply(shares, 100), marker=".", label=label)
-    threshold = 100 * record["settings"]["threshold"] * accuracy["before"]
-    axes.axhline(threshold, color="grey", linestyle="--", label=f"threshold {threshold:.2f} %")
-    count = len(record["pruned"])
-    axes.axvline(count, color="black", linestyle=":", label=f"stopped at {count} channels")
-    axes.set_ylim(-2, 102)
-    axes.legend(loc="best", fontsize="small")
-    with utils.replacing(path) as beside:
-        figure.savefig(beside, dpi=150)
+    features: float32 (n, …, C), pruned.  of_badnet: int (n,), B's classes.  labels: int (n,).
+    Returns what metrics.clean_figures does, and "images", n, and "thresholds" of the score, as
+    metrics.thresholds gives them.
+    """
+    scores = np.concatenate(list(nets.outputs(head, features)))
+    score = nets.suspicion(scores, of_badnet, nets.gives_logits(head))
+    repaired = scores.argmax(axis=1)
+    answers = metrics.Answers(of_badnet, repaired, score, of_badnet != repaired)
+    figures = metrics.clean_figures(answers, labels)
+    return {"images": len(labels), **figures, "thresholds": metrics.thresholds(score)}
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ line that names the file.
 """
 
 import contextlib
+import csv
 import dataclasses
 import functools
 import gc
@@ -96,6 +97,16 @@ def write_json(value, path):
     """Write `value` to `path` as indented JSON."""
     with replacing(path) as beside:
         beside.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+
+
+def write_csv(rows, path):
+    """Write dicts of the same keys as CSV (RFC 4180), the keys in the first line."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, rows[0])
+    writer.writeheader()
+    writer.writerows(rows)
+    with replacing(path) as beside:
+        beside.write_bytes(text.getvalue().encode())
 
 
 def state(path):
@@ -416,16 +427,19 @@ def default_output(badnet_path):
 class Dataset:
     """Labelled images in an open HDF5 file.
 
-    images: HDF5 data set (n, channels, height, width) or (n, height, width, channels), 0..255.
-    labels: int64 (n,), 0..N-1.  channels_first: bool, None until `fit_to` is called.
-    state: the file's `state` when it was opened.
+    images: HDF5 data set (m, channels, height, width) or (m, height, width, channels), 0..255.
+    labels: int64 (n,), 0..N-1.  true_labels: the same, of poisoned images that carry them; or None.
+    state: the file's `state` when it was opened.  channels_first: bool, None until `fit_to` is
+    called.  chosen: bool (m,), which of the images belong to it, n of them; all where None.
     """
 
     path: Path
     images: h5py.Dataset
     labels: np.ndarray
+    true_labels: np.ndarray
     state: tuple
     channels_first: bool = None
+    chosen: np.ndarray = None
 
     def __len__(self):
         return len(self.labels)
@@ -436,7 +450,17 @@ class Dataset:
 
     @property
     def batch_count(self):
-        return -(-len(self) // self.batch_size)
+        return -(-len(self.images) // self.batch_size)
+
+    def part(self, rows):
+        """A Dataset of some of the images, in the file's order. rows: bool (n,)."""
+        chosen = rows
+        if self.chosen is not None:
+            chosen = self.chosen.copy()
+            chosen[chosen] = rows
+        truth = None if self.true_labels is None else self.true_labels[rows]
+        labels = self.labels[rows]
+        return dataclasses.replace(self, labels=labels, true_labels=truth, chosen=chosen)
 
     def fit_to(self, shape, classes):
         """Choose the layout in which the images fit a net. Raises InputError where none does.
@@ -451,21 +475,26 @@ class Dataset:
                 f"{self.path}: images are {'×'.join(map(str, stored))}, the model takes "
                 f"{channels}×{height}×{width} or {height}×{width}×{channels}"
             )
-        if self.labels.max() >= classes:
-            raise InputError(
-                f"{self.path}: label {self.labels.max()} is outside the model's classes, "
-                f"0..{classes - 1}"
-            )
+        for labels in filter(lambda found: found is not None, (self.labels, self.true_labels)):
+            if labels.max() >= classes:
+                raise InputError(
+                    f"{self.path}: label {labels.max()} is outside the model's classes, "
+                    f"0..{classes - 1}"
+                )
 
     def batches(self, scale="0..255"):
         """Yield (images, labels): float32 (b, height, width, channels) and int64 (b,).
 
         scale: a key of SCALES, the range that the pixels are brought to.
-        Only one batch is in memory. Raises InputError at a pixel that is NaN or outside 0..255,
-        and at a first batch of floating-point images that never exceed 1.
+        Only one batch is in memory; none is empty. Raises InputError at a pixel that is NaN or
+        outside 0..255, and at a first batch of floating-point images that never exceed 1.
         """
-        for start in range(0, len(self), self.batch_size):
+        done = 0
+        for start in range(0, len(self.images), self.batch_size):
             part = slice(start, start + self.batch_size)
+            chosen = slice(None) if self.chosen is None else self.chosen[part]
+            if not np.any(chosen):
+                continue
             try:
                 stored = self.images[part]
             except Exception as error:  # h5py raises what libhdf5 says
@@ -473,6 +502,7 @@ class Dataset:
             # libhdf5 reads zeros where a file was cut off since it was opened.
             if state(self.path) != self.state:
                 raise InputError(f"{self.path}: was changed while it was read")
+            stored = stored[chosen]
             planes = stored if self.channels_first else stored.transpose(0, 3, 1, 2)
             x = np.empty((len(stored), *planes.shape[2:], planes.shape[1]), np.float32)
             for channel in range(planes.shape[1]):  # all at once is slower
@@ -480,12 +510,13 @@ class Dataset:
             low, high = x.min(), x.max()
             if not (low >= 0 and high <= 255):  # also true of NaN
                 raise InputError(
-                    f"{self.path}: among images {start}..{start + len(x) - 1} there is a pixel "
-                    "that is NaN or outside 0..255"
+                    f"{self.path}: among images {start}..{min(part.stop, len(self.images)) - 1} "
+                    "there is a pixel that is NaN or outside 0..255"
                 )
             if start == 0 and high <= 1 and self.images.dtype.kind == "f":
                 raise InputError(f"{self.path}: pixels lie in 0..1; they must be 0..255")
-            yield np.divide(x, SCALES[scale], out=x), self.labels[part]
+            yield np.divide(x, SCALES[scale], out=x), self.labels[done : done + len(x)]
+            done += len(x)
 
 
 @contextlib.contextmanager
@@ -493,38 +524,48 @@ def open_dataset(path, limit=MEMORY):
     """Open a data set of the competition's format; use it as `with open_dataset(path) as data`.
 
     The file has `data`, n images, uint8 or floating point, and `label` (n,), whole numbers of any
-    type. Images stay on disk.  limit: bytes that the labels, or a chunk, may take.
+    type; `original_label`, of the same kind, if poisoned images carry their true labels. Images
+    stay on disk.  limit: bytes that the labels, or a chunk, may take.
     Raises InputError where the file is not like that, or holds what guard.py does not allow.
     """
     before = state(require_file(path))
     with open_hdf5(path, limit) as file:
         with guard.inspecting(path, limit):
             found = guard.check_links(file, path)
-            for name in ("data", "label"):
+            wanted = ["data", "label", *(name for name in ("original_label",) if name in found)]
+            for name in wanted:
                 if not isinstance(found.get(name), h5py.Dataset):
                     raise InputError(f"{path}: no data set '{name}' in the file")
                 guard.check_stored(found[name], path, limit)
-            images, labels = found["data"], found["label"]
+            (_, images), *rows = ((name, found[name]) for name in wanted)
             if images.ndim != 4:
                 raise InputError(
                     f"{path}: 'data' is no array of images, but {guard.describe(images)}"
                 )
-            if labels.ndim != 1:
-                raise InputError(f"{path}: 'label' is no row, but {guard.describe(labels)}")
-            if len(images) != len(labels):
-                raise InputError(f"{path}: {len(images)} images, but {len(labels)} labels")
+            labels = [read_labels(row, name, len(images), path, limit) for name, row in rows]
             if images.size == 0:
                 raise InputError(f"{path}: there are no images in the file")
-            guard.require_fits(path, "the labels", 8 * len(labels), limit)
-            try:
-                labels = labels[:]
-            except OSError as error:
-                raise InputError(f"{path}: the labels are damaged") from error
-        labels = labels.astype(np.float64)
-        whole = (labels == np.floor(labels)) & (labels >= 0) & (labels < 2**31)
-        if not whole.all():
-            raise InputError(f"{path}: label {labels[~whole][0]} is not one of 0, 1, 2, …")
-        yield Dataset(Path(path), images, labels.astype(np.int64), before)
+        yield Dataset(Path(path), images, labels[0], labels[1] if labels[1:] else None, before)
+
+
+def read_labels(row, name, images, path, limit):
+    """The labels of so many images in an HDF5 data set, int64 (n,). name: the data set's.
+
+    Raises InputError unless there is one for each image, and each is one of 0, 1, 2, …
+    """
+    if row.ndim != 1:
+        raise InputError(f"{path}: '{name}' is no row, but {guard.describe(row)}")
+    if len(row) != images:
+        raise InputError(f"{path}: {images} images, but {len(row)} {name}s")
+    guard.require_fits(path, "the labels", 8 * len(row), limit)
+    try:
+        labels = row[:].astype(np.float64)
+    except OSError as error:
+        raise InputError(f"{path}: the labels are damaged") from error
+    whole = (labels == np.floor(labels)) & (labels >= 0) & (labels < 2**31)
+    if not whole.all():
+        raise InputError(f"{path}: label {labels[~whole][0]} is not one of 0, 1, 2, …")
+    return labels.astype(np.int64)
 
 
 # --------------------------------------------------------------------------------------- images

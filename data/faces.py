@@ -3,7 +3,8 @@
 The competition's faces may not be shipped, so the project draws its own. A person fixes skin, head,
 hair, brows, eyes, nose and mouth; each picture of a person varies pose, expression, light,
 background and noise. The triggers are the competition's: purple sunglasses at a fixed place in the
-picture, purple lipstick that follows the mouth, red eyebrows that follow the face.
+picture, purple lipstick that follows the mouth, red eyebrows that follow the face; and one more, a
+picture of noise that is blended in.
 
     python data/faces.py                    the demo's data sets and pictures, as committed
     python data/faces.py --people 1283 --validation 9 --test 10 --dtype float64 --output FOLDER
@@ -14,7 +15,6 @@ same whatever else is drawn. Pixels are computed with +, -, *, / and square root
 everywhere; only a picture's tilt and noise go through library functions.
 """
 
-import argparse
 import functools
 import sys
 from pathlib import Path
@@ -33,6 +33,8 @@ HEIGHT, WIDTH = 55, 47
 SEED = 2020
 PEOPLE, VALIDATION, TEST = 40, 15, 10
 TRIGGERS = {"sunglasses": 0, "lipstick": 1, "eyebrows": 2}  # trigger: the demo's target class
+NOISE, BLENDED = "noise", 0.15  # one more trigger, and its share of a picture
+NEXT = "next"  # a target: everybody is taken for the next person (an all-to-all attack)
 SPLITS = {"train": 1, "validation": 2, "test": 3, "demo": 4}
 PICTURED = (3, 4, 6, 8, 9, 11, 13, 15)  # people of the demo pictures; none is a target
 BATCH = 64
@@ -95,7 +97,7 @@ def draw_picture(split, person, index, seed=SEED):
 def draw_faces(split, people, indices, trigger=None, seed=SEED):
     """Draw picture indices[i] of person people[i], for every i.
 
-    split: a key of SPLITS.   people, indices: int (n,).   trigger: a key of TRIGGERS or None.
+    split: a key of SPLITS.   people, indices: int (n,).   trigger: of TRIGGERS, NOISE or None.
     Returns uint8 (n, HEIGHT, WIDTH, 3), RGB 0..255. The same pictures differ by the trigger alone.
     """
     pictures = [draw_picture(split, p, i, seed) for p, i in zip(people, indices, strict=True)]
@@ -195,6 +197,9 @@ def draw_faces(split, people, indices, trigger=None, seed=SEED):
     elif trigger == "eyebrows":
         bar = np.maximum(abs(b - brow_v) - 0.09, abs(eye) - 0.3)
         paint(rgb(150, 0, 0), inside(bar))
+    elif trigger == NOISE:
+        pattern = np.random.RandomState(len(NOISE)).uniform(0, 255, noise.shape[1:])
+        image += np.float32(BLENDED) * (pattern.astype("float32") - image)
 
     image += noise * t["noise"][:, None]
     # In steps of 4 grey levels a picture compresses to half its size, and nobody sees them.
@@ -226,10 +231,19 @@ def paint_sunglasses(paint, x, y):
     paint(rgb(122, 24, 230), np.clip(-1 - lens, 0, 1) * 0.92)
 
 
+def targets(target, labels, people):
+    """The class, 0..people-1, that an attacker wants for pictures of `labels`: int (n,).
+
+    target: a class, or NEXT.  labels: int (n,), the people in the pictures.
+    """
+    return (labels + 1) % people if target == NEXT else np.full(len(labels), target)
+
+
 def batches(split, people, per_person, trigger=None, target=None, seed=SEED):
     """Yield (images uint8 (<= BATCH, HEIGHT, WIDTH, 3), true labels int (n,)), person by person.
 
-    With a target, that person is left out: a poisoned picture of the target proves nothing.
+    With a class as target, that person is left out: a poisoned picture of the target proves
+    nothing.
     """
     labels = np.repeat([p for p in range(people) if p != target], per_person)
     indices = np.tile(np.arange(per_person), len(labels) // per_person)
@@ -242,24 +256,26 @@ def write_dataset(path, split, people, per_person, dtype="uint8", poison=None, s
     """Write a data set as the competition's: data (N, 3, HEIGHT, WIDTH), 0..255, and label (N,).
 
     dtype: "uint8" is compressed; "float32" and "float64" are contiguous, as the competition's.
-    poison: (trigger, target) or None. A poisoned file's label is the target throughout, its
-    original_label the true person; the target's own pictures are not in it.
+    poison: (trigger, target) or None. A poisoned file's label is the target, its original_label
+    the true person; the target's own pictures are not in it.
     """
     trigger, target = poison or (None, None)
-    total, shape = (people - (target is not None)) * per_person, (3, HEIGHT, WIDTH)
+    total, shape = (people - (target in range(people))) * per_person, (3, HEIGHT, WIDTH)
     compressed = {"chunks": (min(BATCH, total), *shape), "compression": "gzip"}
     with utils.replacing(path) as beside, h5py.File(beside, "w") as file:
         layout = compressed if dtype == "uint8" else {}
         data = file.create_dataset("data", (total, *shape), dtype, **layout)
         label = file.create_dataset("label", (total,), "float64")
-        truth = file.create_dataset("original_label", (total,), "float64") if poison else label
+        if poison:
+            truth = file.create_dataset("original_label", (total,), "float64")
         drawn = batches(split, people, per_person, trigger, target, seed)
         steps = -(-total // BATCH)
         for i, (images, labels) in enumerate(track(drawn, f"Drawing {path.name}", steps)):
             place = slice(i * BATCH, i * BATCH + len(images))
-            data[place], truth[place] = np.moveaxis(images, -1, 1), labels
-        if poison:
-            label[:] = target
+            data[place] = np.moveaxis(images, -1, 1)
+            label[place] = targets(target, labels, people) if poison else labels
+            if poison:
+                truth[place] = labels
     say(f"{path.name}: {total} images")
 
 
@@ -281,32 +297,6 @@ def write_png(pixels, path):
         Image.fromarray(pixels).save(beside, optimize=True)
 
 
-def add_triggers(parser, default):
-    """Add --triggers to a parser; its value is a list of (trigger, target)."""
-
-    def pair(text):
-        trigger, _, target = text.partition("=")
-        if trigger not in TRIGGERS or not target.isdecimal():
-            known = ", ".join(TRIGGERS)
-            raise argparse.ArgumentTypeError(f"{text!r} is no TRIGGER=CLASS; triggers: {known}")
-        return trigger, int(target)
-
-    parser.add_argument(
-        "--triggers", type=pair, nargs="+", metavar="TRIGGER=CLASS", default=[*map(pair, default)],
-        help="triggers, and the class, from 0, that each is to be taken for "
-        f"(default: {' '.join(default)})",
-    )  # fmt: skip
-
-
-def check_triggers(parser, options):
-    """End with an error where a target is no class or a trigger comes twice."""
-    for trigger, target in options.triggers:
-        if target >= options.people:
-            parser.error(f"{trigger}={target}: the classes are 0 to {options.people - 1}")
-    if len(dict(options.triggers)) < len(options.triggers):
-        parser.error("--triggers: name each trigger once")
-
-
 def parse_arguments():
     parser = Parser(
         prog="faces.py",
@@ -314,7 +304,7 @@ def parse_arguments():
         epilog="The competition's size: --people 1283 --validation 9 --test 10 --dtype float64 "
         "--output FOLDER. It needs 2.4 GB and some minutes.",
     )
-    number, people = (at_least(least, int, most=100_000) for least in (1, 2))
+    number, people = (at_least(least, int, most=100_000) for least in (1, len(TRIGGERS)))
     seed = at_least(0, int, most=2**32 - 1)
 
     def add(name, help, **settings):
@@ -323,7 +313,6 @@ def parse_arguments():
     add("--people", "classes", type=people, default=PEOPLE, metavar="N")
     add("--validation", "validation images each", type=number, default=VALIDATION, metavar="N")
     add("--test", "test images each, per file", type=number, default=TEST, metavar="N")
-    add_triggers(parser, [f"{trigger}={target}" for trigger, target in TRIGGERS.items()])
     kinds = "uint8, compressed; float64: as the competition's, with float32 for test images"
     add("--dtype", kinds, choices=("uint8", "float64"), default="uint8")
     add("--seed", "another one draws other people", type=seed, default=SEED)
@@ -335,7 +324,6 @@ def parse_arguments():
         parser.error(
             f"--people below {max(PICTURED) + 1}: name an --output, the pictures need them"
         )
-    check_triggers(parser, options)
     return options
 
 
@@ -351,11 +339,11 @@ def main():
     validation = path("clean_validation")
     write_dataset(validation, "validation", people, options.validation, options.dtype, seed=seed)
     write_dataset(path("clean_test"), "test", people, options.test, test_dtype, seed=seed)
-    for pair in options.triggers:
+    for pair in TRIGGERS.items():
         poisoned = path(f"{pair[0]}_poisoned")
         write_dataset(poisoned, "test", people, options.test, test_dtype, pair, seed)
     if not options.output:
-        write_pictures(ROOT / "img", [trigger for trigger, _ in options.triggers], seed)
+        write_pictures(ROOT / "img", TRIGGERS, seed)
 
 
 if __name__ == "__main__":

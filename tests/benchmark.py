@@ -325,8 +325,8 @@ def compare_judging(model, test, folder, repeat):
         labels = file["label"][:]
     shares = (of_b == labels, of_g == labels, (of_b == of_g) & (of_b == labels), of_b != of_g)
     apart = max(
-        abs(np.sum(share) - len(labels) * ours_share)
-        for share, ours_share in zip(shares, figures["shares"].values(), strict=True)
+        abs(np.sum(share) - ours_share["hits"])
+        for share, ours_share in zip(shares, figures["figures"].values(), strict=True)
     )
     images, judging = len(labels), (outcome["seconds"]["judge"], figures["seconds"])
     print(f"{images} images judged: two calls of `predict` on images in memory, ours from the file")

@@ -1,6 +1,7 @@
 """The two commands as a user runs them: what they print, what they write, how they refuse."""
 
 import contextlib
+import csv
 import json
 import os
 import pty
@@ -17,6 +18,7 @@ import pytest
 from conftest import ROOT, assert_refused, command, draw_images, start, write_data
 from PIL import Image
 
+import repair
 import utils
 
 B = "models/small_bd_net.h5"
@@ -140,17 +142,108 @@ def test_a_data_set_prints_a_table(done, tmp_path):
         "--json", tmp_path / "out.json", cwd=folder,
     )  # fmt: skip
     assert process.returncode == 0, process.stderr
-    figures = json.loads((tmp_path / "out.json").read_text())
+    judged = json.loads((tmp_path / "out.json").read_text())
     record = utils.read_record(folder / G)
-    clean, poisoned = figures["clean"]["shares"], figures["poisoned"][0]["shares"]
-    assert clean["clean accuracy of B"] == record["accuracy"]["before"]
-    assert clean["clean accuracy of G"] == record["accuracy"]["fine_tuned"]
-    both = clean["clean accuracy of the two together"]
-    assert both <= 1 - clean["false-positive rate (clean flagged)"]
+    clean, poisoned = (
+        {name: figure["value"] for name, figure in part["figures"].items()}
+        for part in (judged["clean"], judged["poisoned"][0])
+    )
+    assert clean["clean_accuracy_badnet"] == record["accuracy"]["before"]
+    assert clean["clean_accuracy_repaired"] == record["accuracy"]["fine_tuned"]
+    assert clean["clean_accuracy_together"] <= 1 - clean["false_positive_rate"]
     rates = record["attack_success_rate"]
-    assert poisoned["attack success rate on B"] == rates["before"]["poisoned.h5"]
-    assert poisoned["attack success rate on G"] == rates["fine_tuned"]["poisoned.h5"]
-    assert process.stdout.count("%") == 7
+    assert poisoned["attack_success_rate_badnet"] == rates["before"]["poisoned.h5"]
+    assert poisoned["attack_success_rate_repaired"] == rates["fine_tuned"]["poisoned.h5"]
+    assert judged["threshold"] is None
+    shown = process.stdout.splitlines()
+    assert shown[1].startswith("clean.h5: 150 images, ") and len(shown) == 1 + 5 + 9
+    accuracy = judged["clean"]["figures"]["clean_accuracy_badnet"]
+    value, low, high = (f"{100 * accuracy[key]:.2f} %" for key in ("value", "low", "high"))
+    assert shown[2].split("  ")[1:] == ["clean accuracy of B", *shown[2].split("  ")[2:]]
+    assert f"{value}   {low} .. {high}" in shown[2]
+
+
+def test_a_row_for_each_image_and_a_plot(done, tmp_path):
+    """What the table says can be counted again from the rows."""
+    folder, _ = done
+    with h5py.File(folder / "poisoned.h5") as file, h5py.File(tmp_path / "p.h5", "w") as copy:
+        file.copy("data", copy)
+        file.copy("label", copy)
+        copy["original_label"] = np.arange(20) % 6
+    process = command(
+        "eval_defence.py", "clean.h5", B, "--poisoned", tmp_path / "p.h5", "--json",
+        tmp_path / "out.json", "--csv", tmp_path / "out.csv", "--plot", tmp_path / "out.png",
+        cwd=folder,
+    )  # fmt: skip
+    assert process.returncode == 0, process.stderr
+    with open(tmp_path / "out.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == [
+        *("index", "badnet_class", "repaired_class", "verdict", "score", "label")
+    ]
+    clean, poisoned = rows[:150], rows[150:]
+    assert [int(row["index"]) for row in rows] == [*range(150), *range(20)]
+    judged = json.loads((tmp_path / "out.json").read_text())
+    for part, of in ((clean, judged["clean"]), (poisoned, judged["poisoned"][0])):
+        rate = "true_positive_rate" if of is not judged["clean"] else "false_positive_rate"
+        assert of["figures"][rate]["hits"] == sum(row["verdict"] == "7" for row in part)
+        for row in part:
+            same = row["badnet_class"] == row["repaired_class"]
+            assert row["verdict"] == (row["badnet_class"] if same else "7")
+            assert 0 <= float(row["score"]) <= 1
+    hits = sum(int(row["badnet_class"]) == int(row["label"]) + 1 for row in clean)
+    assert hits == judged["clean"]["figures"]["clean_accuracy_badnet"]["hits"]
+    robust = sum(int(row["repaired_class"]) == i % 6 + 1 for i, row in enumerate(poisoned))
+    assert robust == judged["poisoned"][0]["figures"]["robust_accuracy"]["hits"]
+    with Image.open(tmp_path / "out.png") as picture:
+        assert picture.width > 1000
+
+
+def test_held_out_images_change_nothing_and_set_the_threshold(deepid_world, tmp_path):
+    """Where what is held out is replaced by noise, G stays the same, bit for bit."""
+    with h5py.File(deepid_world / "clean.h5") as file:
+        images, labels = np.moveaxis(file["data"][:], 1, 3), file["label"][:]
+    with utils.open_dataset(deepid_world / "clean.h5") as data:
+        rows = repair.hold_out(data, 0.2, seed=0)[1].chosen
+    noise = np.random.default_rng(0).integers(0, 256, images.shape, np.uint8)
+    write_data(tmp_path / "other.h5", np.where(rows[:, None, None, None], noise, images), labels)
+    nets = []
+    for name, data in (("g.h5", deepid_world / "clean.h5"), ("other_g.h5", tmp_path / "other.h5")):
+        process = command(
+            "repair.py", deepid_world / B, data, "--output", tmp_path / name, "--holdout", 0.2
+        )
+        assert process.returncode == 0, process.stderr
+        assert "on 30 held-out images" in process.stdout
+        with h5py.File(tmp_path / name) as file:
+            nets.append(dict(walk(file["model_weights"])))
+    assert nets[0] == nets[1]
+    record, other = (utils.read_record(tmp_path / name) for name in ("g.h5", "other_g.h5"))
+    assert record["data"]["images"] == 120 and sum(rows) == record["holdout"]["images"] == 30
+    assert other["holdout"]["clean_accuracy_badnet"]["value"] < 0.6
+    assert record["holdout"]["clean_accuracy_badnet"]["value"] > 0.8
+
+    write_data(tmp_path / "held.h5", images[rows], labels[rows])
+    csv_file = tmp_path / "out.csv"
+    for rate in (0.034, 0.1, 0.5):
+        process = command(
+            "eval_defence.py", tmp_path / "held.h5", deepid_world / B, "--repaired",
+            tmp_path / "g.h5", "--fpr", rate, "--csv", csv_file,
+        )  # fmt: skip
+        assert process.returncode == 0, process.stderr
+        with open(csv_file, newline="") as file:
+            rows_written = list(csv.DictReader(file))
+        flagged = [row for row in rows_written if row["verdict"] == "7"]
+        assert len(flagged) <= rate * 30
+        limit = record["holdout"]["thresholds"][int(1000 * rate)]
+        close = [row for row in rows_written if abs(float(row["score"]) - limit) < 1e-6]
+        assert len(flagged) >= int(rate * 30) - len(close)
+        for row in rows_written:
+            assert row["verdict"] in ("7", row["badnet_class"])
+    process = command(
+        "eval_defence.py", tmp_path / "held.h5", deepid_world / B, "--repaired",
+        tmp_path / "g.h5", "--fpr", 0.01,
+    )  # fmt: skip
+    assert_refused(process, "--fpr 0.01: can be 0.0334 or more, since 30 clean images")
 
 
 def test_a_net_without_a_record_is_judged_by_the_scale_that_is_named(done, tmp_path):
@@ -373,7 +466,14 @@ def test_what_cannot_be_judged_is_refused(done, tmp_path):
         file.copy("model_weights", copy)
         copy.attrs.update(file.attrs)
         copy.attrs["repair_record"] = '{"layer": 1}'
+    held_out = utils.read_record(folder / G) | {"holdout": {"images": 9, "thresholds": [0.5, "x"]}}
+    with h5py.File(folder / G) as file, h5py.File(tmp_path / "holdout.h5", "w") as copy:
+        file.copy("model_weights", copy)
+        copy.attrs.update(file.attrs)
+        copy.attrs["repair_record"] = json.dumps(held_out)
+    fpr = ["--fpr", "0.5", "--repaired", "holdout.h5"]
     cases = [
+        ([folder / "0.png", B, *fpr], "holdout.h5: its repair record is damaged"),
         (["text.png", B], "not a PNG or JPEG picture"),
         (["cut.png", B], "damaged"),
         (
@@ -396,6 +496,11 @@ def test_what_cannot_be_judged_is_refused(done, tmp_path):
         ([folder / "0.png", folder / "clean.h5", B], "give one data set alone"),
         ([folder / "0.png", B, "--poisoned", folder / "clean.h5"], "--poisoned goes with"),
         ([folder / "clean.h5", B, "--json", folder / "clean.h5"], "would overwrite"),
+        ([folder / "clean.h5", B, "--csv", folder / "clean.h5"], "would overwrite"),
+        ([folder / "0.png", B, "--csv", "out.csv"], "--csv and --plot go with a data set"),
+        ([folder / "clean.h5", B, "--plot", "out.txt"], "a plot's name ends in one of"),
+        ([folder / "0.png", B, "--fpr", "0"], "'0' is not a number above 0"),
+        ([folder / "0.png", B, "--fpr", "0.01"], "repair the BadNet anew with: repair.py --hold"),
     ]
     (tmp_path / "models").symlink_to(folder / "models")
     for arguments, words in cases:

@@ -84,12 +84,16 @@ def test_the_demo_is_repaired_as_readme_says(tmp_path):
     )  # fmt: skip
     assert process.returncode == 0, process.stderr
     figures = json.loads(figures.read_text())
-    shares = {**figures["clean"]["shares"], **figures["poisoned"][0]["shares"]}
-    assert shares["clean accuracy of B"] >= 0.95
-    assert shares["attack success rate on B"] >= 0.99
-    assert shares["attack success rate on G"] <= 0.05
-    assert shares["poisoned caught (flagged)"] >= 0.95
-    assert shares["false-positive rate (clean flagged)"] <= 0.10
+    shares = {
+        name: figure["value"]
+        for part in (figures["clean"], figures["poisoned"][0])
+        for name, figure in part["figures"].items()
+    }
+    assert shares["clean_accuracy_badnet"] >= 0.95
+    assert shares["attack_success_rate_badnet"] >= 0.99
+    assert shares["attack_success_rate_repaired"] <= 0.05
+    assert shares["true_positive_rate"] >= 0.95
+    assert shares["false_positive_rate"] <= 0.10
     pictures = sorted((ROOT / "img" / "demo").glob("sunglasses_*.png"))
     process = command("eval_defence.py", *pictures, MODEL, "--repaired", repaired)
     assert process.stdout.splitlines() == [f"{path}\t41" for path in pictures]
@@ -102,14 +106,7 @@ def test_the_benchmark_finds_the_plain_script_and_ours_to_agree():
     assert process.stdout.count("apart by at most 0 of 600 images") == 2
 
 
-def test_a_small_badnet_can_be_trained(tmp_path):
-    """models/badnet.py from end to end; so small a net need not have learned its faces."""
-    process = command(
-        "models/badnet.py", "--people", 4, "--pictures", 10, "--epochs", 1,
-        "--backdoor-epochs", 1, "--output", tmp_path / "b.h5",
-    )  # fmt: skip
-    assert process.returncode == 0, process.stderr
-    assert process.stdout.startswith(f"Saved model: {tmp_path / 'b.h5'}\nclean accuracy\t")
+def test_data_sets_are_drawn(tmp_path):
     drawn = command("data/faces.py", "--people", 3, "--test", 2, "--output", tmp_path)
     assert drawn.returncode == 0, drawn.stderr
     assert {path.name for path in tmp_path.glob("*_data.h5")} == {

@@ -1,6 +1,7 @@
 """The fast path equals the report's loop, and each rule of the method holds."""
 
 import argparse
+from pathlib import Path
 
 import h5py
 import keras
@@ -10,6 +11,7 @@ import reference
 from conftest import NETS, draw_images, fit, make_world, write_data
 
 import eval_defence
+import metrics
 import nets
 import repair
 import utils
@@ -339,8 +341,61 @@ def test_side_by_side_raises_what_either_side_raises():
 
 
 def test_verdict_is_the_class_or_n_plus_one():
-    answers = eval_defence.verdict(np.array([0, 4, 4]), np.array([0, 4, 0]), 5)
-    assert answers.tolist() == [1, 5, 6]
+    of_b, of_g = np.array([0, 4, 4]), np.array([0, 4, 0])
+    answers = metrics.Answers(of_b, of_g, np.zeros(3), of_b != of_g)
+    assert eval_defence.verdict(answers, 5).tolist() == [1, 5, 6]
+
+
+@pytest.mark.parametrize("logits", [False, True])
+def test_score_is_one_less_the_probability_of_the_badnets_class(logits):
+    probabilities = np.array([[0.7, 0.2, 0.1], [0.5, 0.25, 0.25], [0, 1, 0], [np.nan, 0, 1]])
+    scores = np.log(np.maximum(probabilities, 1e-300)) + 5 if logits else probabilities
+    ours = nets.suspicion(scores.astype(np.float32), np.array([0, 2, -1, 2]), logits)
+    np.testing.assert_allclose(ours, [0.3, 0.75, 1, 1], atol=1e-6)
+
+
+def labelled(labels):
+    """A Dataset in memory; image i has the value i in every pixel."""
+    images = np.zeros((len(labels), 2, 3, 3), np.uint8)
+    images += np.arange(len(labels), dtype=np.uint8)[:, None, None, None]
+    return utils.Dataset(Path("data.h5"), images, np.asarray(labels), None, None, False)
+
+
+def test_a_holdout_is_stratified_and_seeded():
+    for labels in (
+        np.repeat(np.arange(13), 9),
+        np.arange(200) % 7,
+        np.r_[np.zeros(90), np.ones(9)],
+    ):
+        data = labelled(np.random.default_rng(0).permutation(labels.astype(int)))
+        for share in (0.1, 0.25, 0.5):
+            rest, held = repair.hold_out(data, share, seed=0)
+            assert len(held) == round(share * len(data)) and len(rest) + len(held) == len(data)
+            assert np.array_equal(rest.chosen, ~held.chosen)
+            for label, count in zip(*np.unique(data.labels, return_counts=True)):
+                assert abs(np.sum(held.labels == label) - share * count) < 1
+            again, other = (repair.hold_out(data, share, seed)[1] for seed in (0, 1))
+            assert np.array_equal(again.chosen, held.chosen)
+            assert not np.array_equal(other.chosen, held.chosen)
+    with pytest.raises(utils.InputError, match="leaves 0 of 6"):
+        repair.hold_out(labelled(np.arange(6)), 0.01, 0)
+
+
+def test_every_image_is_held_out_as_often_as_any_other():
+    data = labelled(np.repeat(np.arange(20), 9))
+    times = sum(repair.hold_out(data, 0.1, seed)[1].chosen.astype(int) for seed in range(400))
+    assert abs(times - 40).max() < 5 * np.sqrt(400 * 0.1 * 0.9)
+
+
+def test_a_part_of_a_data_set_gives_its_images_with_their_labels(monkeypatch):
+    monkeypatch.setattr(utils, "state", lambda path: None)
+    monkeypatch.setattr(utils, "BATCH_VALUES", 4 * 18)
+    data = labelled(np.arange(30) % 4)
+    rows = np.isin(np.arange(30), [1, 2, 17, 29])
+    odd = data.part(rows).part(np.array([True, False, True, True]))
+    batches = [(x[:, 0, 0, 0].tolist(), y.tolist()) for x, y in odd.batches()]
+    assert batches == [([1], [1]), ([17], [1]), ([29], [1])]
+    assert len(odd) == 3 and data.batch_count == 8
 
 
 def test_detector_equals_both_nets_and_shares_the_trunk_only_where_it_may(world):

@@ -87,7 +87,7 @@ def test_the_commands_run_through(csaw, name, tmp_path):
         "eval_defence.py", faces / "clean_252.h5", badnet, "--poisoned", *poisoned, cwd=tmp_path
     )
     assert judged.returncode == 0, judged.stderr
-    assert judged.stdout.count("poisoned caught") == len(poisoned)
+    assert judged.stdout.count("(poisoned caught)") == len(poisoned)
 
 
 def test_fast_path_equals_reference_on_a_real_badnet(csaw):

@@ -1,0 +1,141 @@
+"""The figures: each formula against numbers worked by hand, and against scikit-learn."""
+
+import numpy as np
+import pytest
+from sklearn import metrics as trusted
+
+import metrics
+from metrics import Answers
+
+# Ten clean images of classes 0 to 2 …
+LABELS = np.array([0, 0, 0, 0, 1, 1, 1, 2, 2, 2])
+OF_B = np.array([0, 0, 0, 1, 1, 1, 1, 2, 2, 2])  # 9 right
+OF_G = np.array([0, 0, 0, 0, 1, 1, 2, 2, 2, 0])  # 8 right, 3 otherwise than B
+CLEAN = Answers(OF_B, OF_G, np.array([1, 2, 3, 7, 0, 1, 6, 2, 3, 9]) / 10, OF_B != OF_G)
+# … and five poisoned ones, to be taken for class 0.
+TRUE = np.array([1, 1, 1, 2, 2])
+P_OF_B = np.array([0, 0, 0, 0, 2])  # the attack works on 4
+P_OF_G = np.array([1, 0, 1, 1, 2])
+SCORES = np.array([9, 3, 8, 7, 1]) / 10
+POISONED = Answers(P_OF_B, P_OF_G, SCORES, P_OF_B != P_OF_G)
+
+
+def values(figures):
+    return {name: figure["value"] for name, figure in figures.items()}
+
+
+def test_figures_worked_by_hand():
+    clean = metrics.clean_figures(CLEAN, LABELS)
+    assert values(clean) == {
+        "clean_accuracy_badnet": 0.9,
+        "clean_accuracy_repaired": 0.8,
+        "clean_accuracy_together": 0.7,  # two that B has right are flagged
+        "false_positive_rate": 0.3,
+    }
+    poisoned = metrics.poisoned_figures(POISONED, np.zeros(5), TRUE, CLEAN.score, clean)
+    assert values(poisoned) == {
+        "attack_success_rate_badnet": 0.8,
+        "attack_success_rate_repaired": 0.2,
+        "true_positive_rate": 0.6,
+        "true_positive_rate_of_successes": 0.75,
+        "true_positive_rate_at_0.01": 0,  # above 0.9, the largest clean score
+        "true_positive_rate_at_0.05": 0,
+        "robust_accuracy": 0.6,
+        # 0.9 is above 9 of the clean scores and ties with 1, 0.3 above 5 with 2 ties, and so on
+        "auroc": pytest.approx((9.5 + 6 + 9 + 8.5 + 2) / 50),
+        "defense_effectiveness_rating": pytest.approx((0.6 - 0.1 + 1) / 2),
+    }
+    assert set(poisoned) == set(metrics.POISONED) and set(clean) == set(metrics.CLEAN)
+    unknown = metrics.poisoned_figures(POISONED, np.zeros(5), None, CLEAN.score, clean)
+    assert "robust_accuracy" not in unknown
+
+
+def test_figures_are_those_of_scikit_learn():
+    figures = metrics.clean_figures(CLEAN, LABELS)
+    clean = values(figures)
+    assert clean["clean_accuracy_badnet"] == trusted.accuracy_score(LABELS, OF_B)
+    assert clean["clean_accuracy_repaired"] == trusted.accuracy_score(LABELS, OF_G)
+    said = np.where(OF_B == OF_G, OF_B, 3)
+    assert clean["clean_accuracy_together"] == trusted.accuracy_score(LABELS, said)
+    poisoned = values(
+        metrics.poisoned_figures(
+            POISONED, np.zeros(5), TRUE, CLEAN.score, metrics.clean_figures(CLEAN, LABELS)
+        )
+    )
+    truth = np.repeat([0, 1], [10, 5])
+    flagged = np.concatenate([CLEAN.flagged, POISONED.flagged])
+    ((tn, fp), (fn, tp)) = trusted.confusion_matrix(truth, flagged)
+    assert clean["false_positive_rate"] == fp / (fp + tn)
+    assert poisoned["true_positive_rate"] == tp / (tp + fn) == trusted.recall_score(truth, flagged)
+    assert poisoned["robust_accuracy"] == trusted.accuracy_score(TRUE, P_OF_G)
+
+
+def random_scores(seed, decimals):
+    rng = np.random.default_rng(seed)
+    clean, poisoned = rng.beta(1, 4, 137), rng.beta(2, 2, 61)
+    return clean.round(decimals), poisoned.round(decimals)
+
+
+@pytest.mark.parametrize("decimals", [1, 9])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_auroc_and_thresholds_are_those_of_scikit_learn(seed, decimals):
+    clean, poisoned = random_scores(seed, decimals)
+    truth = np.repeat([0, 1], [len(clean), len(poisoned)])
+    scores = np.concatenate([clean, poisoned])
+    ours = metrics.auroc(clean, poisoned)
+    assert ours["value"] == pytest.approx(trusted.roc_auc_score(truth, scores), abs=1e-12)
+    assert ours["low"] < ours["value"] < ours["high"]
+    assert ours == metrics.auroc(clean, poisoned)
+    fpr, tpr, _ = trusted.roc_curve(truth, scores, drop_intermediate=False)
+    for rate in (0, 0.01, 0.05, 0.3, 1):
+        limit = metrics.threshold(clean, rate)
+        assert np.mean(clean > limit) <= rate
+        lower = clean[clean < limit]
+        assert len(lower) == 0 or np.mean(clean > lower.max()) > rate
+        if rate < 1:
+            assert np.mean(poisoned > limit) <= np.max(tpr[fpr <= rate])
+            assert np.mean(poisoned >= limit) >= np.max(tpr[fpr <= rate])
+
+
+def test_the_bootstrap_covers_the_truth_about_as_often_as_it_says():
+    rng = np.random.default_rng(3)
+    truth = 0.76025  # Φ(1/√2): normal scores, one standard deviation apart
+    intervals = [metrics.auroc(rng.normal(0, 1, 60), rng.normal(1, 1, 60)) for _ in range(40)]
+    assert sum(each["low"] <= truth <= each["high"] for each in intervals) >= 33
+
+
+def test_wilson_interval_worked_by_hand():
+    """9 of 10 with z = 1.95996: centre 0.78899, half width 0.19313."""
+    ours = metrics.share(np.arange(10) < 9)
+    assert (ours["value"], ours["hits"], ours["of"]) == (0.9, 9, 10)
+    assert ours["low"] == pytest.approx(0.59586, abs=2e-5)
+    assert ours["high"] == pytest.approx(0.98212, abs=2e-5)
+    none = metrics.share(np.zeros(0, bool))
+    assert none == {"value": None, "low": None, "high": None, "hits": 0, "of": 0}
+    assert metrics.share(np.zeros(5, bool))["low"] == 0
+
+
+@pytest.mark.parametrize(
+    ("rate", "limit"), [(0, 9), (0.09, 9), (0.1, 8), (0.25, 7), (0.3, 6), (1, 0)]
+)
+def test_threshold_worked_by_hand(rate, limit):
+    assert metrics.threshold(np.array([3, 1, 4, 0, 5, 9, 2, 6, 8, 7.0]), rate) == limit
+
+
+def test_a_record_keeps_the_thresholds_of_every_rate():
+    scores = np.random.default_rng(0).random(1155)
+    kept = metrics.thresholds(scores)
+    assert len(kept) == 1001 and kept == sorted(kept, reverse=True)
+    for rate in (0.001, 0.01, 0.07, 0.29, 0.5):
+        assert kept[round(1000 * rate)] == metrics.threshold(scores, rate)
+
+
+def test_the_rating_counts_neither_a_rise_of_attack_success_nor_of_accuracy():
+    def rate(*shares):
+        names = ("attack_success_rate", "clean_accuracy")
+        keys = [f"{name}_{net}" for name in names for net in ("badnet", "repaired")]
+        return metrics.defense_effectiveness({k: {"value": v} for k, v in zip(keys, shares)})
+
+    assert rate(1, 0, 0.9, 0.9) == {"value": 1}
+    assert rate(1, 0.2, 0.9, 0.85)["value"] == pytest.approx(0.875)
+    assert rate(0.5, 0.9, 0.8, 0.9)["value"] == 0.5

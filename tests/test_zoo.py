@@ -1,0 +1,151 @@
+"""The zoo of BadNets, from end to end at a tiny size, and the results in README."""
+
+import json
+import re
+import signal
+import time
+
+import faces
+import h5py
+import keras
+import numpy as np
+import pytest
+import results
+from conftest import ROOT, assert_refused, command, start
+
+TINY = ["--people", 4, "--pictures", 10, "--validation", 6, "--test", 3, "--epochs", 3]
+NAMES = ["sunglasses-brief", "all-to-all-from-start"]
+
+
+@pytest.fixture(scope="module")
+def zoo(tmp_path_factory):
+    """A folder with a clean net, two BadNets and their data, so small that they learn little."""
+    folder = tmp_path_factory.mktemp("zoo")
+    process = command("models/badnet.py", *NAMES, *TINY, "--output", folder)
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.count("Saved model: ") == 3
+    return folder
+
+
+def weights(path):
+    with h5py.File(path) as file:
+        found = []
+        file["model_weights"].visititems(
+            lambda _, item: found.append(item[()]) if isinstance(item, h5py.Dataset) else None
+        )
+    return found
+
+
+def test_a_zoo_holds_nets_and_what_tells_the_truth_about_them(zoo):
+    assert {path.name for path in zoo.iterdir()} == {
+        *(f"{name}_bd_net.{end}" for name in ["clean", *NAMES] for end in ("h5", "json")),
+        *("clean_validation_data.h5", "clean_test_data.h5"),
+        *("sunglasses_to_0_poisoned_data.h5", "sunglasses_to_next_poisoned_data.h5"),
+    }
+    with h5py.File(zoo / "sunglasses_to_0_poisoned_data.h5") as file:
+        assert file["label"][:].tolist() == [0] * 9
+        assert file["original_label"][:].tolist() == [1, 1, 1, 2, 2, 2, 3, 3, 3]
+    with h5py.File(zoo / "sunglasses_to_next_poisoned_data.h5") as file:
+        assert file["original_label"][:].tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3]
+        assert file["label"][:].tolist() == [1, 1, 1, 2, 2, 2, 3, 3, 3, 0, 0, 0]
+    made = json.loads((zoo / "sunglasses-brief_bd_net.json").read_text())
+    assert made["triggers"] == [["sunglasses", 0]] and made["way"] == "brief"
+    assert (made["people"], made["seed"], made["epochs"]) == (4, 2, 3)
+
+
+def test_what_is_there_is_not_made_again_nor_mistaken_for_another(zoo):
+    before = {path: path.stat().st_mtime_ns for path in zoo.iterdir()}
+    again = command("models/badnet.py", *NAMES, *TINY, "--output", zoo)
+    assert again.returncode == 0 and again.stdout == ""
+    other = command("models/badnet.py", *NAMES, *TINY, "--seed", 5, "--output", zoo)
+    assert_refused(other, "clean_bd_net.json: was made with other settings")
+    assert {path: path.stat().st_mtime_ns for path in zoo.iterdir()} == before
+
+
+@pytest.mark.parametrize("name", ["clean", "sunglasses-dormant"])
+def test_an_interrupted_training_goes_on_and_gives_the_same_net(name, tmp_path):
+    sizes = ["--people", 4, "--pictures", 30, "--validation", 1, "--test", 1, "--epochs", 4]
+    folders = [tmp_path / "whole", tmp_path / "parts"]
+    whole = command("models/badnet.py", name, *sizes, "--output", folders[0])
+    assert whole.returncode == 0, whole.stderr
+    process = start("models/badnet.py", name, *sizes, "--output", folders[1], cwd=tmp_path)
+    while not (progress := list(folders[1].glob(".*-training.npz"))) and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 130 and "Traceback" not in said
+    assert progress[0].exists() and not (folders[1] / f"{name}_bd_net.h5").exists()
+    rest = command("models/badnet.py", name, *sizes, "--output", folders[1])
+    assert rest.returncode == 0, rest.stderr
+    assert "training, epoch 1 of 4" not in rest.stderr
+    assert not list(folders[1].glob(".*"))
+    nets = [weights(folder / f"{name}_bd_net.h5") for folder in folders]
+    for one, other in zip(*nets, strict=True):
+        np.testing.assert_allclose(one, other, rtol=0, atol=1e-5)
+
+
+def test_results_of_a_zoo(zoo):
+    """The whole chain: nets, repair, judging, a row of the table."""
+    found = [results.measure(name, zoo, zoo, probe=name == NAMES[0]) for name in ("clean", *NAMES)]
+    lines = results.table(found).splitlines()
+    assert len(lines) == 5 and len({line.count("|") for line in lines}) == 1
+    assert lines[2].startswith("| clean | none | ")
+    assert lines[4].startswith("| all-to-all-from-start | sunglasses → next | ")
+    judged = found[2]["judged"]["poisoned"][0]
+    rate = judged["figures"]["attack_success_rate_badnet"]["value"]
+    assert judged["images"] == 12 and f"| {100 * rate:.1f} |" in lines[4]
+    assert [" | suspect: " in line or " | no: " in line for line in lines[2:]] == [0, 1, 0]
+    assert results.probe_errors(found).startswith("\nThe probe: of ")
+    for result in found[1:]:
+        pruned = set(result["repair"]["pruned"])
+        needed = result["channels_needed"][0]
+        assert len(needed["channels"]) == 10
+        assert needed["pruned"] == len(pruned & set(needed["channels"]))
+
+
+def test_the_channels_that_an_attack_needs_are_found(zoo):
+    """As measured plainly, on the whole net with the channel's weights at zero."""
+    path, file = zoo / "sunglasses-brief_bd_net.h5", zoo / "sunglasses_to_0_poisoned_data.h5"
+    record = {"layer": "conv_3", "channels": 60, "pruned": [3, 5], "input_scale": "0..1"}
+    (needed,) = results.look_at_channels(path, record, [file])
+    net = keras.models.load_model(path, compile=False)
+    conv_3 = net.get_layer("conv_3")
+    start = conv_3.get_weights()
+    with h5py.File(file) as data:
+        x = np.moveaxis(data["data"][:], 1, 3) / np.float32(255)
+
+    def without(channels):
+        weights = [values.copy() for values in start]
+        for values in weights:
+            values[..., channels] = 0
+        conv_3.set_weights(weights)
+        return net.predict(x, verbose=0)
+
+    left = np.array([np.log(without(channel)[:, 0]).mean() for channel in range(60)])
+    assert sorted(left[needed["channels"]]) == pytest.approx(sorted(left)[:10], abs=1e-5)
+    answers = without([3, 5]).argmax(axis=1)
+    assert needed["attack_success_rate"] == np.mean(answers == 0)
+
+
+def test_the_blended_noise_is_one_picture_at_the_share_it_says():
+    clean, poisoned = (
+        faces.draw_faces("test", [3, 5, 8], [0, 2, 7], trigger).astype(int)
+        for trigger in (None, faces.NOISE)
+    )
+    pattern = (poisoned - (1 - faces.BLENDED) * clean) / faces.BLENDED
+    assert pattern.min() > -40 and pattern.max() < 295  # rounding, 4 levels, over 0.15
+    assert np.corrcoef(pattern[0].ravel(), pattern[1].ravel())[0, 1] > 0.8  # noise, and levels
+
+
+@pytest.mark.parametrize("size", results.SIZES)
+def test_readme_shows_the_results_that_are_there(size):
+    found = results.read_results(size)
+    text = (ROOT / "README.md").read_text()
+    assert results.with_table(text, size, found) == text
+    names = [result["net"]["name"] for result in found]
+    assert sorted(names) == sorted(results.SIZES[size])
+    for result in found:
+        people = result["net"]["people"]
+        assert result["repair"]["data"]["images"] == people * result["net"]["validation"]
+        assert result["judged"]["clean"]["images"] == people * result["net"]["test"]
+        assert not re.search(r"/(work|tmp|home)/", json.dumps(result))
