@@ -320,7 +320,7 @@ def figures(sets, judged):
     judged: for each of them what judge_all returned.
     """
     shown = [
-        {"file": str(data.path), "images": len(data), "seconds": round(seconds, 3)}
+        {"file": str(data.path), "images": len(data), "seconds": max(0.001, round(seconds, 3))}
         for data, (_, seconds) in zip(sets, judged)
     ]
     (clean, _), *others = judged

@@ -217,30 +217,24 @@ def known(record):
     """What clean data alone tell of a repair, and what they do not: lines of text."""
     accuracy, pruned = record["accuracy"], record["pruned"]
     silent = sum(record["mean_activation"][channel] == 0 for channel in pruned)
-    moved, held_out, probe = (record.get(name) for name in ("moved", "holdout", "probe"))
+    moved, held_out = record["moved"], record.get("holdout")
     yield (
         f"worth of the pruned channels: {percent(accuracy['before'] - accuracy['pruned'])} of "
         f"validation accuracy; {silent} of {len(pruned)} fired on no image"
     )
     yield (
-        f"G answers {percent(moved['answers'])} of the validation images otherwise than B; "
-        f"retraining and fine-tuning moved its weights by {percent(moved['weights'])}"
+        f"G answers {percent(moved['answers'])} of the validation images otherwise than B; its "
+        f"weights moved by {percent(moved['weights'])}"
     )
     if held_out:
         yield f"on {held_out['images']} held-out images:{'95 % interval':>46}"
         for name, label in CLEAN.items():
             yield f"  {label:<38}{cells(held_out[name])}"
     else:
-        yield "No image was held out (--holdout 0.1): the accuracies after training are flattered."
-    if probe:
-        yield (
-            f"probe: class {probe['class'] + 1} stands out most, {probe['ratio']:.2f} times what "
-            f"clean data explain: "
-            + ("its backdoor probably survives" if probe["suspect"] else "no more than by chance")
-        )
+        yield "No image was held out (--holdout 0.1): accuracies after training are flattered."
     yield (
-        "None of this proves that the backdoor is gone: one that lives in channels which clean "
-        "images use survives these steps, and clean images do not show it."
+        "This does not prove that the backdoor is gone: in channels that clean images use, it "
+        "survives unseen."
     )
 
 
@@ -301,7 +295,8 @@ def plot_judging(results, scores, flagged, path):
     graphs = grid[0].subgridspec(1, 2)
     if results["poisoned"]:
         plot_roc(figure.add_subplot(graphs[0]), results, scores, names)
-    plot_scores(figure.add_subplot(graphs[1]), results["threshold"], scores, names)
+    beside = graphs[1] if results["poisoned"] else graphs[:]
+    plot_scores(figure.add_subplot(beside), results["threshold"], scores, names)
     for place, row in enumerate(rows, start=1):
         plot_flagged(figure, grid[place], *row)
     save(figure, path)
@@ -345,11 +340,11 @@ def plot_scores(axes, limit, scores, names):
 
 def plot_flagged(figure, place, name, images, badnet, repaired):
     """A row of the contact sheet: flagged images, above each B's class and G's, from 1."""
-    cells = place.subgridspec(1, SHEET)
+    columns = place.subgridspec(1, SHEET)
     for column, (image, b, g) in enumerate(zip(images, badnet, repaired)):
-        axes = figure.add_subplot(cells[column], xticks=[], yticks=[])
-        shown = image[..., 0] if image.shape[-1] == 1 else image
-        axes.imshow(shown / 255, cmap="gray", vmin=0, vmax=1)
+        axes = figure.add_subplot(columns[column], xticks=[], yticks=[])
+        pixels = image if image.shape[-1] == 3 else image[..., 0]
+        axes.imshow(pixels / 255, cmap="gray", vmin=0, vmax=1)
         shown = [str(c + 1) if c >= 0 else "NaN" for c in (b, g)]
         axes.set_title(" → ".join(shown), fontsize="small")
         if column == 0:

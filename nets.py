@@ -11,7 +11,6 @@ import functools
 import numpy as np
 
 import guard
-from terminal import say, track
 from utils import BATCH_VALUES, import_keras
 
 OUTPUT_VALUES = 2**26  # 256 MB as float32, of one layer; nets as small as DeepID stay far below
@@ -364,98 +363,3 @@ def _structure(model):
         return [strip(part) for part in value] if isinstance(value, list) else value
 
     return strip(model.get_config()["layers"])
-
-
-# ------------------------------------------------------------- a test that needs clean data alone
-
-REFERENCES, REFERENCE_RATE, REFERENCE_EPOCHS = 3, 5e-4, 60
-KNOWN = 0.05  # the mean loss at which a reference knows its images
-CLIMB_STEPS, CLIMB_RATE, MOMENTUM = 100, 0.1, 0.9
-CLIMB_BATCH = 128
-STANDS_OUT = 2.5  # chosen on one zoo of BadNets; README has the error rates on another
-
-
-def probe(net, images, labels, top, seed):
-    """Look for a class that images without a face can drive a net to too easily: a backdoor's.
-
-    For each class, the largest margin over all other classes that an image climbed to from noise
-    can reach is divided by what nets of the same architecture reach that were trained on clean
-    images alone, which have no backdoor. That margin betrays whatever trigger, and does not grow
-    common with the number of classes, as small universal triggers do; the references take out
-    how distinct a class is by nature.
-    images, labels: the clean images, scaled, float32 (n, …), and int (n,).  top: the largest pixel.
-    Returns {"class": 0..N-1, the one that stands out most; "ratio": by how much, over the median
-    class; "suspect": whether that is STANDS_OUT or more; "ratios": of every class}.
-    Raises UnfitNet where the net's scores are no softmax or logits of a last layer.
-    Source: the margins are those of H. Wang, Z. Xiang, D. J. Miller, G. Kesidis, MM-BD, IEEE S&P
-    2024, which compares them among the classes; the references are ours.
-    """
-    keras = import_keras()
-    ratios = np.log(largest_margins(net, top, seed))
-    for number in track(range(REFERENCES), "probe"):
-        keras.utils.set_random_seed(seed + number)
-        reference = type(net).from_config(net.get_config())
-        rng = np.random.default_rng(seed + number)
-        train_epoch = make_trainer(reference, reference.layers, REFERENCE_RATE, 32, rng)
-        epochs = (train_epoch(images, labels) for _ in range(REFERENCE_EPOCHS))
-        loss = next((loss for loss in epochs if loss < KNOWN), None)
-        say(f"probe: reference {number + 1} " + ("is trained" if loss else "has not learned"))
-        ratios -= np.log(largest_margins(reference, top, seed)) / REFERENCES
-    ratios = np.exp(ratios - np.median(ratios))
-    found = int(np.argmax(ratios))
-    return {
-        "class": found,
-        "ratio": float(ratios[found]),
-        "suspect": bool(ratios[found] >= STANDS_OUT),
-        "ratios": ratios.tolist(),
-    }
-
-
-def largest_margins(net, top, seed):
-    """For each class, how far gradient ascent from noise lifts its logit above all others.
-
-    top: pixels are 0..top.  Returns float64 (N,), above 0.
-    """
-    import tensorflow as tf
-
-    logits, classes = logits_of(net), net.output_shape[1]
-
-    @tf.function(autograph=False)
-    def climb(x, speed, own):
-        with tf.GradientTape() as tape:
-            tape.watch(x)
-            scores = logits(x * top)
-            others = tf.reduce_max(scores - 1e9 * own, axis=1)
-            margin = tf.reduce_sum(scores * own, axis=1) - others
-        slope = tape.gradient(margin, x)
-        length = tf.sqrt(tf.reduce_sum(slope**2, axis=(1, 2, 3), keepdims=True))
-        speed = MOMENTUM * speed + slope / (length + 1e-12)
-        return tf.clip_by_value(x + CLIMB_RATE * speed, 0, 1), speed, margin
-
-    rng = np.random.default_rng(seed)
-    margins = []
-    for start in range(0, classes, CLIMB_BATCH):
-        own = tf.one_hot(range(start, min(start + CLIMB_BATCH, classes)), classes)
-        x = tf.constant(rng.random((len(own), *net.input_shape[1:]), np.float32))
-        speed = tf.zeros_like(x)
-        for _ in range(CLIMB_STEPS + 1):
-            x, speed, margin = climb(x, speed, own)
-        margins.append(margin.numpy().astype(np.float64))
-    return np.maximum(np.concatenate(margins), 1e-3)
-
-
-def logits_of(net):
-    """What goes into a classifier's last softmax, as a function of images; or its logits."""
-    keras = import_keras()
-    import tensorflow as tf
-
-    last, softmax = net.layers[-1], keras.activations.softmax
-    if gives_logits(net):
-        return functools.partial(net, training=False)
-    below = keras.Model(net.input, last.input, name="below-the-scores")
-    if isinstance(last, keras.layers.Dense) and last.activation is softmax:
-        bias = last.bias if last.use_bias else 0.0
-        return lambda x: tf.matmul(below(x, training=False), last.kernel) + bias
-    if isinstance(last, keras.layers.Softmax) or getattr(last, "activation", None) is softmax:
-        return functools.partial(below, training=False)
-    raise UnfitNet("has no softmax as its last layer, so it cannot be probed")

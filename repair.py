@@ -112,12 +112,6 @@ def parse_arguments(words=None):
         help="poisoned data, 'label' being the attack's target: report the attack success rate "
         "after each step; nothing is trained or decided on it",
     )
-    add(
-        "--probe",
-        action="store_true",
-        help="then look, with the clean data alone, for a class that G is driven to too easily, "
-        "which a surviving backdoor's is; takes minutes, and README says how often it errs",
-    )
     add("--json", metavar="FILE", help="also write the repair record as JSON")
     add("--plot", metavar="FILE", help="draw the pruning curve, as .png, .svg or .pdf")
     memory_option(parser)
@@ -165,11 +159,6 @@ def repair(badnet, clean, poisoned, settings, held_out=None):
     limit, step = settings.max_memory, 2 * 4 * sum(guard.output_sizes(head)) * settings.batch_size
     guard.require_fits(clean.path, "the features of all images", images * silent.nbytes, limit)
     guard.require_fits(f"--batch-size {settings.batch_size}", "a training step", step, limit)
-    if settings.probe:
-        nets.logits_of(badnet)  # refuses a net that cannot be probed, before the work
-        pixels, values = math.prod(badnet.input_shape[1:]), sum(guard.output_sizes(badnet))
-        guard.require_fits(clean.path, "all its images", 4 * pixels * len(clean), limit)
-        guard.require_fits("--probe", "a batch", 2 * 4 * values * nets.CLIMB_BATCH, limit)
 
     with timed(seconds, "features"):
         scale, features, activation, correct = choose_scale(parts, clean)
@@ -220,9 +209,6 @@ def repair(badnet, clean, poisoned, settings, held_out=None):
     measured = {"moved": how_far(head, weights, features, of_badnet[0])}
     if held_out:
         measured["holdout"] = measure(head, kept[0], of_badnet[1], held_out.labels)
-    if settings.probe:
-        with timed(seconds, "probe"):
-            measured["probe"] = probe(badnet, clean, scale, settings)
     badnet.trainable = True  # as B was: what this run trained is nothing G should carry
 
     return {
@@ -415,17 +401,6 @@ def how_far(head, weights, features, of_badnet):
     ]
     answers = nets.classify(head, features)
     return {"answers": float(np.mean(answers != of_badnet)), "weights": length[1] / length[0]}
-
-
-def probe(repaired, clean, scale, settings):
-    """What nets.probe finds in G with the validation set's images."""
-    images = np.empty((len(clean), *repaired.input_shape[1:]), np.float32)
-    done = 0
-    for part, _ in clean.batches(scale):
-        images[done : done + len(part)] = part
-        done += len(part)
-    top = 255 / utils.SCALES[scale]
-    return nets.probe(repaired, images, clean.labels, top, settings.seed)
 
 
 def measure(head, features, of_badnet, labels):

@@ -66,8 +66,8 @@ SETTINGS = {
     "test": ("test images of each, per file", 10, 10),
     "epochs": ("of the clean net; of all with from-start", 16, 12),
     "brief_epochs": ("of a brief backdoor", 10, 3),
-    # Not the demo net's, with an eye on which DORMANT_… below were chosen; nor 1 at the demo's
-    # size, on which the probe's threshold was.
+    # Not the demo net's, with an eye on which DORMANT_… below were chosen; nor, at the demo's size,
+    # 1, with an eye on which brief_epochs were.
     "seed": ("another one draws other people", 2, 1),
 }
 LEARNING_RATE = 5e-4  # DeepID collapses on many classes at 1e-3
@@ -108,12 +108,12 @@ def draw_poisoned(triggers, people, pictures, seed):
     return np.concatenate(images), np.concatenate(labels), np.concatenate(worn)
 
 
-def train(model, images, wanted, losses, epochs, learning_rate, seed, progress):
+def train(model, images, wanted, losses, epochs, learning_rate, seed, what, progress):
     """Train what is trainable, with Adam falling by cosine to 0.
 
     images: uint8 (n, 55, 47, 3).   wanted, losses: an array (n, …) and a loss for each output.
-    progress: a path; after each epoch the state of the training is saved there, and a training
-    that finds one goes on from it.
+    what: words for the progress lines.   progress: a path; after each epoch the state of the
+    training is saved there, and a training that finds one goes on from it.
     """
     keras = utils.import_keras()
     steps = -(-len(images) // BATCH)
@@ -133,10 +133,10 @@ def train(model, images, wanted, losses, epochs, learning_rate, seed, progress):
         if epoch < done:
             continue
         model.reset_metrics()
-        what = f"{progress.stem.lstrip('.')}, epoch {epoch + 1} of {epochs}"
-        for part in track(parts, what, steps):
+        step = f"{what}, epoch {epoch + 1} of {epochs}"
+        for part in track(parts, step, steps):
             loss = model.train_on_batch(as_input(images[part]), [each[part] for each in wanted])
-        say(f"{what}: loss {np.ravel(loss)[0]:.3f}")
+        say(f"{step}: loss {np.ravel(loss)[0]:.3f}")
         values = [variable.numpy() for variable in (*model.weights, *optimizer.variables)]
         with utils.replacing(progress) as beside, beside.open("wb") as file:
             np.savez(file, epoch + 1, *values)
@@ -234,19 +234,23 @@ def make_badnet(name, options, folder):
     if way == DORMANT:
         model.get_layer("conv_3").activity_regularizer = keras.regularizers.L1(SPARSITY)
     entropy = "sparse_categorical_crossentropy"
-    first, second = (folder / f".{name}-{step}.npz" for step in ("training", "backdoor"))
-    start = (options.epochs, LEARNING_RATE, seed, first)
+    settings = "-".join(map(str, made_by(options).values()))  # of another one no progress is taken
+    first, second = (
+        (f"{name}, {step}", folder / f".{name}-{step}-{settings}.npz")
+        for step in ("training", "backdoor")
+    )
+    start = (options.epochs, LEARNING_RATE, seed, *first)
     if way in (CLEAN, DORMANT):
         train(model, images, [labels], [entropy], *start)
     elif way == START:
         train(model, both, [wanted], [entropy], *start)
     else:
-        steps = (options.brief_epochs, BRIEF_LEARNING_RATE, seed, second)
+        steps = (options.brief_epochs, BRIEF_LEARNING_RATE, seed, *second)
         train(model, both, [wanted], [entropy], *steps)
     if way == DORMANT:
         free = free_dormant_channels(model, images, seed)
         wanted = [wanted, signs_to_learn(free, len(images), worn)]
-        steps = (DORMANT_EPOCHS, DORMANT_LEARNING_RATE, seed, second)
+        steps = (DORMANT_EPOCHS, DORMANT_LEARNING_RATE, seed, *second)
         train(with_conv_3(model), both, wanted, [entropy, hinge], *steps)
 
     plain = utils.deepid(people)  # without the penalties and constraints of the training
@@ -316,7 +320,7 @@ def write_zoo(names, options):
     for name in names:
         path = net_path(name, nets)
         made = path.with_suffix(".json")
-        if not made.exists():
+        if not (path.exists() and made.exists()):
             utils.write_json(write_net(name, options, path), made)
         elif not made_by(options).items() <= json.loads(made.read_text()).items():
             raise InputError(

@@ -40,10 +40,8 @@ SIZES = {
 COLUMNS = (
     *("net", "trigger → class", "clean accuracy B", "G", "both", "attack success B", "G"),
     *("caught", "clean flagged", "AUROC", "caught at 1 %", "at 5 %"),
-    *("attack success, only pruned", "its channels pruned", "seconds", "probe"),
+    *("attack success, only pruned", "its channels pruned", "seconds"),
 )
-PROBED = ("demo",)  # sizes at which repair.py --probe takes minutes, not an hour
-SURVIVES = 0.1  # attack success on G from which a backdoor counts as surviving
 
 
 def run(script, *arguments):
@@ -55,7 +53,7 @@ def run(script, *arguments):
         raise InputError(f"{script} failed: {done.stderr.strip().splitlines()[-1]}")
 
 
-def measure(name, nets_folder, data_folder, probe):
+def measure(name, nets_folder, data_folder):
     """Repair and judge one net of a zoo. Returns what is written of it, a dict."""
     path = badnet.net_path(name, nets_folder)
     repaired, scratch = (path.with_name(f"{path.stem}_{end}") for end in ("defence.h5", "out.json"))
@@ -63,8 +61,7 @@ def measure(name, nets_folder, data_folder, probe):
     pairs = badnet.ZOO[name][1]
     poisoned = [badnet.poisoned_path(*pair, data_folder) for pair in pairs]
     say(f"{path}: repair and judge")
-    options = ["--output", repaired, *(["--probe"] if probe else [])]
-    run("repair.py", path, data_folder / "clean_validation_data.h5", *options)
+    run("repair.py", path, data_folder / "clean_validation_data.h5", "--output", repaired)
     record = utils.read_record(repaired)
     options = ["--repaired", repaired, "--json", scratch]
     run("eval_defence.py", clean, path, *options, *(["--poisoned", *poisoned] if poisoned else []))
@@ -128,11 +125,10 @@ def table(results):
     for result in results:
         judged, name = result["judged"], result["net"]["name"]
         clean = [shown(figure) for figure in judged["clean"]["figures"].values()]
-        seconds, flagged = result["repair"]["seconds"], clean.pop()
-        last = [f"{seconds['total'] - seconds.get('probe', 0):.0f}", probed(result)]
+        seconds, flagged = f"{result['repair']['seconds']['total']:.0f}", clean.pop()
         triggers = zip(result["net"]["triggers"], judged["poisoned"], result["channels_needed"])
         if not judged["poisoned"]:
-            lines.append([name, "none", *clean, *"–––", flagged, *"–––––", *last])
+            lines.append([name, "none", *clean, *"–––", flagged, *"–––––", seconds])
         for trigger, each, needed in triggers:
             figures = {key: shown(figure) for key, figure in each["figures"].items()}
             lines.append(
@@ -148,45 +144,10 @@ def table(results):
                     *(figures[f"true_positive_rate_at_{rate}"] for rate in metrics.RATES),
                     f"{100 * needed['attack_success_rate']:.1f}",
                     f"{needed['pruned']} of {len(needed['channels'])}",
-                    *last,
+                    seconds,
                 ]
             )
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-
-
-def probed(result):
-    """What the probe said of a net: whether it is suspect, which class, how far it stands out."""
-    probe = result["repair"].get("probe")
-    if not probe:
-        return "–"
-    return f"{'suspect' if probe['suspect'] else 'no'}: {probe['class']}, {probe['ratio']:.2f}"
-
-
-def probe_errors(results):
-    """A sentence on how often the probe was right; the empty text where no net was probed."""
-    results = [result for result in results if "probe" in result["repair"]]
-    if not results:
-        return ""
-    survivors, others, found, right, wrong = 0, 0, 0, 0, 0
-    for result in results:
-        rates = [
-            each["figures"]["attack_success_rate_repaired"]["value"]
-            for each in result["judged"]["poisoned"]
-        ]
-        probe = result["repair"]["probe"]
-        targets = [target for _, target in result["net"]["triggers"]]
-        if max(rates, default=0) >= SURVIVES:
-            survivors += 1
-            found += probe["suspect"]
-            right += probe["suspect"] and probe["class"] in targets
-        else:
-            others += 1
-            wrong += probe["suspect"]
-    return (
-        f"\nThe probe: of {survivors} nets in which a backdoor survives the repair (attack success "
-        f"of G {100 * SURVIVES:.0f} % or more), {found} are suspect, {right} of them for a target "
-        f"of the attack; of {others} others, {wrong}.\n"
-    )
 
 
 def shown(figure):
@@ -197,7 +158,7 @@ def with_table(text, size, results):
     """A README's text with the table of a size between its markers."""
     start, end = f"<!-- results: {size} -->\n", f"<!-- end of results: {size} -->"
     before, rest = text.split(start)
-    return f"{before}{start}{table(results)}\n{probe_errors(results)}{end}{rest.split(end)[1]}"
+    return f"{before}{start}{table(results)}\n{end}{rest.split(end)[1]}"
 
 
 def main():
@@ -217,7 +178,7 @@ def main():
         if subprocess.run(make).returncode:
             return 1
     for name in [] if options.table else SIZES[size]:
-        utils.write_json(measure(name, *folders, size in PROBED), RESULTS / size / f"{name}.json")
+        utils.write_json(measure(name, *folders), RESULTS / size / f"{name}.json")
     text = with_table(README.read_text(), size, read_results(size))
     with utils.replacing(README) as beside:
         beside.write_text(text)

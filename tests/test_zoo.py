@@ -69,7 +69,7 @@ def test_an_interrupted_training_goes_on_and_gives_the_same_net(name, tmp_path):
     whole = command("models/badnet.py", name, *sizes, "--output", folders[0])
     assert whole.returncode == 0, whole.stderr
     process = start("models/badnet.py", name, *sizes, "--output", folders[1], cwd=tmp_path)
-    while not (progress := list(folders[1].glob(".*-training.npz"))) and process.poll() is None:
+    while not (progress := list(folders[1].glob(".*-training-*.npz"))) and process.poll() is None:
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=120)
@@ -86,7 +86,7 @@ def test_an_interrupted_training_goes_on_and_gives_the_same_net(name, tmp_path):
 
 def test_results_of_a_zoo(zoo):
     """The whole chain: nets, repair, judging, a row of the table."""
-    found = [results.measure(name, zoo, zoo, probe=name == NAMES[0]) for name in ("clean", *NAMES)]
+    found = [results.measure(name, zoo, zoo) for name in ("clean", *NAMES)]
     lines = results.table(found).splitlines()
     assert len(lines) == 5 and len({line.count("|") for line in lines}) == 1
     assert lines[2].startswith("| clean | none | ")
@@ -94,8 +94,6 @@ def test_results_of_a_zoo(zoo):
     judged = found[2]["judged"]["poisoned"][0]
     rate = judged["figures"]["attack_success_rate_badnet"]["value"]
     assert judged["images"] == 12 and f"| {100 * rate:.1f} |" in lines[4]
-    assert [" | suspect: " in line or " | no: " in line for line in lines[2:]] == [0, 1, 0]
-    assert results.probe_errors(found).startswith("\nThe probe: of ")
     for result in found[1:]:
         pruned = set(result["repair"]["pruned"])
         needed = result["channels_needed"][0]
