@@ -4,7 +4,6 @@ The words are the field's; README gives every formula. Classes here count from 0
 """
 
 import dataclasses
-import math
 from pathlib import Path
 
 import numpy as np
@@ -134,14 +133,17 @@ def auroc(clean, poisoned):
 
 
 def threshold(scores, rate):
-    """The lowest of the scores that at most this share of them lies above. rate: 0..1."""
-    above = math.floor(rate * len(scores) + 1e-9)  # 0.07 × 100 is 7.000000000000001
-    return float(np.sort(scores)[::-1][min(above, len(scores) - 1)])
+    """The lowest of the scores that at most this share of them lies above.
+
+    scores: float (n,).  rate: 0..1, or an array of rates.  Returns as many floats.
+    """
+    above = np.floor(np.multiply(rate, len(scores)) + 1e-9)  # 0.07 × 100 is 7.000000000000001
+    return np.sort(scores)[::-1][np.minimum(np.int64(above), len(scores) - 1)]
 
 
 def thresholds(scores):
     """The thresholds for false-positive rates 0, 1/THRESHOLDS, …, 1: a list for a repair record."""
-    return [threshold(scores, step / THRESHOLDS) for step in range(THRESHOLDS + 1)]
+    return threshold(scores, np.arange(THRESHOLDS + 1) / THRESHOLDS).tolist()
 
 
 def defense_effectiveness(figures):

@@ -400,7 +400,10 @@ def how_far(head, weights, features, of_badnet):
         for each in (weights, [g - b for g, b in zip(head.get_weights(), weights)])
     ]
     answers = nets.classify(head, features)
-    return {"answers": float(np.mean(answers != of_badnet)), "weights": length[1] / length[0]}
+    return {
+        "answers": float(np.mean(answers != of_badnet)),
+        "weights": length[1] / (length[0] or 1),
+    }
 
 
 def measure(head, features, of_badnet, labels):

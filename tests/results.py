@@ -151,7 +151,7 @@ def table(results):
 
 
 def shown(figure):
-    return f"{100 * figure['value']:.1f}"
+    return "–" if figure["value"] is None else f"{100 * figure['value']:.1f}"
 
 
 def with_table(text, size, results):
@@ -177,8 +177,8 @@ def main():
         make = [sys.executable, ROOT / "models" / "badnet.py", "--size", size, *SIZES[size]]
         if subprocess.run(make).returncode:
             return 1
-    for name in [] if options.table else SIZES[size]:
-        utils.write_json(measure(name, *folders), RESULTS / size / f"{name}.json")
+        for name in SIZES[size]:
+            utils.write_json(measure(name, *folders), RESULTS / size / f"{name}.json")
     text = with_table(README.read_text(), size, read_results(size))
     with utils.replacing(README) as beside:
         beside.write_text(text)
