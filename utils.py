@@ -532,20 +532,22 @@ def open_dataset(path, limit=MEMORY):
     with open_hdf5(path, limit) as file:
         with guard.inspecting(path, limit):
             found = guard.check_links(file, path)
-            wanted = ["data", "label", *(name for name in ("original_label",) if name in found)]
-            for name in wanted:
+            names = ["data", "label"] + ["original_label"] * ("original_label" in found)
+            for name in names:
                 if not isinstance(found.get(name), h5py.Dataset):
                     raise InputError(f"{path}: no data set '{name}' in the file")
                 guard.check_stored(found[name], path, limit)
-            (_, images), *rows = ((name, found[name]) for name in wanted)
+            images = found["data"]
             if images.ndim != 4:
                 raise InputError(
                     f"{path}: 'data' is no array of images, but {guard.describe(images)}"
                 )
-            labels = [read_labels(row, name, len(images), path, limit) for name, row in rows]
+            labels, *truth = (
+                read_labels(found[name], name, len(images), path, limit) for name in names[1:]
+            )
             if images.size == 0:
                 raise InputError(f"{path}: there are no images in the file")
-        yield Dataset(Path(path), images, labels[0], labels[1] if labels[1:] else None, before)
+        yield Dataset(Path(path), images, labels, truth[0] if truth else None, before)
 
 
 def read_labels(row, name, images, path, limit):
