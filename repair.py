@@ -161,19 +161,19 @@ def repair(badnet, clean, poisoned, settings, held_out=None):
     guard.require_fits(f"--batch-size {settings.batch_size}", "a training step", step, limit)
 
     with timed(seconds, "features"):
-        scale, features, activation, correct = choose_scale(parts, clean)
+        scale, features, activation, answers = choose_scale(parts, clean)
         attacks = [
             (str(data.path), extract_features(parts.trunk, data, scale)[0], data.labels)
             for data in poisoned
         ]
         kept = [extract_features(parts.trunk, data, scale)[0] for data in unseen]
-    of_badnet = [nets.classify(head, x) for x in (features, *kept)]
+    of_badnet = [answers, *(nets.classify(head, x) for x in kept)]
     weights = head.get_weights()
 
     def attack_success_rates():
         return {name: nets.accuracy(head, x, targets) for name, x, targets in attacks}
 
-    accuracy = {"before": correct / len(clean)}
+    accuracy = {"before": float(np.mean(answers == labels))}
     success = {"before": attack_success_rates()}
     if accuracy["before"] == 0:
         raise InputError(f"{clean.path}: the BadNet answers no image of it with its label")
@@ -230,8 +230,8 @@ def choose_scale(parts, clean):
 
     All images are run with the pixels that serve the first batch better; with the others, only as
     many as it takes to see that these cannot be better on the whole.
-    Returns (scale, features, activation, correct): a key of utils.SCALES, what extract_features
-    returns for it, and how many images B then answers with their label.
+    Returns (scale, features, activation, answers): a key of utils.SCALES, what extract_features
+    returns for it, and the classes that B then gives, int (n,).
     """
 
     def correct_in(x, y):
@@ -241,7 +241,8 @@ def choose_scale(parts, clean):
     firsts = {scale: correct_in(*next(clean.batches(scale))) for scale in utils.SCALES}
     scale, other = sorted(utils.SCALES, key=firsts.get, reverse=True)
     features, activation = extract_features(parts.trunk, clean, scale)
-    correct = int(np.sum(nets.classify(parts.head, features) == clean.labels))
+    answers = nets.classify(parts.head, features)
+    correct = int(np.sum(answers == clean.labels))
 
     right = seen = 0
     for x, y in clean.batches(other):
@@ -254,9 +255,10 @@ def choose_scale(parts, clean):
         f"on {percent(right / seen)} of {seen} images"
     )
     if right > correct:
-        scale, correct = other, right
+        scale = other
         features, activation = extract_features(parts.trunk, clean, scale)
-    return scale, features, activation, correct
+        answers = nets.classify(parts.head, features)
+    return scale, features, activation, answers
 
 
 def extract_features(trunk, data, scale):

@@ -159,7 +159,7 @@ def test_a_data_set_prints_a_table(done, tmp_path):
     assert shown[1].startswith("clean.h5: 150 images, ") and len(shown) == 1 + 5 + 9
     accuracy = judged["clean"]["figures"]["clean_accuracy_badnet"]
     value, low, high = (f"{100 * accuracy[key]:.2f} %" for key in ("value", "low", "high"))
-    assert shown[2].split("  ")[1:] == ["clean accuracy of B", *shown[2].split("  ")[2:]]
+    assert shown[2].startswith("  clean accuracy of B  ")
     assert f"{value}   {low} .. {high}" in shown[2]
 
 
