@@ -91,8 +91,8 @@ def parse_arguments():
         "--fpr",
         metavar="RATE",
         type=at_least(0, most=1, above=True),
-        help="instead of where B and G disagree, flag an image whose score, 1 - G's probability of "
-        "B's class, is above the threshold that flagged this share of the clean images that "
+        help="instead of where B and G disagree, flag an image whose score, how far apart their "
+        "answers are, is above the threshold that flagged this share of the clean images that "
         "repair.py --holdout kept out of the repair, such as 0.01",
     )
     add("--json", metavar="FILE", help="also write the verdicts or the table as JSON")
@@ -178,7 +178,7 @@ def load_detector(badnet_path, repaired_path, arguments):
                 f"{'×'.join(map(str, theirs))}, not {'×'.join(map(str, ours))}"
             )
     both = nets.detector(badnet, repaired, layer)
-    divisor, logits = utils.SCALES[scale], nets.gives_logits(repaired)
+    divisor = utils.SCALES[scale]
 
     def detector(images):
         x = images / divisor
@@ -188,7 +188,8 @@ def load_detector(badnet_path, repaired_path, arguments):
             np.where(np.isfinite(each).all(axis=1), np.argmax(each, axis=1), none)
             for each, none in zip(scores, (-1, -2))
         )
-        score = nets.suspicion(scores[1], of_b, logits)
+        shares = map(nets.probabilities, map(np.asarray, scores), (badnet, repaired))
+        score = nets.suspicion(*shares)
         flagged = of_b != of_g if limit is None else (score > limit) | (of_b < 0) | (of_g < 0)
         return metrics.Answers(of_b, of_g, score, flagged)
 
@@ -209,12 +210,15 @@ def held_out_threshold(record, rate, path):
         )
     try:
         images, thresholds = held_out["images"], np.float64(held_out["thresholds"])
+        other = held_out.get("score") != nets.SCORE
         damaged = not images >= 1 or thresholds.shape != (metrics.THRESHOLDS + 1,)
-        damaged |= not np.all((thresholds >= 0) & (thresholds <= 1))
+        damaged |= not np.all((thresholds >= 0) & (thresholds <= nets.SCORE_MOST))
     except (KeyError, TypeError, ValueError):
         damaged = True
     if damaged:
         raise InputError(f"{path}: its repair record is damaged; repair the BadNet anew")
+    if other:
+        raise InputError(f"{path}: its thresholds are of another score; repair the BadNet anew")
     least = max(1 / images, 1 / metrics.THRESHOLDS)
     if rate < least:
         raise InputError(

@@ -493,3 +493,9 @@ def output_sizes(model):
 def check_outputs(model, path, limit=MEMORY):
     """Raise InputError where one image makes a layer give more than `limit` bytes."""
     require_fits(path, "the largest output of a layer", 4 * max(output_sizes(model)), limit)
+
+
+def require_step_fits(model, option, batch_size, limit):
+    """Raise InputError where to train a model on so many images at a time would take too much."""
+    step = 2 * 4 * sum(output_sizes(model)) * batch_size
+    require_fits(f"{option} {batch_size}", "a training step", step, limit)

@@ -43,7 +43,7 @@ class Answers:
     """What B and G answer to the images of one data set.
 
     badnet, repaired: int (n,), the classes, 0..N-1; -1 and -2 where a net gave NaN.
-    score: float64 (n,), 0..1, how suspect each image is, as nets.suspicion gives it.
+    score: float64 (n,), from 0 up, how suspect each image is, as nets.suspicion gives it.
     flagged: bool (n,), whether it counts as poisoned.
     """
 
@@ -190,16 +190,17 @@ def cells(figure):
     return f"{show(value):>12}" + ("" if low is None else f"   {show(low)} .. {show(high)}")
 
 
-STEPS = ("before", "pruned", "retrained", "fine_tuned")
+STEPS = ("before", "pruned", "retrained", "fine_tuned", "hardened")
 
 
 def summary(record):
     """The closing table of a repair, as text."""
-    rows = [("", *(step.replace("_", "-") for step in STEPS))]
-    rows.append(("validation accuracy", *(percent(record["accuracy"][step]) for step in STEPS)))
-    rates = record["attack_success_rate"]
+    accuracy, rates = record["accuracy"], record["attack_success_rate"]
+    steps = [step for step in STEPS if step in accuracy]
+    rows = [("", *(step.replace("_", "-") for step in steps))]
+    rows.append(("validation accuracy", *(percent(accuracy[step]) for step in steps)))
     for name in rates["before"]:
-        rows.append((f"attack success, {name}", *(percent(rates[step][name]) for step in STEPS)))
+        rows.append((f"attack success, {name}", *(percent(rates[step][name]) for step in steps)))
     width = max(len(row[0]) for row in rows)
     table = [row[0].ljust(width) + "".join(cell.rjust(12) for cell in row[1:]) for row in rows]
     seconds = record["seconds"].items()
@@ -328,14 +329,14 @@ def plot_roc(axes, results, scores, names):
 
 def plot_scores(axes, limit, scores, names):
     """Histograms of the scores; the share of images on a logarithmic axis."""
-    edges = np.linspace(0, 1, BINS + 1)
+    edges = np.linspace(0, max(1, *map(np.max, scores)), BINS + 1)
     for number, (name, each) in enumerate(zip(names, scores)):
         shares = np.histogram(each, edges)[0] / len(each)
         look = {"color": f"C{number}", "fill": number == 0, "alpha": 0.7}
         axes.stairs(100 * shares, edges, label=name, **look)
     if limit is not None:
         axes.axvline(limit, color="black", linestyle=":", label=f"threshold {limit:.4f}")
-    axes.set(yscale="log", xlabel="score: 1 − G's probability of B's class", ylabel="% of images")
+    axes.set(yscale="log", xlabel="score: how far apart B and G answer", ylabel="% of images")
     axes.set_title("Scores", fontsize="medium")
     axes.legend(loc="best", fontsize="small")
 

@@ -5,8 +5,10 @@ Everything here works on Keras models in memory; no function reads or writes a f
 
 import collections
 import concurrent.futures
+import contextlib
 import dataclasses
 import functools
+import math
 
 import numpy as np
 
@@ -21,6 +23,10 @@ PER_CHANNEL = {
     *("MaxPooling2D", "AveragePooling2D", "GlobalMaxPooling2D", "GlobalAveragePooling2D"),
     *("ReLU", "LeakyReLU", "ELU", "Activation"),
 }
+
+SCORE = "Jeffreys divergence of B's and G's answers"  # a repair record names it
+SCORE_LEAST = 1e-12
+SCORE_MOST = -2 * math.log(SCORE_LEAST)
 
 
 class UnfitNet(ValueError):
@@ -129,16 +135,16 @@ def compiled(model):
     return run
 
 
-def side_by_side(function, items):
-    """Yield function(item) for every item, in order, two at a time in threads.
+def side_by_side(function, items, count=2):
+    """Yield function(item) for every item, in order, `count` at a time in threads.
 
-    While two are under way the next item is fetched, and no more.
+    While that many are under way the next item is fetched, and no more.
     """
-    with concurrent.futures.ThreadPoolExecutor(2) as threads:
+    with concurrent.futures.ThreadPoolExecutor(count) as threads:
         under_way = collections.deque()
         for item in items:
             under_way.append(threads.submit(function, item))
-            if len(under_way) > 2:
+            if len(under_way) > count:
                 yield under_way.popleft().result()
         while under_way:
             yield under_way.popleft().result()
@@ -174,6 +180,19 @@ def silence(channels, layer):
     layer.set_weights(weights)
 
 
+@contextlib.contextmanager
+def kept_silent(channels, layer):
+    """A block in which these channels of a convolution stay zero, whatever trains its layer."""
+    keep = np.ones(layer.filters, np.float32)
+    keep[channels] = 0
+    before = [(variable, variable.constraint) for variable in layer.weights]
+    for variable in layer.weights:
+        variable.constraint = lambda values: values * keep
+    yield
+    for variable, constraint in before:
+        variable.constraint = constraint
+
+
 def silent_features(parts):
     """What the trunk gives where every channel is pruned, whatever the image: (1, …, C).
 
@@ -195,13 +214,15 @@ def make_reproducible(seed):
     tensorflow.config.experimental.enable_op_determinism()
 
 
-def make_trainer(model, layers, learning_rate, batch_size, rng):
+def make_trainer(model, layers, learning_rate, batch_size, rng, soft=False):
     """Make a function that trains `layers` of a classifier, with one Adam for all its calls.
 
     The other layers stay as they are. Loss: categorical cross-entropy, from the labels' numbers
-    instead of one-hot rows.  rng: a NumPy Generator.
-    Returns train_epoch(x, y), which trains on every row of float32 x (n, …) and int64 y (n,),
-    0..N-1, once, in the order rng.permutation(n), and returns the mean loss over the rows.
+    instead of one-hot rows, or, if `soft`, from the share of every class.
+    learning_rate: a number or a Keras schedule.  rng: a NumPy Generator.
+    Returns train_epoch(x, y), which trains on every row of x, float32 (n, …), and y, int64 (n,),
+    0..N-1, or float32 (n, N) if `soft`, once, in the order rng.permutation(n), and returns the mean
+    loss over the rows. x may be anything that gives rows for an array of their numbers.
     """
     keras = import_keras()
     import tensorflow as tf
@@ -213,27 +234,30 @@ def make_trainer(model, layers, learning_rate, batch_size, rng):
     model.compile(adam, keras.losses.CategoricalCrossentropy(from_logits=gives_logits(model)))
 
     # Many steps in one graph: to start a step from here takes as long as the step of a small net.
-    signature = [tf.TensorSpec(model.input.shape), tf.TensorSpec([None], tf.int64)]
+    classes = model.output.shape[1]
+    answers = tf.TensorSpec([None, classes]) if soft else tf.TensorSpec([None], tf.int64)
+    signature = [tf.TensorSpec(model.input.shape), answers]
 
     @tf.function(input_signature=signature, autograph=False)
     def train(x, y):
         def step(start, losses):
             rows = slice(start, start + batch_size)
             with tf.GradientTape() as tape:
-                wanted = tf.one_hot(y[rows], model.output.shape[1])
+                wanted = y[rows] if soft else tf.one_hot(y[rows], classes)
                 loss = model.compute_loss(y=wanted, y_pred=model(x[rows], training=True))
             adam.apply(tape.gradient(loss, model.trainable_variables))
-            loss = tf.cast(loss, tf.float32) * tf.cast(tf.size(y[rows]), tf.float32)
+            loss = tf.cast(loss, tf.float32) * tf.cast(tf.shape(x[rows])[0], tf.float32)
             return start + batch_size, losses + loss
 
-        return tf.while_loop(lambda start, _: start < tf.size(y), step, [0, 0.0])[1]
+        return tf.while_loop(lambda start, _: start < tf.shape(x)[0], step, [0, 0.0])[1]
 
     def train_epoch(x, y):
         order = rng.permutation(len(x))
-        steps = max(1, BATCH_VALUES // x[0].size // batch_size)
+        steps = max(1, BATCH_VALUES // math.prod(model.input.shape[1:]) // batch_size)
         starts = range(0, len(x), steps * batch_size)
         parts = (order[start : start + steps * batch_size] for start in starts)
-        return sum(float(train(x[part], y[part])) for part in parts) / len(x)
+        batches = side_by_side(lambda part: (x[part], y[part]), parts, 1)  # ready when needed
+        return sum(float(train(*batch)) for batch in batches) / len(x)
 
     return train_epoch
 
@@ -271,24 +295,32 @@ def gives_logits(model):
     return activation is keras.activations.linear
 
 
-def suspicion(scores, classes, logits):
-    """How suspect images are: 1 − the probability that G gives to the class that B answers.
+def probabilities(scores, model):
+    """A classifier's scores, float (n, N), as probabilities: float32, rows that sum to 1.
 
-    scores: float (n, N), G's.  classes: int (n,), B's, 0..N-1, or -1 where B gave NaN.
-    logits: whether the scores are logits, of which the softmax are the probabilities.
-    Returns float64 (n,), 0..1; 1 where a net gave NaN.
+    They are the softmax where the scores are logits. A row that is not finite becomes NaN.
     """
-    scores = np.asarray(scores, np.float64)
-    known = (classes >= 0) & np.isfinite(scores).all(axis=1)
-    probabilities = scores[known]
-    if logits:
+    scores = np.array(scores, np.float32)
+    scores[~np.isfinite(scores).all(axis=1)] = np.nan
+    if gives_logits(model):
         from scipy import special  # here, because few nets need it
 
-        probabilities = special.softmax(probabilities, axis=1)
-    given = np.take_along_axis(probabilities, classes[known][:, None], axis=1)[:, 0]
-    suspect = np.ones(len(scores))
-    suspect[known] = 1 - np.clip(given, 0, 1)
-    return suspect
+        return special.softmax(scores, axis=1)
+    np.maximum(scores, 0, out=scores)
+    return scores / np.maximum(np.sum(scores, axis=1, keepdims=True), np.float32(1e-30))
+
+
+def suspicion(of_badnet, of_repaired):
+    """How suspect images are: how far apart the answers of B and G are, as probabilities.
+
+    of_badnet, of_repaired: float32 (n, N), as `probabilities` gives them.
+    Returns float64 (n,), from 0 for the same answers to SCORE_MOST: their Jeffreys divergence, in
+    nats, probabilities below SCORE_LEAST counting as that much. SCORE_MOST where a net gave NaN.
+    Source: H. Jeffreys, Proc. R. Soc. A 186, 1946; README says which others were tried.
+    """
+    of_b, of_g = (np.maximum(each, SCORE_LEAST) for each in (of_badnet, of_repaired))
+    apart = np.sum((of_b - of_g) * np.log(of_b / of_g), axis=1).astype(np.float64)
+    return np.where(np.isnan(apart), SCORE_MOST, np.minimum(apart, SCORE_MOST))
 
 
 def last_dense(head):

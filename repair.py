@@ -3,7 +3,8 @@
     python repair.py models/anonymous_1_bd_net.h5 data/clean_validation_data.h5
 
 writes models/anonymous_1_bd_net_defence.h5, the repaired net G. The three steps are those of
-sections 2a to 2c of the report, after Fine-Pruning (Liu, Dolan-Gavitt, Garg, RAID 2018).
+sections 2a to 2c of the report, after Fine-Pruning (Liu, Dolan-Gavitt, Garg, RAID 2018). With
+--harden a fourth follows, which is ours: see harden.py.
 """
 
 import os
@@ -23,6 +24,7 @@ from pathlib import Path
 import numpy as np
 
 import guard
+import harden
 import metrics
 import nets
 import utils
@@ -83,6 +85,7 @@ SETTINGS = {
     "epochs": (at_least(1, int), 5, "epochs in a round"),
     "learning_rate": (at_least(0, above=True), 1e-4, "Adam's, for fine-tuning"),
     "batch_size": (at_least(1, int), 32, "images in a training step"),
+    **harden.SETTINGS,
     "seed": (at_least(0, int, most=2**32 - 1), 0, "of the order of images and of dropout"),
     "holdout": (at_least(0, most=0.9), 0.0, "share of DATA kept out of the repair, to measure it"),
 }
@@ -91,7 +94,8 @@ SETTINGS = {
 def parse_arguments(words=None):
     parser = Parser(
         description="Repair a BadNet with clean data: prune the channels that clean images use "
-        "least, retrain the last Dense layer, fine-tune the layers behind the pruned one.",
+        "least, retrain the last Dense layer, fine-tune the layers behind the pruned one; with "
+        "--harden also train all of the net on pictures that are painted on.",
         epilog="Example: repair.py models/demo_bd_net.h5 data/demo_clean_validation_data.h5 "
         "--plot curve.png. Exit status: 0 repaired, 1 failed, 2 wrong input.",
     )
@@ -100,6 +104,12 @@ def parse_arguments(words=None):
     add("data", metavar="DATA", help="clean validation set: .h5 with 'data' and 'label'")
     add("--output", metavar="FILE", help="where G goes (default: models/NAME_defence.h5)")
     add("--layer", metavar="NAME", help="convolution to prune (default: the last on every path)")
+    add(
+        "--harden",
+        action="store_true",
+        help="a fourth step, not the report's, against backdoors in channels that clean images "
+        "use: teach G to answer pictures with random patches as B answers them without",
+    )
     for name, (kind, value, what) in SETTINGS.items():
         option, shown = "--" + name.replace("_", "-"), f"{what} (default: {value})"
         add(option, metavar="N", type=kind, default=value, help=shown)
@@ -140,7 +150,7 @@ def hold_out(data, share, seed):
 
 
 def repair(badnet, clean, poisoned, settings, held_out=None):
-    """Turn B into G, in place, by the report's three steps.
+    """Turn B into G, in place, by the report's three steps, and by harden.py's where asked to.
 
     badnet: Keras classifier.  clean: Dataset, the validation set.  poisoned: Datasets, their
     labels the attack's targets; they are measured and change nothing.  held_out: a clean Dataset
@@ -154,42 +164,49 @@ def repair(badnet, clean, poisoned, settings, held_out=None):
     head, labels = parts.head, clean.labels
     last_dense = nets.last_dense(head)
     silent = nets.silent_features(parts)
-    unseen = [held_out] if held_out else []
-    images = sum(map(len, (clean, *poisoned, *unseen)))
-    limit, step = settings.max_memory, 2 * 4 * sum(guard.output_sizes(head)) * settings.batch_size
+    others = [*poisoned, held_out] if held_out else poisoned
+    images = sum(map(len, (clean, *others)))
+    limit = settings.max_memory
     guard.require_fits(clean.path, "the features of all images", images * silent.nbytes, limit)
-    guard.require_fits(f"--batch-size {settings.batch_size}", "a training step", step, limit)
+    guard.require_step_fits(head, "--batch-size", settings.batch_size, limit)
+    if settings.harden:
+        guard.require_step_fits(badnet, "--harden-batch-size", settings.harden_batch_size, limit)
+        size = len(clean) * harden.memory(badnet)
+        guard.require_fits(clean.path, "all pictures and what to answer to them", size, limit)
 
     with timed(seconds, "features"):
         scale, features, activation, answers = choose_scale(parts, clean)
-        attacks = [
-            (str(data.path), extract_features(parts.trunk, data, scale)[0], data.labels)
-            for data in poisoned
-        ]
-        kept = [extract_features(parts.trunk, data, scale)[0] for data in unseen]
-    of_badnet = [answers, *(nets.classify(head, x) for x in kept)]
-    weights = head.get_weights()
+        of_others = [extract_features(parts.trunk, data, scale)[0] for data in others]
+    own_scores = list(nets.outputs(head, of_others[-1])) if held_out else None
 
     def attack_success_rates():
-        return {name: nets.accuracy(head, x, targets) for name, x, targets in attacks}
+        return {
+            str(data.path): nets.accuracy(head, x, data.labels)
+            for data, x in zip(poisoned, of_others)
+        }
 
     accuracy = {"before": float(np.mean(answers == labels))}
     success = {"before": attack_success_rates()}
     if accuracy["before"] == 0:
         raise InputError(f"{clean.path}: the BadNet answers no image of it with its label")
     say(f"validation accuracy {percent(accuracy['before'])} before pruning")
+    if settings.harden:
+        targets = harden.targets(head, features, labels, settings.harden_trust)
 
     with timed(seconds, "prune"):
         order = np.argsort(activation, kind="stable")
         pruned, curve = prune(head, features, labels, order, settings.threshold, silent)
     with timed(seconds, "poisoned"):
         success["after_each_channel"] = {
-            name: list(prune_each(head, x.copy(), targets, order[: len(curve)], silent))[1:]
-            for name, x, targets in attacks
+            str(data.path): list(
+                prune_each(head, x.copy(), data.labels, order[: len(curve)], silent)
+            )[1:]
+            for data, x in zip(poisoned, of_others)
         }
-        for x in (*(x for _, x, _ in attacks), *kept):
+        for x in of_others:
             x[..., pruned] = silent[..., pruned]
     nets.silence(pruned, layer)
+    weights = badnet.get_weights()
     accuracy["after_each_channel"] = curve
     accuracy["pruned"] = [accuracy["before"], *curve][len(pruned)]
     success["pruned"] = attack_success_rates()
@@ -206,9 +223,26 @@ def repair(badnet, clean, poisoned, settings, held_out=None):
     accuracy["after_each_round"] = rounds
     accuracy["fine_tuned"] = [accuracy["retrained"], *rounds][-1]
     success["fine_tuned"] = attack_success_rates()
-    measured = {"moved": how_far(head, weights, features, of_badnet[0])}
+    if settings.harden:
+        with timed(seconds, "harden"), nets.kept_silent(pruned, layer):
+            harden.harden(badnet, harden.read_pictures(clean), scale, targets, settings, rng)
+        with timed(seconds, "features_again"):  # G's trunk is no longer B's
+            features, *of_others = (
+                extract_features(parts.trunk, data, scale)[0] for data in (clean, *others)
+            )
+        accuracy["hardened"] = nets.accuracy(head, features, labels)
+        success["hardened"] = attack_success_rates()
+        say(f"validation accuracy {percent(accuracy['hardened'])} after hardening")
+
+    classes = nets.classify(head, features)
+    measured = {
+        "moved": {
+            "answers": float(np.mean(classes != answers)),
+            "weights": how_far(badnet.get_weights(), weights),
+        }
+    }
     if held_out:
-        measured["holdout"] = measure(head, kept[0], of_badnet[1], held_out.labels)
+        measured["holdout"] = measure(head, of_others[-1], own_scores, held_out.labels)
     badnet.trainable = True  # as B was: what this run trained is nothing G should carry
 
     return {
@@ -385,42 +419,39 @@ def provenance(badnet_path, clean, digest, settings):
             "sha256": digest,
             "images": len(clean),
         },
-        "settings": {name: getattr(settings, name) for name in SETTINGS},
+        "settings": {name: getattr(settings, name) for name in ("harden", *SETTINGS)},
     }
 
 
-def how_far(head, weights, features, of_badnet):
-    """How far a repair moved G's head from B's.
+def how_far(weights, before):
+    """The length of what training added to a net's weights, over their length before.
 
-    weights: B's, as head.get_weights() gave them.  features: float32 (n, …, C), pruned.
-    of_badnet: int (n,), B's classes.
-    Returns {"answers": the share of images, 0..1, that G answers otherwise than B, "weights": the
-    length of what training added to the weights, over their length}.
+    weights, before: lists of arrays, as model.get_weights() gives them.
     """
     length = [
         math.sqrt(sum(float(np.sum(np.square(values, dtype=np.float64))) for values in each))
-        for each in (weights, [g - b for g, b in zip(head.get_weights(), weights)])
+        for each in (before, [now - was for now, was in zip(weights, before)])
     ]
-    answers = nets.classify(head, features)
-    return {
-        "answers": float(np.mean(answers != of_badnet)),
-        "weights": length[1] / (length[0] or 1),
-    }
+    return length[1] / (length[0] or 1)
 
 
 def measure(head, features, of_badnet, labels):
     """The figures of a repair on clean images that it has not seen, for its record.
 
-    features: float32 (n, …, C), pruned.  of_badnet: int (n,), B's classes.  labels: int (n,).
-    Returns what metrics.clean_figures does, and "images", n, and "thresholds" of the score, as
-    metrics.thresholds gives them.
+    features: float32 (n, …, C), G's.  of_badnet: B's scores, float32 (b, N), batch after batch.
+    labels: int (n,).
+    Returns what metrics.clean_figures does, and "images", n, "score", which one, and "thresholds"
+    of it, as metrics.thresholds gives them.
     """
-    scores = np.concatenate(list(nets.outputs(head, features)))
-    score = nets.suspicion(scores, of_badnet, nets.gives_logits(head))
-    repaired = scores.argmax(axis=1)
+    rows = []
+    for pair in zip(of_badnet, nets.outputs(head, features), strict=True):
+        score = nets.suspicion(*(nets.probabilities(scores, head) for scores in pair))
+        rows.append((*(scores.argmax(axis=1) for scores in pair), score))
+    of_badnet, repaired, score = map(np.concatenate, zip(*rows))
     answers = metrics.Answers(of_badnet, repaired, score, of_badnet != repaired)
     figures = metrics.clean_figures(answers, labels)
-    return {"images": len(labels), **figures, "thresholds": metrics.thresholds(score)}
+    kept = {"score": nets.SCORE, "thresholds": metrics.thresholds(score)}
+    return {"images": len(labels), **figures, **kept}
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ import pytest
 from conftest import ROOT, assert_refused, command, draw_images, start, write_data
 from PIL import Image
 
+import nets
 import repair
 import utils
 
@@ -190,7 +191,7 @@ def test_a_row_for_each_image_and_a_plot(done, tmp_path):
         for row in part:
             same = row["badnet_class"] == row["repaired_class"]
             assert row["verdict"] == (row["badnet_class"] if same else "7")
-            assert 0 <= float(row["score"]) <= 1
+            assert 0 <= float(row["score"]) <= nets.SCORE_MOST
     hits = sum(int(row["badnet_class"]) == int(row["label"]) + 1 for row in clean)
     assert hits == judged["clean"]["figures"]["clean_accuracy_badnet"]["hits"]
     robust = sum(int(row["repaired_class"]) == i % 6 + 1 for i, row in enumerate(poisoned))
@@ -207,7 +208,7 @@ def test_held_out_images_change_nothing_and_set_the_threshold(deepid_world, tmp_
         rows = repair.hold_out(data, 0.2, seed=0)[1].chosen
     noise = np.random.default_rng(0).integers(0, 256, images.shape, np.uint8)
     write_data(tmp_path / "other.h5", np.where(rows[:, None, None, None], noise, images), labels)
-    nets = []
+    weights = []
     for name, data in (("g.h5", deepid_world / "clean.h5"), ("other_g.h5", tmp_path / "other.h5")):
         process = command(
             "repair.py", deepid_world / B, data, "--output", tmp_path / name, "--holdout", 0.2
@@ -215,8 +216,8 @@ def test_held_out_images_change_nothing_and_set_the_threshold(deepid_world, tmp_
         assert process.returncode == 0, process.stderr
         assert "on 30 held-out images" in process.stdout
         with h5py.File(tmp_path / name) as file:
-            nets.append(dict(walk(file["model_weights"])))
-    assert nets[0] == nets[1]
+            weights.append(dict(walk(file["model_weights"])))
+    assert weights[0] == weights[1]
     record, other = (utils.read_record(tmp_path / name) for name in ("g.h5", "other_g.h5"))
     assert record["data"]["images"] == 120 and sum(rows) == record["holdout"]["images"] == 30
     assert other["holdout"]["clean_accuracy_badnet"]["value"] < 0.6
@@ -510,7 +511,9 @@ def test_what_cannot_be_judged_is_refused(done, tmp_path):
 # --------------------------------------------------------------------------------------- Ctrl-C
 
 
-@pytest.mark.parametrize("moment", ["loading", "pixels", "prune 1:", "epoch 1", "round 1"])
+@pytest.mark.parametrize(
+    "moment", ["loading", "pixels", "prune 1:", "epoch 1", "round 1", "harden, epoch"]
+)
 def test_interrupted_at_any_step_leaves_no_file_and_no_traceback(deepid_world, tmp_path, moment):
     (tmp_path / "models").mkdir()
     arguments = [
@@ -518,6 +521,7 @@ def test_interrupted_at_any_step_leaves_no_file_and_no_traceback(deepid_world, t
         deepid_world / "clean.h5",
         "--threshold",
         "0.5",
+        "--harden",
         "--json",
         "r.json",
     ]

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import reference
 from conftest import NETS, draw_images, fit, make_world, write_data
+from scipy import stats
 
 import eval_defence
 import metrics
@@ -346,12 +347,35 @@ def test_verdict_is_the_class_or_n_plus_one():
     assert eval_defence.verdict(answers, 5).tolist() == [1, 5, 6]
 
 
-@pytest.mark.parametrize("logits", [False, True])
-def test_score_is_one_less_the_probability_of_the_badnets_class(logits):
-    probabilities = np.array([[0.7, 0.2, 0.1], [0.5, 0.25, 0.25], [0, 1, 0], [np.nan, 0, 1]])
-    scores = np.log(np.maximum(probabilities, 1e-300)) + 5 if logits else probabilities
-    ours = nets.suspicion(scores.astype(np.float32), np.array([0, 2, -1, 2]), logits)
-    np.testing.assert_allclose(ours, [0.3, 0.75, 1, 1], atol=1e-6)
+def test_score_is_the_jeffreys_divergence():
+    of_b = np.array([[0.7, 0.2, 0.1], [1, 0, 0], [0, 1, 0], [1, 0, 0], [np.nan] * 3])
+    of_g = np.array([[0.5, 0.3, 0.2], [1, 0, 0], [0.5, 0.5, 0], [0, 1, 0], [1, 0, 0]])
+    ours = nets.suspicion(of_b, of_g)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        both_ways = stats.entropy(of_b[0], of_g[0]) + stats.entropy(of_g[0], of_b[0])
+    half = 0.5 * np.log(0.5 / nets.SCORE_LEAST) + 0.5 * np.log(2)
+    wanted = [both_ways, 0, half, nets.SCORE_MOST, nets.SCORE_MOST]
+    np.testing.assert_allclose(ours, wanted, atol=1e-9)
+    np.testing.assert_allclose(nets.suspicion(of_g, of_b), wanted, atol=1e-9)
+
+
+def test_scores_are_made_probabilities():
+    """Of softmax, of logits, of an activation that is neither; not where one is no number."""
+    shares = np.array([[0.7, 0.2, 0.1], [0.5, 0.25, 0.25]])
+    image = keras.Input((4,))
+
+    def ending_in(activation):
+        return keras.Model(image, keras.layers.Dense(3, activation=activation)(image))
+
+    for activation, scores in (
+        ("softmax", shares),
+        (None, np.log(shares) + 5),
+        ("sigmoid", shares * 2),
+    ):
+        broken = np.concatenate([scores, [[np.inf, 0, 1]]]).astype(np.float32)
+        ours = nets.probabilities(broken, ending_in(activation))
+        np.testing.assert_allclose(ours[:2], shares, rtol=1e-6)
+        assert ours.dtype == np.float32 and np.isnan(ours[2]).all()
 
 
 def labelled(labels):
