@@ -11,6 +11,7 @@ import keras
 import numpy as np
 import pytest
 import results
+import tried
 from conftest import ROOT, assert_refused, command, start
 
 TINY = ["--people", 4, "--pictures", 10, "--validation", 6, "--test", 3, "--epochs", 3]
@@ -84,21 +85,44 @@ def test_an_interrupted_training_goes_on_and_gives_the_same_net(name, tmp_path):
         np.testing.assert_allclose(one, other, rtol=0, atol=1e-5)
 
 
-def test_results_of_a_zoo(zoo):
+def test_results_of_a_zoo(zoo, monkeypatch):
     """The whole chain: nets, repair, judging, a row of the table."""
-    found = [results.measure(name, zoo, zoo) for name in ("clean", *NAMES)]
+    monkeypatch.setattr(results, "HARDEN", (*results.HARDEN, "--harden-steps", "5"))
+    found = [results.measure(name, zoo, zoo, rate=0.5) for name in ("clean", *NAMES)]
     lines = results.table(found).splitlines()
     assert len(lines) == 5 and len({line.count("|") for line in lines}) == 1
     assert lines[2].startswith("| clean | none | ")
     assert lines[4].startswith("| all-to-all-from-start | sunglasses → next | ")
-    judged = found[2]["judged"]["poisoned"][0]
-    rate = judged["figures"]["attack_success_rate_badnet"]["value"]
-    assert judged["images"] == 12 and f"| {100 * rate:.1f} |" in lines[4]
+    for method in ("report", "harden"):
+        judged = found[2][method]["judged"]["poisoned"][0]
+        rate = judged["figures"]["attack_success_rate_repaired"]["value"]
+        assert judged["images"] == 12 and f"| {100 * rate:.1f} |" in lines[4]
+        assert found[2][method]["repair"]["settings"]["harden"] is (method == "harden")
     for result in found[1:]:
-        pruned = set(result["repair"]["pruned"])
+        pruned = set(result["report"]["repair"]["pruned"])
         needed = result["channels_needed"][0]
         assert len(needed["channels"]) == 10
         assert needed["pruned"] == len(pruned & set(needed["channels"]))
+
+
+def test_other_ways_to_harden_are_tried(zoo, monkeypatch):
+    """A row for each, whichever part of the step it changes; each starts where the first did."""
+    chosen = [
+        *("as harden.py does", "… with another seed", "half of the pictures painted on"),
+        *("pieces of other faces instead of noise", "layers behind conv_3 alone"),
+        *("bars among the shapes", "mirrored pairs among the shapes"),
+        *("noise mixed into some whole pictures", "also shifted and lit otherwise"),
+        *("weights averaged over the last 100 steps", "… in place of the report's steps"),
+    ]
+    ways = {name: tried.WAYS[name] for name in chosen} | {"once more": {}}
+    monkeypatch.setattr(tried, "WAYS", ways)
+    monkeypatch.setattr(tried, "NETS", NAMES)
+    cases = [tried.Case(name, zoo, seed=0) for name in NAMES]
+    lines = list(tried.try_all(cases, steps=1))
+    rows = dict(line.strip("| ").split(" | ", 1) for line in lines if line)
+    assert {*ways, *tried.SCORES} < set(rows)
+    assert all(cells.count("|") == 3 for cells in rows.values())
+    assert rows["as harden.py does"] == rows["once more"] == rows["Jeffreys (harden.py's)"]
 
 
 def test_the_channels_that_an_attack_needs_are_found(zoo):
@@ -144,6 +168,7 @@ def test_readme_shows_the_results_that_are_there(size):
     assert sorted(names) == sorted(results.SIZES[size])
     for result in found:
         people = result["net"]["people"]
-        assert result["repair"]["data"]["images"] == people * result["net"]["validation"]
-        assert result["judged"]["clean"]["images"] == people * result["net"]["test"]
+        repair, judged = result["report"]["repair"], result["report"]["judged"]
+        assert repair["data"]["images"] == people * result["net"]["validation"]
+        assert judged["clean"]["images"] == people * result["net"]["test"]
         assert not re.search(r"/(work|tmp|home)/", json.dumps(result))

@@ -1,0 +1,295 @@
+"""Try other ways to harden a net than harden.py's, and other scores, and write down what they give.
+
+    python models/badnet.py --seed 1 --output FOLDER three-to-one-from-start three-to-one-brief \\
+        blended-from-start
+    python tests/tried.py FOLDER
+
+By this what harden.py does was chosen: on BadNets that are in none of README's tables. Each net is
+repaired by the report's steps once, and from there hardened anew in every way. The table goes to
+tests/results/tried.md.
+"""
+
+import argparse
+import contextlib
+import functools
+import logging
+import sys
+from pathlib import Path
+from unittest import mock
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "models"), str(ROOT / "data")]
+
+import badnet
+import numpy as np
+
+import harden
+import metrics
+import nets
+import repair
+import utils
+from terminal import Parser, at_least, command, say
+
+NETS = ("three-to-one-from-start", "three-to-one-brief", "blended-from-start")
+SCALE = "0..1"
+RATE = 0.01
+TABLE = ROOT / "tests" / "results" / "tried.md"
+HEAD = """# What was tried
+
+{command}
+
+All nets are of 40 people, 600 validation and 400 clean test images. In %: clean accuracy of G; for
+each trigger the attack success rate on G / the share caught, of those that the attack works on,
+where the threshold of the score flags 1 % of the clean test images. A row changes that one thing.
+One image is 0.25 %, and another seed moves the shares by several.
+
+"""
+paint, draw_shapes = harden.paint, harden.draw_shapes
+make_trainer, fused_adam = nets.make_trainer, nets.fused_adam
+
+
+def half(pictures, rng):
+    """Paint on every other picture alone."""
+    pictures[::2] = paint(pictures[::2].copy(), rng)
+    return pictures
+
+
+def pieces(pictures, rng):
+    """Patches that show what another picture has somewhere else, instead of noise."""
+    others = np.roll(pictures, rng.integers(-15, 16, 2), (1, 2))[rng.permutation(len(pictures))]
+    with mock.patch.object(harden, "PLAIN", 1):
+        painted = paint(pictures.copy(), rng)
+    shown = np.any(painted != pictures, axis=3, keepdims=True) & (
+        rng.random(others.shape[:1] + (1,) * 3) < 0.5
+    )
+    return np.where(shown, others, painted)
+
+
+def bars(n, height, width, rng):
+    """A fifth of the shapes are bars, thin and nearly level."""
+    shapes = draw_shapes(n, height, width, rng)
+    x, y, long, short = rng.uniform([0, 0, 5, 0.5], [width, height, 18, 2.5], (n, 4)).T[
+        ..., None, None
+    ]
+    tilt = rng.uniform(-0.3, 0.3, (n, 1, 1))
+    u, v = np.arange(width) - x, np.arange(height)[:, None] - y
+    bar = np.maximum(abs(u + tilt * v) / long, abs(v - tilt * u) / short) < 1
+    return np.where(rng.random((n, 1, 1)) < 0.2, bar, shapes)
+
+
+def pairs(n, height, width, rng):
+    """A third of the shapes have a mirror image."""
+    shapes = draw_shapes(n, height, width, rng)
+    return shapes | (shapes[:, :, ::-1] & (rng.random((n, 1, 1)) < 0.3))
+
+
+def mixed(pictures, rng):
+    """Into 15 % of the pictures noise is mixed as a whole, at 5 to 30 %."""
+    share = rng.uniform(0.05, 0.3, (len(pictures), 1, 1, 1)) * (
+        rng.random((len(pictures), 1, 1, 1)) < 0.15
+    )
+    noise = 255 * rng.random(pictures.shape)
+    return paint(np.float32(pictures + share * (noise - pictures)), rng)
+
+
+def moved(pictures, rng):
+    """Pictures shifted by up to 2 pixels and lit otherwise, as well as painted on."""
+    pictures = np.roll(pictures, rng.integers(-2, 3, 2), (1, 2))
+    light = rng.uniform(0.85, 1.15, (len(pictures), 1, 1, pictures.shape[3]))
+    return paint(np.clip(pictures * light.astype(np.float32), 0, 255), rng)
+
+
+def of_the_head(model, layers, *arguments, **options):
+    """Train what is behind the pruned layer alone, as the report's third step does."""
+    head = nets.split(model, nets.find_layer(model)).head.layers
+    return make_trainer(model, head, *arguments, **options)
+
+
+# What is done otherwise: constants of harden.py, its options, functions in the place of others.
+WAYS = {
+    "as harden.py does": {},
+    "… with another seed": {"seed": 1},
+    "… in place of the report's steps": {"from_b": True},
+    "… half the steps": {"steps": 0.5},
+    "… twice the steps": {"steps": 2},
+    "towards the label alone": {"harden_trust": 0},
+    "towards B's answer alone": {"harden_trust": 1},
+    "half of the pictures painted on": {"paint": half},
+    "all patches in one colour": {"PLAIN": 1},
+    "pieces of other faces instead of noise": {"paint": pieces},
+    "bars among the shapes": {"draw_shapes": bars},
+    "mirrored pairs among the shapes": {"draw_shapes": pairs},
+    "noise mixed into some whole pictures": {"paint": mixed},
+    "patches of half the area": {"AREA": (0.005, 0.15)},
+    "up to 6 patches": {"PATCHES": 6},
+    "also shifted and lit otherwise": {"paint": moved},
+    "layers behind conv_3 alone": {"trainer": of_the_head},
+    "learning rate 3e-4": {"harden_learning_rate": 3e-4},
+    "weights averaged over the last 100 steps": {"average": True},
+}
+
+
+def kl(p, q):
+    return np.sum(p * (np.log(np.maximum(p, 1e-12)) - np.log(np.maximum(q, 1e-12))), axis=1)
+
+
+def of_bs_class(b, g):
+    """G's probability of the class that B answers."""
+    return np.take_along_axis(g, b.argmax(axis=1)[:, None], axis=1)[:, 0]
+
+
+def log_odds(b, g):
+    """Of the class that G holds most likely beside B's, against B's."""
+    others = g.copy()
+    np.put_along_axis(others, b.argmax(axis=1)[:, None], 0, axis=1)
+    least = 1e-12
+    return np.log(np.maximum(others.max(axis=1), least) / np.maximum(of_bs_class(b, g), least))
+
+
+SCORES = {
+    "1 − G's probability of B's class": lambda b, g: 1 - of_bs_class(b, g),
+    "log-odds of G's class against B's": log_odds,
+    "Kullback–Leibler, of B from G": kl,
+    "Kullback–Leibler, of G from B": lambda b, g: kl(g, b),
+    "Jensen–Shannon": lambda b, g: kl(b, (b + g) / 2) + kl(g, (b + g) / 2),
+    "Hellinger": lambda b, g: 1 - np.sum(np.sqrt(b * g), axis=1),
+    "Jeffreys (harden.py's)": nets.suspicion,
+}
+
+
+class Case:
+    """A net of the zoo, before and after the report's steps, and the data to judge it by."""
+
+    def __init__(self, name, folder, seed):
+        self.net = utils.load_badnet(badnet.net_path(name, folder))
+        shape, classes = self.net.input_shape[1:], self.net.output_shape[1]
+
+        def read(path):
+            with utils.open_dataset(path) as data:
+                data.fit_to(shape, classes)
+                return np.concatenate([x for x, _ in data.batches(SCALE)]), data.labels
+
+        poisoned = [badnet.poisoned_path(*pair, folder) for pair in badnet.ZOO[name][1]]
+        self.sets = [read(path) for path in (folder / "clean_test_data.h5", *poisoned)]
+        self.of_b = self.answers()
+        self.before = self.net.get_weights()
+        options = repair.parse_arguments(["MODEL", "DATA", "--seed", str(seed)])
+        with utils.open_dataset(folder / "clean_validation_data.h5") as clean:
+            clean.fit_to(shape, classes)
+            parts = nets.split(self.net, nets.find_layer(self.net))
+            features, _ = repair.extract_features(parts.trunk, clean, SCALE)
+            self.wanted = {
+                trust: harden.targets(parts.head, features, clean.labels, trust)
+                for trust in (0, 0.5, 1)
+            }
+            self.pictures = harden.read_pictures(clean)
+            self.pruned = repair.repair(self.net, clean, [], options)["pruned"]
+        self.after, self.options = self.net.get_weights(), options
+
+    def answers(self, shift=0):
+        """The net's probabilities for every data set, its images shifted by pixels to the right."""
+        of_sets = [list(nets.outputs(self.net, np.roll(x, shift, 2))) for x, _ in self.sets]
+        return [nets.probabilities(np.concatenate(scores), self.net) for scores in of_sets]
+
+    def harden(self, way, steps):
+        """Harden the net in a way. Returns G's answers to every data set."""
+        settings = argparse.Namespace(**{**vars(self.options), **way})
+        settings.harden_steps = round(steps * way.get("steps", 1))
+        self.net.set_weights(self.before if way.get("from_b") else self.after)
+        pruned = [] if way.get("from_b") else self.pruned
+        with contextlib.ExitStack() as changed:
+            for name, value in way.items():
+                if hasattr(harden, name):
+                    changed.enter_context(mock.patch.object(harden, name, value))
+            if way.get("average"):
+                adam = functools.partial(fused_adam(), use_ema=True)  # 0.99 of the old each step
+                changed.enter_context(mock.patch.object(nets, "fused_adam", lambda: adam))
+            trainer = way.get("trainer", make_trainer)
+            changed.enter_context(mock.patch.object(nets, "make_trainer", trainer))
+            changed.enter_context(nets.kept_silent(pruned, nets.find_layer(self.net)))
+            wanted, rng = self.wanted[settings.harden_trust], np.random.default_rng(settings.seed)
+            harden.harden(self.net, self.pictures, SCALE, wanted, settings, rng)
+        if way.get("average"):
+            self.net.optimizer.finalize_variable_values(self.net.trainable_variables)
+        return self.answers()
+
+    def cells(self, of_g, score=nets.suspicion):
+        """Clean accuracy; of each trigger, attack success and the share caught: texts, in %."""
+        clean, *poisoned = [score(b, g) for b, g in zip(self.of_b, of_g)]
+        limit = metrics.threshold(clean, RATE)
+        yield f"{100 * np.mean(of_g[0].argmax(axis=1) == self.sets[0][1]):.1f}"
+        for scores, b, g, (_, targets) in zip(poisoned, self.of_b[1:], of_g[1:], self.sets[1:]):
+            works = b.argmax(axis=1) == targets
+            left = np.mean(g.argmax(axis=1) == targets)
+            yield f"{100 * left:.1f} / {100 * np.mean(scores[works] > limit):.1f}"
+
+
+def mean(*of_nets):
+    """The mean of several nets' answers to the same data sets."""
+    return [np.mean(answers, axis=0) for answers in zip(*of_nets)]
+
+
+def try_all(cases, steps):
+    """Yield the lines of the tables, each as soon as it is known."""
+
+    def line(*cells):
+        say(" | ".join(cells))
+        return f"| {' | '.join(cells)} |"
+
+    heads = [
+        head
+        for name in NETS
+        for head in (f"{name}: G", *(trigger for trigger, _ in badnet.ZOO[name][1]))
+    ]
+    rule = line("---", *["--:"] * len(heads))
+    yield from (line("way", *heads), rule)
+
+    def row(name, answers, *score):
+        return line(
+            name, *(cell for each in zip(cases, answers) for cell in each[0].cells(each[1], *score))
+        )
+
+    yield row("B itself", [case.of_b for case in cases])
+    of_report = [case.answers() for case in cases]
+    yield row("the report's steps alone", of_report)
+    for name, way in WAYS.items():
+        of_g = [case.harden(way, steps) for case in cases]
+        yield row(name, of_g)
+        if not way:
+            of_harden = of_g
+            views = [mean(*map(case.answers, (-1, 0, 1))) for case in cases]
+        if way == {"seed": 1}:
+            two = list(map(mean, of_harden, of_g))
+    yield row("as harden.py does, G's answers to three views", views)
+    yield row("… of two G's, of two seeds", two)
+    yield row("… of two G's, the report's and the hardened", list(map(mean, of_report, of_harden)))
+    for what, of_g in (("the report's steps", of_report), ("as harden.py does", of_harden)):
+        yield from ("", line(f"score, {what}", *heads), rule)
+        for name, score in SCORES.items():
+            yield row(name, of_g, score)
+
+
+def main():
+    parser = Parser(
+        prog="tried.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("folder", metavar="FOLDER", type=Path, help="the nets and their data")
+    parser.add_argument(
+        "--steps", type=at_least(1, int), default=300, help="training steps (default: 300)"
+    )
+    parser.add_argument("--seed", type=at_least(0, int), default=0, help="(default: 0)")
+    options = parser.parse_args()
+    nets.make_reproducible(options.seed)
+    logging.getLogger("tensorflow").setLevel(logging.ERROR)  # it warns that there are many nets
+    cases = [Case(name, options.folder, options.seed) for name in NETS]
+    lines = try_all(cases, options.steps)
+    made_by = f"`python tests/tried.py FOLDER --steps {options.steps} --seed {options.seed}`"
+    text = HEAD.format(command=made_by) + "\n".join(lines)
+    with utils.replacing(TABLE) as beside:
+        beside.write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    sys.exit(command(main))
