@@ -184,11 +184,11 @@ def load_detector(badnet_path, repaired_path, arguments):
         x = images / divisor
         # Compiling takes longer than running one image layer by layer.
         scores = both(x, training=False) if len(x) == 1 else nets.compiled(both)(x)
+        shares = [nets.probabilities(*each) for each in zip(scores, (badnet, repaired))]
         of_b, of_g = (
-            np.where(np.isfinite(each).all(axis=1), np.argmax(each, axis=1), none)
-            for each, none in zip(scores, (-1, -2))
+            np.where(np.isnan(share[:, 0]), none, np.argmax(each, axis=1))
+            for each, share, none in zip(scores, shares, (-1, -2))
         )
-        shares = map(nets.probabilities, map(np.asarray, scores), (badnet, repaired))
         score = nets.suspicion(*shares)
         flagged = of_b != of_g if limit is None else (score > limit) | (of_b < 0) | (of_g < 0)
         return metrics.Answers(of_b, of_g, score, flagged)
@@ -210,15 +210,15 @@ def held_out_threshold(record, rate, path):
         )
     try:
         images, thresholds = held_out["images"], np.float64(held_out["thresholds"])
-        other = held_out.get("score") != nets.SCORE
-        damaged = not images >= 1 or thresholds.shape != (metrics.THRESHOLDS + 1,)
+        damaged = held_out["score"] != nets.SCORE or not images >= 1
+        damaged |= thresholds.shape != (metrics.THRESHOLDS + 1,)
         damaged |= not np.all((thresholds >= 0) & (thresholds <= nets.SCORE_MOST))
     except (KeyError, TypeError, ValueError):
         damaged = True
     if damaged:
-        raise InputError(f"{path}: its repair record is damaged; repair the BadNet anew")
-    if other:
-        raise InputError(f"{path}: its thresholds are of another score; repair the BadNet anew")
+        raise InputError(
+            f"{path}: its repair record is damaged or of another version; repair the BadNet anew"
+        )
     least = max(1 / images, 1 / metrics.THRESHOLDS)
     if rate < least:
         raise InputError(

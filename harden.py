@@ -3,8 +3,8 @@
 Not the report's: a step of ours, for the backdoors that its three steps leave in. B's own answer to
 the untouched picture and the true label say what G shall answer, and every picture is painted on at
 random: a net that has learned that patches do not change who somebody is cannot be told by a patch
-who it is. No trigger is known or searched for. README says whose ideas are in it, and what else
-was tried.
+who it is. No trigger is known or searched for. README says whose ideas are in it;
+tests/tried.py tries others.
 """
 
 import math
@@ -15,7 +15,7 @@ import nets
 import utils
 from terminal import at_least, say, track
 
-# The step's constants: type, value, what it is. Chosen on a half of the BadNets; see README.
+# The step's constants: type, value, what it is. How they were chosen: README.
 SETTINGS = {
     "harden_steps": (at_least(1, int), 5000, "training steps of --harden, in whole epochs"),
     "harden_epochs": (at_least(1, int), 100, "epochs of --harden, at most"),

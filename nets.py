@@ -316,7 +316,7 @@ def suspicion(of_badnet, of_repaired):
     of_badnet, of_repaired: float32 (n, N), as `probabilities` gives them.
     Returns float64 (n,), from 0 for the same answers to SCORE_MOST: their Jeffreys divergence, in
     nats, probabilities below SCORE_LEAST counting as that much. SCORE_MOST where a net gave NaN.
-    Source: H. Jeffreys, Proc. R. Soc. A 186, 1946; README says which others were tried.
+    Source: H. Jeffreys, Proc. R. Soc. A 186, 1946; tests/tried.py compares others.
     """
     of_b, of_g = (np.maximum(each, SCORE_LEAST) for each in (of_badnet, of_repaired))
     apart = np.sum((of_b - of_g) * np.log(of_b / of_g), axis=1).astype(np.float64)

@@ -467,14 +467,22 @@ def test_what_cannot_be_judged_is_refused(done, tmp_path):
         file.copy("model_weights", copy)
         copy.attrs.update(file.attrs)
         copy.attrs["repair_record"] = '{"layer": 1}'
-    held_out = utils.read_record(folder / G) | {"holdout": {"images": 9, "thresholds": [0.5, "x"]}}
-    with h5py.File(folder / G) as file, h5py.File(tmp_path / "holdout.h5", "w") as copy:
-        file.copy("model_weights", copy)
-        copy.attrs.update(file.attrs)
-        copy.attrs["repair_record"] = json.dumps(held_out)
-    fpr = ["--fpr", "0.5", "--repaired", "holdout.h5"]
+    thresholds = [0.5] * 1001
+    for name, holdout in (
+        ("letters", {"images": 9, "score": nets.SCORE, "thresholds": [0.5, "x"]}),
+        ("no_score", {"images": 9, "thresholds": thresholds}),
+        ("other_score", {"images": 9, "score": "another", "thresholds": thresholds}),
+    ):
+        with h5py.File(folder / G) as file, h5py.File(tmp_path / f"{name}.h5", "w") as copy:
+            file.copy("model_weights", copy)
+            copy.attrs.update(file.attrs)
+            record = utils.read_record(folder / G) | {"holdout": holdout}
+            copy.attrs["repair_record"] = json.dumps(record)
+    fpr = ["--fpr", "0.5", "--repaired"]
     cases = [
-        ([folder / "0.png", B, *fpr], "holdout.h5: its repair record is damaged"),
+        ([folder / "0.png", B, *fpr, "letters.h5"], "letters.h5: its repair record is damaged"),
+        ([folder / "0.png", B, *fpr, "no_score.h5"], "or of another version"),
+        ([folder / "0.png", B, *fpr, "other_score.h5"], "or of another version"),
         (["text.png", B], "not a PNG or JPEG picture"),
         (["cut.png", B], "damaged"),
         (

@@ -91,11 +91,11 @@ def test_hardening_takes_out_what_the_reports_steps_leave_in(worn):
     assert by_threshold["true_positive_rate"] > 0.95
 
 
-def hardened(folder, name="worn_bd_net.h5", **values):
+def hardened(folder, **values):
     """Repair and harden a net. Returns (G, record)."""
     options = settings(**{"harden_steps": 12, "rounds": 1, **values})
     nets.make_reproducible(options.seed)
-    badnet = utils.load_badnet(folder / "models" / name)
+    badnet = utils.load_badnet(folder / B)
     with utils.open_dataset(folder / "clean.h5") as clean:
         clean.fit_to(badnet.input_shape[1:], badnet.output_shape[1])
         return badnet, repair.repair(badnet, clean, [], options)

@@ -4,9 +4,8 @@
         blended-from-start
     python tests/tried.py FOLDER
 
-By this what harden.py does was chosen: on BadNets that are in none of README's tables. Each net is
-repaired by the report's steps once, and from there hardened anew in every way. The table goes to
-tests/results/tried.md.
+These BadNets are in none of README's tables. Each is repaired by the report's steps once, and from
+there hardened anew in every way. The table goes to tests/results/tried.md.
 """
 
 import argparse
@@ -130,7 +129,8 @@ WAYS = {
 
 
 def kl(p, q):
-    return np.sum(p * (np.log(np.maximum(p, 1e-12)) - np.log(np.maximum(q, 1e-12))), axis=1)
+    least = nets.SCORE_LEAST
+    return np.sum(p * (np.log(np.maximum(p, least)) - np.log(np.maximum(q, least))), axis=1)
 
 
 def of_bs_class(b, g):
@@ -142,7 +142,7 @@ def log_odds(b, g):
     """Of the class that G holds most likely beside B's, against B's."""
     others = g.copy()
     np.put_along_axis(others, b.argmax(axis=1)[:, None], 0, axis=1)
-    least = 1e-12
+    least = nets.SCORE_LEAST
     return np.log(np.maximum(others.max(axis=1), least) / np.maximum(of_bs_class(b, g), least))
 
 
