@@ -25,8 +25,9 @@ SETTINGS = {
 }
 
 PATCHES = 3  # at most, on a picture
-AREA = (0.01, 0.3)  # of a patch, as a share of the picture
-ASPECT = 3  # length over width of a patch, at most
+AREA = (0.005, 0.3)  # of a patch, as a share of the picture
+ASPECT = 10  # length over width of a patch, at most
+PAIRS = 0.3  # share of patches that have a mirror image, as what is worn on a face may
 PLAIN = 0.5  # share of patches in one colour; the others are noise
 REMARKS = 10  # on the way
 
@@ -66,7 +67,7 @@ def paint(pictures, rng):
 
 
 def draw_shapes(n, height, width, rng):
-    """Draw ellipses and boxes anywhere, at any angle, to the edge: bool (n, height, width)."""
+    """Draw ellipses and boxes anywhere, at any angle, some in pairs: bool (n, height, width)."""
 
     def draw(low, high):
         return rng.uniform(low, high, (n, 1, 1))
@@ -79,7 +80,8 @@ def draw_shapes(n, height, width, rng):
     cos, sin, long, short, x, y = map(np.float32, (np.cos(tilt), np.sin(tilt), long, short, x, y))
     u, v = cos / long * x + sin / long * y, cos / short * y - sin / short * x
     u, v = u * u, v * v
-    return np.where(ellipse, u + v, np.maximum(u, v)) < 1
+    shapes = np.where(ellipse, u + v, np.maximum(u, v)) < 1
+    return shapes | (shapes[:, :, ::-1] & (rng.random((n, 1, 1)) < PAIRS))
 
 
 def read_pictures(data):

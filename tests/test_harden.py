@@ -199,13 +199,21 @@ def test_patches_are_of_one_colour_or_noise(monkeypatch):
     assert all(len(np.unique(p, axis=0)) == len(p) for p, one in zip(large, plain) if not one)
 
 
-def test_shapes_are_of_the_sizes_it_says():
-    shapes = harden.draw_shapes(3000, 60, 50, np.random.default_rng(0))
+def test_shapes_are_of_the_sizes_it_says(monkeypatch):
+    monkeypatch.setattr(harden, "PAIRS", 0)
+    shapes = harden.draw_shapes(1000, 180, 150, np.random.default_rng(0))
     edge = shapes[:, [0, -1]].any(axis=(1, 2)) | shapes[:, :, [0, -1]].any(axis=(1, 2))
     areas = shapes[~edge].mean(axis=(1, 2))
     low, high = harden.AREA
     assert low * 0.8 < areas.min() and areas.max() < high * 1.1
     assert 0.1 < np.mean(areas > np.sqrt(low * high)) < 0.5  # the larger, the oftener at an edge
+
+
+def test_so_many_shapes_have_a_mirror_image():
+    shapes = harden.draw_shapes(1000, 60, 50, np.random.default_rng(0))
+    drawn = shapes[shapes.any(axis=(1, 2))]
+    mirrored = np.all(drawn == drawn[:, :, ::-1], axis=(1, 2))
+    assert np.mean(mirrored) == pytest.approx(harden.PAIRS, abs=0.05)
 
 
 def test_pictures_are_read_whole_and_scaled_when_taken(worn):

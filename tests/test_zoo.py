@@ -110,7 +110,7 @@ def test_other_ways_to_harden_are_tried(zoo, monkeypatch):
     chosen = [
         *("as harden.py does", "… with another seed", "half of the pictures painted on"),
         *("pieces of other faces instead of noise", "layers behind conv_3 alone"),
-        *("bars among the shapes", "mirrored pairs among the shapes"),
+        *("none longer than 3 times its width", "no mirrored pairs"),
         *("noise mixed into some whole pictures", "also shifted and lit otherwise"),
         *("weights averaged over the last 100 steps", "… in place of the report's steps"),
     ]
