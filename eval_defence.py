@@ -15,22 +15,33 @@ if __name__ == "__main__":  # until `command` takes over, Ctrl-C ends the import
 
 import contextlib
 import math
+import re
 import sys
 import time
 from pathlib import Path
 
 import numpy as np
 
+import detector
 import metrics
 import nets
 import utils
 from terminal import InputError, Parser, at_least, command, memory_option, printable, say, track
 
 PICTURES = 100  # judged together
+LOCAL = "local"  # Ray, on this machine
+ADDRESS = re.compile(r"local|auto|(ray://)?[^/:]+:\d+")  # of Ray
 
 
 def main():
     arguments = parse_arguments()
+    models = detector.find_models(arguments.model, arguments.repaired)
+    if arguments.export:
+        return export(models, arguments)
+    if not arguments.images:
+        raise InputError("give an IMAGE, or --export")
+    if arguments.ray:
+        return judge_on_ray(models, arguments)
     images = utils.list_images(arguments.images)
     of_data = [path for path in images if path.suffix.lower() in utils.DATASET_SUFFIXES]
     if of_data and len(images) > 1:
@@ -39,17 +50,13 @@ def main():
         raise InputError("--poisoned goes with a clean data set as IMAGE, not with pictures")
     if (arguments.csv or arguments.plot) and not of_data:
         raise InputError("--csv and --plot go with a data set as IMAGE, not with pictures")
-    badnet_path, repaired_path = find_models(arguments.model, arguments.repaired)
-    for path in (badnet_path, repaired_path):  # before the seconds that the import takes
-        utils.inspect_model(path, arguments.max_memory)
     for path in filter(None, (arguments.json, arguments.csv, arguments.plot)):
-        inputs = [*images, *arguments.poisoned, badnet_path, repaired_path]
-        utils.require_writable(path, *inputs)
+        utils.require_writable(path, *images, *arguments.poisoned, *models)
     if arguments.plot:
         metrics.require_plot_format(arguments.plot)
 
     judge = judge_data if of_data else judge_pictures
-    return judge(images, badnet_path, repaired_path, arguments)
+    return judge(images, models, arguments)
 
 
 def parse_arguments():
@@ -65,10 +72,14 @@ def parse_arguments():
     add(
         "images",
         metavar="IMAGE",
-        nargs="+",
+        nargs="*",
         help="a PNG or JPEG picture, a folder of them, or one .h5 data set",
     )
-    add("model", metavar="MODEL", help="the BadNet: a name in models/, or a path")
+    add(
+        "model",
+        metavar="MODEL",
+        help="the BadNet: a name in models/, or a path; or a detector's .onnx file",
+    )
     add(
         "--repaired",
         metavar="FILE",
@@ -95,6 +106,33 @@ def parse_arguments():
         "answers are, is above the threshold that flagged this share of the clean images that "
         "repair.py --holdout kept out of the repair, such as 0.01",
     )
+    add(
+        "--engine",
+        choices=detector.ENGINES,
+        help="what runs the nets (default: onnx where models/NAME_detector.onnx was made of them)",
+    )
+    add(
+        "--export",
+        action="store_true",
+        help="judge nothing, but write models/NAME_detector.onnx: both nets and the verdict, with "
+        "--fpr the threshold, in one file that needs no TensorFlow",
+    )
+    add(
+        "--ray",
+        metavar="ADDRESS",
+        nargs="?",
+        const=LOCAL,
+        help="judge pictures on Ray, and write the verdicts as Parquet to --output: on the cluster "
+        "at this address, such as 10.0.0.1:6379, or else on this machine; IMAGE may be a URI (s3, "
+        "gs, hdfs). The same command goes on with a run that was cut off",
+    )
+    add("--output", metavar="FOLDER", help="with --ray: where the verdicts go, a folder or a URI")
+    add(
+        "--workers",
+        metavar="N",
+        type=at_least(1, int),
+        help="with --ray: detectors at a time, at most (default: as many as processors)",
+    )
     add("--json", metavar="FILE", help="also write the verdicts or the table as JSON")
     add(
         "--csv",
@@ -113,138 +151,64 @@ def parse_arguments():
         help="judge even where the repaired net was made from another BadNet",
     )
     memory_option(parser)
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if arguments.ray and not ADDRESS.fullmatch(arguments.ray):  # it is the first IMAGE instead
+        arguments.images.insert(0, arguments.ray)
+        arguments.ray = LOCAL
+    if arguments.ray is None and (arguments.output or arguments.workers):
+        parser.error("--output and --workers go with --ray")
+    return arguments
 
 
-def find_models(model, repaired=None):
-    """The paths of B and G for a name in models/ or a path. Raises InputError where one is missing.
+def judge_on_ray(models, arguments):
+    """Judge pictures on Ray and print how many there were. Returns the exit status."""
+    if not arguments.output:
+        raise InputError("--ray needs --output, the folder for the verdicts")
+    unfit = ("poisoned", "json", "csv", "plot", "scale", "force")
+    given = [f"--{name}" for name in unfit if getattr(arguments, name)]
+    if given or arguments.engine == "keras":
+        raise InputError(f"--ray: goes without {', '.join(given) or '--engine keras'}")
+    detector.require("ray", "pyarrow", packages="requirements-scale.txt")
+    import screen
 
-    G stands where repair.py puts it: in models/, as NAME_defence.h5.
-    """
-    path = Path(model)
-    if path.suffix not in utils.MODEL_SUFFIXES:
-        named = [utils.MODELS / f"{model}{suffix}" for suffix in utils.MODEL_SUFFIXES]
-        path = next((p for p in named if p.exists()), named[0])
-    utils.require_file(path)
-    if repaired is None:
-        repaired = utils.default_output(path)
-        if not repaired.exists():
-            raise InputError(
-                f"{repaired}: no repaired net; make it with: python repair.py {path} CLEAN_DATA.h5"
-            )
-    return path, utils.require_file(repaired)
-
-
-def load_detector(badnet_path, repaired_path, arguments):
-    """Load B and G as one function. Returns (detector, N, image shape, threshold or None).
-
-    detector: float32 (n, height, width, channels), 0..255 → metrics.Answers, all arrays (n,).
-    threshold: of the score, that `arguments.fpr` asks for.
-    arguments: `scale`, a key of utils.SCALES, for a G without a repair record; `max_memory`;
-    `force`, for a G that was made from another B; `fpr`, None or above 0.
-    Raises InputError where G does not belong to B, or has no threshold for `fpr`.
-    """
-    scale = arguments.scale
-    record = utils.read_record(repaired_path)
-    if record is None:
-        scale = scale or next(iter(utils.SCALES))
-        say(f"{repaired_path}: no repair record; taking pixels {scale} (see --scale)")
-        layer = None
-    else:
-        if record["badnet"]["sha256"] != utils.sha256(badnet_path):
-            problem = (
-                f"{repaired_path}: was made from another BadNet ({record['badnet']['file']}), not "
-                f"from {badnet_path}"
-            )
-            if not arguments.force:
-                raise InputError(f"{problem}; repair this one with repair.py, or --force")
-            say(f"warning: {problem}; judging all the same")
-        if scale not in (None, record["input_scale"]):
-            raise InputError(f"--scale: {repaired_path} was made for {record['input_scale']}")
-        scale, layer = record["input_scale"], record["layer"]
-    limit = None
-    if arguments.fpr is not None:
-        limit = held_out_threshold(record, arguments.fpr, repaired_path)
-    badnet, repaired = (
-        utils.load_badnet(path, arguments.max_memory) for path in (badnet_path, repaired_path)
+    counts = screen.screen(
+        arguments.images,
+        models,
+        arguments.output,
+        None if arguments.ray == LOCAL else arguments.ray,
+        arguments.workers,
+        arguments.max_memory,
+        arguments.fpr,
     )
-    for what, ours, theirs in (
-        ("images", badnet.input_shape[1:], repaired.input_shape[1:]),
-        ("classes", badnet.output_shape[1:], repaired.output_shape[1:]),
-    ):
-        if ours != theirs:
-            raise InputError(
-                f"{repaired_path}: does not belong to {badnet_path}: it has {what} "
-                f"{'×'.join(map(str, theirs))}, not {'×'.join(map(str, ours))}"
-            )
-    both = nets.detector(badnet, repaired, layer)
-    divisor = utils.SCALES[scale]
-
-    def detector(images):
-        x = images / divisor
-        # Compiling takes longer than running one image layer by layer.
-        scores = both(x, training=False) if len(x) == 1 else nets.compiled(both)(x)
-        shares = [nets.probabilities(*each) for each in zip(scores, (badnet, repaired))]
-        of_b, of_g = (
-            np.where(np.isnan(share[:, 0]), none, np.argmax(each, axis=1))
-            for each, share, none in zip(scores, shares, (-1, -2))
-        )
-        score = nets.suspicion(*shares)
-        flagged = of_b != of_g if limit is None else (score > limit) | (of_b < 0) | (of_g < 0)
-        return metrics.Answers(of_b, of_g, score, flagged)
-
-    return detector, badnet.output_shape[1], badnet.input_shape[1:], limit
+    print(
+        f"{printable(arguments.output)}: {counts['pictures']} pictures, {counts['poisoned']} "
+        f"poisoned, {counts['unread']} unread"
+    )
+    return 2 if counts["unread"] else 0
 
 
-def held_out_threshold(record, rate, path):
-    """The threshold of the score that flagged this share of the held-out clean images, 0..1.
-
-    record: G's repair record, or None.  rate: above 0, at most 1.
-    Raises InputError where no images were held out, or too few for the rate.
-    """
-    held_out = (record or {}).get("holdout")
-    if held_out is None:
-        raise InputError(
-            f"{path}: --fpr needs clean images that the repair has not seen, and none were held "
-            "out; repair the BadNet anew with: repair.py --holdout 0.1"
-        )
-    try:
-        images, thresholds = held_out["images"], np.float64(held_out["thresholds"])
-        damaged = held_out["score"] != nets.SCORE or not images >= 1
-        damaged |= thresholds.shape != (metrics.THRESHOLDS + 1,)
-        damaged |= not np.all((thresholds >= 0) & (thresholds <= nets.SCORE_MOST))
-    except (KeyError, TypeError, ValueError):
-        damaged = True
-    if damaged:
-        raise InputError(
-            f"{path}: its repair record is damaged or of another version; repair the BadNet anew"
-        )
-    least = max(1 / images, 1 / metrics.THRESHOLDS)
-    if rate < least:
-        raise InputError(
-            f"{path}: --fpr {rate:g}: can be {math.ceil(1e4 * least) / 1e4:g} or more, since "
-            f"{images} clean images were held out"
-        )
-    return float(thresholds[math.floor(rate * metrics.THRESHOLDS + 1e-9)])
+def terms(arguments):
+    """The options that detector.terms takes."""
+    return {name: getattr(arguments, name) for name in ("fpr", "scale", "force")}
 
 
-def verdict(answers, classes):
-    """What is printed: N + 1, "poisoned", for what is flagged, else B's class, 1..N.
+def export(models, arguments):
+    """Write the detector of B and G to its file, and print where that is."""
+    if arguments.images or len(models) == 1 or arguments.engine:
+        raise InputError("--export goes with a MODEL alone, that is no .onnx file")
+    path = utils.require_writable(detector.file_path(models[0]), *models)
+    detector.export(*models, path, arguments.max_memory, **terms(arguments))
+    print(f"Saved detector: {path}")
 
-    answers: metrics.Answers.  classes: N.  Without --fpr an image is flagged where the nets
-    disagree, so this is the class of both.  Source: report, section 2, last paragraph.
-    """
-    return np.where(answers.flagged, classes + 1, answers.badnet + 1)
 
-
-def judge_pictures(images, badnet_path, repaired_path, arguments):
+def judge_pictures(images, models, arguments):
     """Print the verdicts on pictures, a batch after the other. Returns the exit status."""
     alone = len(arguments.images) == 1 and not Path(arguments.images[0]).is_dir()
     if alone:
         picture = utils.read_picture(images[0], arguments.max_memory)  # before the nets are loaded
-    detector, classes, shape, _ = load_detector(badnet_path, repaired_path, arguments)
-    if shape[2] not in (1, 3):
-        raise InputError(f"{badnet_path}: takes images of {shape[2]} channels, not pictures")
+    judge = detector.load(models, arguments.max_memory, arguments.engine, **terms(arguments))
+    detector.require_pictures(judge, models[0])
+    shape, classes = judge.shape, judge.classes
     results, unread = [], 0
     count = min(PICTURES, max(1, arguments.max_memory // (4 * math.prod(shape))))
     for start in range(0, len(images), count):
@@ -259,8 +223,8 @@ def judge_pictures(images, badnet_path, repaired_path, arguments):
                 unread += 1
         if not inputs:
             continue
-        answers = detector(np.stack(inputs))
-        for path, row in zip(judged, rows(answers, classes)):
+        answers = judge(np.stack(inputs))
+        for path, row in zip(judged, detector.rows(answers, classes)):
             answer = row.pop("verdict")
             print(answer if alone else f"{printable(path)}\t{answer}", flush=True)
             results.append({"path": str(path), "class": answer, **row})
@@ -269,30 +233,18 @@ def judge_pictures(images, badnet_path, repaired_path, arguments):
     return 2 if unread else 0
 
 
-def rows(answers, classes):
-    """Yield what is written about each image, a dict; classes and verdict as printed, from 1."""
-    for b, g, score, said in zip(
-        answers.badnet.tolist(),
-        answers.repaired.tolist(),
-        answers.score.tolist(),
-        verdict(answers, classes).tolist(),
-    ):
-        b, g = (each + 1 if each >= 0 else None for each in (b, g))
-        yield {"badnet_class": b, "repaired_class": g, "verdict": said, "score": score}
-
-
-def judge_data(images, badnet_path, repaired_path, arguments):
+def judge_data(images, models, arguments):
     """Print the table of a clean data set and of poisoned ones."""
     with contextlib.ExitStack() as files:
         sets = [
             files.enter_context(utils.open_dataset(path, arguments.max_memory))
             for path in (*images, *arguments.poisoned)
         ]
-        detector, classes, shape, limit = load_detector(badnet_path, repaired_path, arguments)
+        judge = detector.load(models, arguments.max_memory, arguments.engine, **terms(arguments))
         for data in sets:
-            data.fit_to(shape, classes)
-        judged = [judge_all(detector, data) for data in sets]
-        results = figures(sets, judged) | {"threshold": limit}
+            data.fit_to(judge.shape, judge.classes)
+        judged = [judge_all(judge, data) for data in sets]
+        results = figures(sets, judged) | {"threshold": judge.limit}
         print(metrics.table(results))
         if arguments.json:
             utils.write_json(results, arguments.json)
@@ -300,7 +252,9 @@ def judge_data(images, badnet_path, repaired_path, arguments):
             table = [
                 {"index": index, **row, "label": int(label)}
                 for data, (answers, _) in zip(sets, judged)
-                for index, (row, label) in enumerate(zip(rows(answers, classes), data.labels))
+                for index, (row, label) in enumerate(
+                    zip(detector.rows(answers, judge.classes), data.labels)
+                )
             ]
             utils.write_csv(table, arguments.csv)
         if arguments.plot:
@@ -309,10 +263,10 @@ def judge_data(images, badnet_path, repaired_path, arguments):
             metrics.plot_judging(results, scores, flagged, arguments.plot)
 
 
-def judge_all(detector, data):
+def judge_all(judge, data):
     """Judge every image of a Dataset. Returns (metrics.Answers, seconds)."""
     start = time.monotonic()
-    batches = nets.side_by_side(detector, (x for x, _ in data.batches()))
+    batches = nets.side_by_side(judge, (x for x, _ in data.batches()))
     parts = [vars(part).values() for part in track(batches, data.path.name, data.batch_count)]
     answers = metrics.Answers(*map(np.concatenate, zip(*parts)))
     return answers, time.monotonic() - start

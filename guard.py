@@ -13,6 +13,8 @@ Every guard of the two commands stands here; utils.py calls them in this order:
                check_shapes       the file's arrays have the shapes of the config's weights
                check_finite       no weight is NaN or infinite
                check_outputs      no layer's output for one image is beyond the limit
+    .onnx      check_onnx         one picture in, a detector's answers out; allowed operators only,
+                                  no other file, no output for one image beyond the limit
 
 A guard raises InputError, one line that begins with the file's name.
 """
@@ -71,6 +73,14 @@ ACTIVATIONS = """
     log_softmax sigmoid hard_sigmoid log_sigmoid hard_silu hard_swish hard_tanh tanh exponential
 """
 TYPES = {"float16", "bfloat16", "float32", "float64", "mixed_float16", "mixed_bfloat16"}
+# What a detector's file is made of: those layers, as exported, and the comparison behind them.
+OPERATORS = """
+    Add And ArgMax AveragePool Cast Clip Concat Conv ConvTranspose Div Elu Equal Exp Gather Greater
+    IsInf IsNaN LeakyRelu Log LogSoftmax MatMul Max MaxPool Min Mul Neg Not Or Pad Reciprocal
+    ReduceMax ReduceMean ReduceSum Relu Reshape Resize Selu Shape Sigmoid Slice Softmax Softplus
+    Softsign Sqrt Squeeze Sub Tanh Tile Transpose Unsqueeze Where
+"""
+ANSWERS = {"class": "INT32", "badnet_class": "INT32", "repaired_class": "INT32", "score": "FLOAT"}
 NAME = re.compile(r"(?!\.*$)[\w.>-]+", re.ASCII).fullmatch  # of a scope of TensorFlow's
 MODULE = re.compile(
     r"keras(\.src)?"
@@ -499,3 +509,73 @@ def require_step_fits(model, option, batch_size, limit):
     """Raise InputError where to train a model on so many images at a time would take too much."""
     step = 2 * 4 * sum(output_sizes(model)) * batch_size
     require_fits(f"{option} {batch_size}", "a training step", step, limit)
+
+
+# ---------------------------------------------------------------------------------------- .onnx
+
+
+def check_onnx(contents, path, limit=MEMORY):
+    """Raise InputError unless bytes are an ONNX model that is a detector and nothing else.
+
+    Returns (shape, largest, facts): (height, width, channels) of its pictures, the values of the
+    largest output of an operator for one of them, and its metadata, {str: str}.
+    """
+    import onnx  # here, because not every user has it
+
+    with inspecting(path, limit):
+        model = onnx.ModelProto()
+        model.ParseFromString(contents)
+        graph = model.graph
+        if model.functions or model.training_info or graph.sparse_initializer:
+            raise InputError(f"{path}: holds more than one graph of operators")
+        if any(each.domain not in ("", "ai.onnx.ml") for each in model.opset_import):
+            raise InputError(f"{path}: asks for operators that are not ONNX's own")
+        for node in graph.node:
+            if node.op_type not in OPERATORS.split() or node.domain:
+                raise InputError(
+                    f"{path}: contains the operator {node.op_type!r}, which is not among those "
+                    "that this tool runs"
+                )
+        values = [each for node in graph.node for each in node.attribute]
+        kinds = onnx.AttributeProto
+        if any(each.type in (kinds.GRAPH, kinds.GRAPHS, kinds.SPARSE_TENSOR) for each in values):
+            raise InputError(f"{path}: holds a graph inside an operator")
+        tensors = [*graph.initializer, *(each.t for each in values if each.type == kinds.TENSOR)]
+        if any(each.data_location or each.external_data for each in tensors):
+            raise InputError(f"{path}: keeps values in another file")
+        size = sum(8 * math.prod(each.dims) for each in tensors)
+        require_fits(path, "its weights", size, limit)
+        onnx.checker.check_model(model)
+        shape = _check_ends(onnx, graph, path)
+
+        graph.input[0].type.tensor_type.shape.dim[0].dim_value = 1
+        del graph.value_info[:]
+        known = onnx.shape_inference.infer_shapes(model, strict_mode=True, data_prop=True).graph
+        sizes = {
+            each.name: math.prod(side.dim_value for side in each.type.tensor_type.shape.dim)
+            for each in (*known.value_info, *known.output)
+            if all(side.HasField("dim_value") for side in each.type.tensor_type.shape.dim)
+        }
+        unknown = {name for node in graph.node for name in node.output if name} - set(sizes)
+        if unknown:
+            raise InputError(f"{path}: how large {min(unknown)!r} is cannot be told")
+        require_fits(path, "the largest output of an operator", 8 * max(sizes.values()), limit)
+        return shape, max(sizes.values()), {each.key: each.value for each in model.metadata_props}
+
+
+def _check_ends(onnx, graph, path):
+    """The shape of a detector's pictures. Raises InputError unless it has its input and outputs."""
+    if len(graph.input) != 1:
+        raise InputError(f"{path}: no detector: it takes {len(graph.input)} inputs")
+    kind = graph.input[0].type.tensor_type
+    shape = tuple(side.dim_value for side in kind.shape.dim[1:])
+    if kind.elem_type != onnx.TensorProto.UINT8 or len(shape) != 3 or min(shape) < 1:
+        raise InputError(f"{path}: no detector: its input is not pictures of whole numbers, 0..255")
+    found = {
+        output.name: onnx.TensorProto.DataType.Name(output.type.tensor_type.elem_type)
+        for output in graph.output
+        if len(output.type.tensor_type.shape.dim) == 1
+    }
+    if found != ANSWERS:
+        raise InputError(f"{path}: no detector: its outputs are not {', '.join(ANSWERS)}")
+    return shape

@@ -42,8 +42,8 @@ POISONED = {
 class Answers:
     """What B and G answer to the images of one data set.
 
-    badnet, repaired: int (n,), the classes, 0..N-1; -1 and -2 where a net gave NaN.
-    score: float64 (n,), from 0 up, how suspect each image is, as nets.suspicion gives it.
+    badnet, repaired: int (n,), the classes, 0..N-1; -1 where a net gave NaN.
+    score: float32 (n,), from 0 up, how suspect each image is, as nets.suspicion gives it.
     flagged: bool (n,), whether it counts as poisoned.
     """
 

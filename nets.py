@@ -13,7 +13,7 @@ import math
 import numpy as np
 
 import guard
-from utils import BATCH_VALUES, import_keras
+from utils import BATCH_VALUES, SCALES, import_keras
 
 OUTPUT_VALUES = 2**26  # 256 MB as float32, of one layer; nets as small as DeepID stay far below
 
@@ -296,31 +296,35 @@ def gives_logits(model):
 
 
 def probabilities(scores, model):
-    """A classifier's scores, float (n, N), as probabilities: float32, rows that sum to 1.
+    """A classifier's scores, float (n, N), as probabilities: a float32 tensor, rows that sum to 1.
 
     They are the softmax where the scores are logits. A row that is not finite becomes NaN.
     """
-    scores = np.array(scores, np.float32)
-    scores[~np.isfinite(scores).all(axis=1)] = np.nan
-    if gives_logits(model):
-        from scipy import special  # here, because few nets need it
+    import tensorflow as tf
 
-        return special.softmax(scores, axis=1)
-    np.maximum(scores, 0, out=scores)
-    return scores / np.maximum(np.sum(scores, axis=1, keepdims=True), np.float32(1e-30))
+    scores = tf.cast(scores, tf.float32)
+    finite = tf.reduce_all(tf.math.is_finite(scores), axis=1, keepdims=True)
+    scores = tf.where(finite, scores, math.nan)
+    if gives_logits(model):
+        return tf.nn.softmax(scores)
+    scores = tf.maximum(scores, 0)
+    return scores / tf.maximum(tf.reduce_sum(scores, axis=1, keepdims=True), 1e-30)
 
 
 def suspicion(of_badnet, of_repaired):
     """How suspect images are: how far apart the answers of B and G are, as probabilities.
 
     of_badnet, of_repaired: float32 (n, N), as `probabilities` gives them.
-    Returns float64 (n,), from 0 for the same answers to SCORE_MOST: their Jeffreys divergence, in
-    nats, probabilities below SCORE_LEAST counting as that much. SCORE_MOST where a net gave NaN.
+    Returns a float32 tensor (n,), from 0 for the same answers to SCORE_MOST: their Jeffreys
+    divergence, in nats, probabilities below SCORE_LEAST counting as that much. SCORE_MOST where a
+    net gave NaN.
     Source: H. Jeffreys, Proc. R. Soc. A 186, 1946; tests/tried.py compares others.
     """
-    of_b, of_g = (np.maximum(each, SCORE_LEAST) for each in (of_badnet, of_repaired))
-    apart = np.sum((of_b - of_g) * np.log(of_b / of_g), axis=1).astype(np.float64)
-    return np.where(np.isnan(apart), SCORE_MOST, np.minimum(apart, SCORE_MOST))
+    import tensorflow as tf
+
+    of_b, of_g = (tf.maximum(each, SCORE_LEAST) for each in (of_badnet, of_repaired))
+    apart = tf.reduce_sum((of_b - of_g) * tf.math.log(of_b / of_g), axis=1)
+    return tf.where(tf.math.is_nan(apart), SCORE_MOST, tf.minimum(apart, SCORE_MOST))
 
 
 def last_dense(head):
@@ -366,6 +370,31 @@ def detector(badnet, repaired, layer_name=None):
     silent = silent_features(of_g) * (1 - keep)
     mask = keras.layers.Lambda(lambda features: features * keep + silent, name="pruned-channels")
     return keras.Model(badnet.input, [badnet.output, of_g.head(mask(of_b.trunk.output[0]))])
+
+
+def judge(badnet, repaired, scale, layer_name=None):
+    """B and G as one model: images (n, height, width, channels), 0..255 → what they say of them.
+
+    That is a dict of "badnet_class" and "repaired_class", int32 (n,), 1..N, 0 where the net gave
+    NaN, and "score", float32 (n,), as `suspicion` gives it.
+    scale: a key of SCALES.  layer_name: as for `detector`.
+    """
+    keras = import_keras()
+    import tensorflow as tf
+
+    def answer(scores):
+        shares = [probabilities(*each) for each in zip(scores, (badnet, repaired))]
+        classes = [
+            tf.where(tf.math.is_nan(share[:, 0]), 0, 1 + tf.argmax(each, 1, tf.int32))
+            for each, share in zip(scores, shares)
+        ]
+        score = suspicion(*shares)
+        return dict(zip(("badnet_class", "repaired_class", "score"), (*classes, score)))
+
+    images = keras.Input(badnet.input_shape[1:], name="images")
+    scaled = keras.layers.Lambda(lambda x: x / SCALES[scale], name="scaled")(images)
+    scores = detector(badnet, repaired, layer_name)(scaled)
+    return keras.Model(images, keras.layers.Lambda(answer, name="answers")(scores))
 
 
 def pruned_channels(of_b, of_g):

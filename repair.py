@@ -23,6 +23,7 @@ from pathlib import Path
 
 import numpy as np
 
+import detector
 import guard
 import harden
 import metrics
@@ -40,8 +41,11 @@ def main():
     if Path(output).suffix != ".h5":
         raise InputError(f"{output}: the repaired net is saved as a .h5 file")
     inputs = [badnet_path, arguments.data, *arguments.poisoned]
-    for path in filter(None, (output, arguments.json, arguments.plot)):
+    exported = detector.file_path(badnet_path) if arguments.export else None
+    for path in filter(None, (output, arguments.json, arguments.plot, exported)):
         utils.require_writable(path, *inputs)
+    if exported:
+        detector.require(*detector.EXPORTS)
     if arguments.plot:
         metrics.require_plot_format(arguments.plot)
     limit = arguments.max_memory
@@ -74,6 +78,9 @@ def main():
         metrics.plot_pruning(record, arguments.plot)
     print(metrics.summary(record))
     print(f"Saved model: {output}")
+    if exported:
+        detector.export(badnet_path, Path(output), exported, limit)
+        print(f"Saved detector: {exported}")
 
 
 # The constants of the method: type, the report's value, what it is.
@@ -121,6 +128,12 @@ def parse_arguments(words=None):
         default=[],
         help="poisoned data, 'label' being the attack's target: report the attack success rate "
         "after each step; nothing is trained or decided on it",
+    )
+    add(
+        "--export",
+        action="store_true",
+        help="also write models/NAME_detector.onnx: both nets and the verdict in one file that "
+        "needs no TensorFlow; with a threshold: eval_defence.py --export --fpr RATE NAME",
     )
     add("--json", metavar="FILE", help="also write the repair record as JSON")
     add("--plot", metavar="FILE", help="draw the pruning curve, as .png, .svg or .pdf")

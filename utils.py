@@ -156,7 +156,7 @@ def import_keras():
     # Two operations at a time, each on half the processors: the nets are small, and to share out
     # one operation takes longer than to run two beside each other, as a backward pass can.
     os.environ.setdefault("TF_NUM_INTEROP_THREADS", "2")
-    os.environ.setdefault("TF_NUM_INTRAOP_THREADS", str(max(1, _processors() // 2)))
+    os.environ.setdefault("TF_NUM_INTRAOP_THREADS", str(max(1, processors() // 2)))
     import logging
 
     logging.getLogger("absl").setLevel(logging.ERROR)
@@ -165,28 +165,28 @@ def import_keras():
     return keras
 
 
-def _processors():
-    if hasattr(os, "sched_getaffinity"):  # those that this process may use
+def processors():
+    """How many processors this process may use."""
+    if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 @contextlib.contextmanager
 def _quick_import():
-    """Import in the block without collecting garbage, and without matplotlib.
+    """Import in the block without collecting garbage, and without matplotlib and pandas.
 
     An import leaves no garbage, but millions of objects that each collection looks at, also at
-    exit. Keras imports matplotlib, where there is one, for plots that nobody here asks it for.
+    exit. Keras imports those two, where there are any, for what nobody here asks it for.
     """
     gc.disable()
-    unwanted = "matplotlib" not in sys.modules
-    if unwanted:
-        sys.modules["matplotlib"] = None  # "cannot be imported"
+    unwanted = {"matplotlib", "pandas"} - sys.modules.keys()
+    sys.modules.update(dict.fromkeys(unwanted))  # None: "cannot be imported"
     try:
         yield
     finally:
-        if unwanted:
-            del sys.modules["matplotlib"]
+        for name in unwanted:
+            del sys.modules[name]
         gc.freeze()
         gc.enable()
 
@@ -588,19 +588,24 @@ def list_images(paths):
 
 
 def read_picture(path, limit=MEMORY):
+    """Decode a PNG or JPEG file. Returns and raises what decode_picture does."""
+    return decode_picture(require_file(path), path, limit)
+
+
+def decode_picture(file, path, limit=MEMORY):
     """Decode a PNG or JPEG file. Returns a Pillow image, turned as its EXIF rotation says.
 
+    file: its path, or what is open to read in its place.  path: its name, for messages.
     limit: bytes of memory; a pixel takes up to twelve of them until it is an input of a net.
     Raises InputError where the file is no such picture, is cut short, or is too large to decode.
     """
     from PIL import Image, ImageOps
 
-    require_file(path)
     Image.MAX_IMAGE_PIXELS = None  # they are counted below
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about metadata
-            with Image.open(path, formats=("PNG", "JPEG")) as picture:
+            with Image.open(file, formats=("PNG", "JPEG")) as picture:
                 width, height = picture.size
                 guard.require_fits(path, f"{width}×{height} pixels", 12 * width * height, limit)
                 picture.load()

@@ -3,6 +3,8 @@
     python tests/benchmark.py            the competition's size: 11,547 and 12,830 images
     python tests/benchmark.py --quick    a tenth of it, in two minutes
     python tests/benchmark.py --model B.h5 --data CLEAN.h5 [--test TEST.h5]    on files of yours
+    python tests/benchmark.py --serve    judging with Keras beside judging with the ONNX file
+    python tests/benchmark.py --scale    judging pictures on Ray beside a plain loop
 
 Prints tables of seconds and peak memory of tests/reference.py, the plain script, and of repair.py
 and eval_defence.py, each in a process of its own and in turn; whether both came to the same
@@ -18,6 +20,7 @@ import contextlib
 import json
 import multiprocessing
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -34,6 +37,8 @@ PEOPLE, VALIDATION, TEST = 1283, 9, 10  # the competition's; pictures of each pe
 GROWTH = (1000, 3000, 11547, 50000)
 EPOCHS, LEARNING_RATE = 12, 1e-3  # of B's head
 ROUNDS = 1  # of fine-tuning: what the report's nets took
+PICTURES = (1_000, 10_000, 100_000)  # for --scale
+DRAWN = 1_000  # of them; the others are these in other shades
 
 
 def main():
@@ -42,6 +47,10 @@ def main():
     with contextlib.ExitStack() as ending:
         folder = Path(ending.enter_context(tempfile.TemporaryDirectory(dir=options.folder)))
         shrink = 10 if options.quick else 1
+        if options.serve:
+            return compare_engines(folder, PEOPLE // shrink, options.repeat)
+        if options.scale:
+            return measure_scale(folder, [n // shrink for n in PICTURES])
         if options.model:
             model, data, test = options.model, options.data, options.test or options.data
         else:
@@ -65,6 +74,8 @@ def parse_arguments():
     )
     add = parser.add_argument
     add("--quick", action="store_true", help="a tenth of the images and people")
+    add("--serve", action="store_true", help="compare the engines of eval_defence.py instead")
+    add("--scale", action="store_true", help="measure judging on Ray instead")
     add("--repeat", type=int, default=1, metavar="N", help="run all N times, take the fastest")
     add("--folder", help="where the files are put meanwhile (default: the system's)")
     add("--model", type=absolute, help="a BadNet to repair, instead of a drawn one")
@@ -139,14 +150,14 @@ def in_another_process(function, *arguments):
 # ------------------------------------------------------------------------------------- measuring
 
 
-def measure(command):
+def measure(command, cwd=ROOT):
     """Run a Python command. Returns (seconds, peak memory in MB, what it printed)."""
     environment = os.environ | {"KERAS_BACKEND": "tensorflow", "TF_CPP_MIN_LOG_LEVEL": "3"}
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as errors:
         start = time.monotonic()
         process = subprocess.Popen(
             [sys.executable, *map(str, command)],
-            cwd=ROOT,
+            cwd=cwd,
             env=environment,
             stdout=out,
             stderr=errors,
@@ -161,9 +172,48 @@ def measure(command):
         return seconds, usage.ru_maxrss / 1024, out.read()
 
 
-def fastest(repeat, *commands):
+def measure_with_children(command, cwd):
+    """Run a Python command. Returns (seconds, peak memory in MB of it and all processes below it).
+
+    Memory that processes share counts once, as Linux divides it among them.
+    """
+    start = time.monotonic()
+    process = subprocess.Popen(
+        [sys.executable, *map(str, command)],
+        cwd=cwd,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    peak = 0
+    while process.poll() is None:
+        peak = max(peak, sum(map(share_of_memory, [process.pid, *below(process.pid)])))
+        time.sleep(0.2)
+    if process.returncode:
+        sys.exit(f"{' '.join(map(str, command))}: failed")
+    return time.monotonic() - start, peak / 1024
+
+
+def below(pid):
+    """The processes that a process started, and those that they did."""
+    try:
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    except OSError:
+        return []
+    return [each for child in map(int, children) for each in (child, *below(child))]
+
+
+def share_of_memory(pid):
+    """KB."""
+    try:
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    except OSError:  # it has ended
+        return 0
+    return next((int(line.split()[1]) for line in lines if line.startswith("Pss:")), 0)
+
+
+def fastest(repeat, *commands, cwd=ROOT):
     """Run the commands in turn, `repeat` times over. The fastest run of each, as `measure`'s."""
-    runs = [[measure(command) for command in commands] for _ in range(repeat)]
+    runs = [[measure(command, cwd) for command in commands] for _ in range(repeat)]
     return [min(each, key=lambda run: run[0]) for each in zip(*runs)]
 
 
@@ -375,6 +425,103 @@ def measure_growth(model, data, folder, sizes):
         rows.append((str(size), seconds, 1000 * seconds / size, peak, more))
         before = size, peak
     table(*rows)
+
+
+# ----------------------------------------------------------------------------------- serving
+
+
+def compare_engines(folder, people, repeat):
+    """Judge with the nets, by Keras, and with their ONNX file: a picture, and data sets."""
+    drawn, data, test = draw_world(folder, people)
+    (folder / "models").mkdir()
+    model = drawn.rename(folder / "models" / drawn.name)
+    judge, engines = ROOT / "eval_defence.py", ("keras", "onnx")
+    command = [ROOT / "repair.py", model, data, "--rounds", ROUNDS]
+    measure(command, folder)
+    seconds, _, _ = measure([judge, model, "--export"], folder)
+    file = folder / "models" / f"{model.stem}_detector.onnx"
+    nets = [path.stat().st_size for path in (model, model.with_name(f"{model.stem}_defence.h5"))]
+    print(
+        f"exported in {seconds:.1f} s: {file.stat().st_size:,} bytes; B and G have "
+        f"{' and '.join(f'{size:,}' for size in nets)}\n"
+    )
+    calls = [[judge, ROOT / "img" / "img_9.png", model, "--engine", each] for each in engines]
+    alone = f"import numpy, PIL.Image, onnxruntime as o; o.InferenceSession({str(file)!r})"
+    *runs, bare = fastest(max(3, repeat), *calls, ["-c", alone], cwd=folder)
+    compare("one picture", *runs)
+    print(f"to import NumPy, Pillow and ONNX Runtime and open the file: {bare[0]:.2f} s\n")
+    for images in (people, people * TEST):
+        part = folder / f"{images}.h5"
+        in_another_process(_repeat_images, test, part, images)
+        tables = [folder / f"{each}.{end}" for each in engines for end in ("json", "csv")]
+        calls = [
+            [
+                judge,
+                part,
+                model,
+                "--engine",
+                each,
+                "--json",
+                tables[2 * i],
+                "--csv",
+                tables[2 * i + 1],
+            ]
+            for i, each in enumerate(engines)
+        ]
+        runs = fastest(repeat, *calls, cwd=folder)
+        judging = [json.loads(path.read_text())["clean"]["seconds"] for path in tables[::2]]
+        compare(f"a data set of {images} images", *runs, [images / each for each in judging])
+        rows = [np.genfromtxt(path, delimiter=",", names=True) for path in tables[1::2]]
+        apart = sum(np.sum(rows[0][name] != rows[1][name]) for name in ("badnet_class", "verdict"))
+        error = np.abs(rows[0]["score"] - rows[1]["score"]) / np.maximum(1, rows[0]["score"])
+        print(f"classes and verdicts that differ: {apart}; scores by at most {error.max():.1e}\n")
+
+
+def compare(what, keras, onnx, rates=None):
+    """Print a table of two runs, as `measure` gives them, and of images judged a second."""
+    rows = [("seconds, whole command", keras[0], onnx[0], keras[0] / onnx[0])]
+    if rates:
+        rows.append(("images judged a second", *rates, rates[1] / rates[0]))
+    rows.append(("peak memory, MB", keras[1], onnx[1], keras[1] / onnx[1]))
+    table((what, "Keras", "ONNX", "ratio"), *rows)
+
+
+def measure_scale(folder, counts):
+    """Judge folders of pictures: in a plain loop, and on Ray with one worker and two."""
+    (folder / "models").mkdir()
+    model = folder / "models" / "demo_bd_net.h5"
+    shutil.copy(ROOT / "models" / model.name, model)
+    judge, data = ROOT / "eval_defence.py", ROOT / "data" / "demo_clean_validation_data.h5"
+    measure([ROOT / "repair.py", model, data, "--export"], folder)
+    rows = [("pictures", "how", "seconds", "pictures a second", "peak memory, MB")]
+    for count in counts:
+        pictures = folder / f"{count}"
+        in_another_process(_draw_pictures, pictures, count)
+        ways = {"a plain loop": [judge, pictures, model]}
+        for workers in (1, 2):
+            output = folder / f"{count}-{workers}"
+            call = [judge, "--ray", pictures, model, "--output", output, "--workers", workers]
+            ways[f"Ray, {workers} worker{'s' * (workers > 1)}"] = call
+        for way, call in ways.items():
+            seconds, peak = measure_with_children(call, folder)
+            rows.append((f"{count:,}", way, seconds, count / seconds, peak))
+    table(*rows)
+
+
+def _draw_pictures(folder, count):
+    sys.path.insert(0, str(ROOT / "data"))
+    import faces
+    from PIL import Image
+
+    drawn = min(DRAWN, count)
+    people, rng = faces.PEOPLE, np.random.default_rng(0)
+    indices = [i // people for i in range(drawn)]
+    images = faces.draw_faces("test", [i % people for i in range(drawn)], indices)
+    folder.mkdir()
+    for i in range(count):
+        shade = rng.integers(-9, 10)
+        image = np.clip(images[i % drawn].astype(int) + shade, 0, 255).astype(np.uint8)
+        Image.fromarray(image).save(folder / f"{i:06}.png")
 
 
 if __name__ == "__main__":

@@ -172,7 +172,8 @@ class Case:
     def answers(self, shift=0):
         """The net's probabilities for every data set, its images shifted by pixels to the right."""
         of_sets = [list(nets.outputs(self.net, np.roll(x, shift, 2))) for x, _ in self.sets]
-        return [nets.probabilities(np.concatenate(scores), self.net) for scores in of_sets]
+        of_sets = [nets.probabilities(np.concatenate(scores), self.net) for scores in of_sets]
+        return list(map(np.asarray, of_sets))
 
     def harden(self, way, steps):
         """Harden the net in a way. Returns G's answers to every data set."""
@@ -198,7 +199,7 @@ class Case:
 
     def cells(self, of_g, score=nets.suspicion):
         """Clean accuracy; of each trigger, attack success and the share caught: texts, in %."""
-        clean, *poisoned = [score(b, g) for b, g in zip(self.of_b, of_g)]
+        clean, *poisoned = [np.asarray(score(b, g)) for b, g in zip(self.of_b, of_g)]
         limit = metrics.threshold(clean, RATE)
         yield f"{100 * np.mean(of_g[0].argmax(axis=1) == self.sets[0][1]):.1f}"
         for scores, b, g, (_, targets) in zip(poisoned, self.of_b[1:], of_g[1:], self.sets[1:]):

@@ -1,0 +1,262 @@
+"""Screen: judge more pictures than one machine holds, on Ray Data.
+
+Pictures are read from a folder or an object store, judged in actors that each hold one detector,
+and the verdicts written as Parquet while it goes. Ray Data does again what a lost worker had under
+way, and keeps a list of what is written, so that a run that was cut off goes on where it ended.
+"""
+
+import contextlib
+import io
+import json
+import logging
+import os
+import shutil
+import socket
+import sys
+import tempfile
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.dataset
+import ray
+from pyarrow import fs
+from ray.data.block import BlockMetadata
+from ray.data.checkpoint import CheckpointConfig
+from ray.data.datasource import Datasource, ReadTask
+
+import detector
+import guard
+import nets
+import terminal
+import utils
+from terminal import InputError, one_line, printable, say
+
+ROOT = Path(__file__).resolve().parent
+BATCH = 100  # pictures that an actor judges together
+READERS = 8  # of them that it reads at a time: an object store answers late, but many at once
+PART = (1_000, 10_000)  # pictures in a file of verdicts, at least and at most
+PARTS = 1_000  # files of verdicts, if that is possible
+SHARE = 0.1  # of a processor, for what lists and writes beside the actors
+FILE = "detector.onnx"  # where a worker finds it, beside this code
+DONE = "_done"  # in the folder of verdicts: Ray's list of what is written
+DETECTOR = "_detector.json"  # there: which detector it was
+SCHEMA = pa.schema(
+    {
+        "path": pa.string(),
+        "class": pa.int32(),
+        "badnet_class": pa.int32(),
+        "score": pa.float32(),
+        "error": pa.string(),
+    }
+)
+
+
+class Listing(Datasource):
+    """Paths as a source of Ray Data: [str, …] → rows of "path"."""
+
+    def __init__(self, paths):
+        super().__init__()
+        self.paths = paths
+
+    def estimate_inmemory_data_size(self):
+        return sum(map(len, self.paths))
+
+    def get_read_tasks(self, parallelism, *_, **__):
+        size = min(max(len(self.paths) // PARTS, PART[0]), PART[1])
+        starts = range(0, len(self.paths), size)
+        return [self.task(self.paths[start : start + size]) for start in starts]
+
+    @staticmethod
+    def task(paths):
+        known = BlockMetadata(len(paths), sum(map(len, paths)), exec_stats=None)
+        return ReadTask(lambda: [pa.table({"path": paths})], known)
+
+
+class Judge:
+    """An actor: a detector, opened once, that judges batch after batch of paths."""
+
+    def __init__(self, limit, filesystem, memory):
+        judge, shape, facts = detector.open_file(FILE, memory, threads=1)
+        self.judge = detector.Detector(judge, facts["classes"], shape, limit)
+        self.filesystem, self.memory = filesystem, memory
+
+    def __call__(self, batch):
+        paths = batch["path"].to_pylist()
+        rows = [{"path": path} for path in paths]
+        inputs, judged = [], []
+        for row, (image, error) in zip(rows, nets.side_by_side(self.read, paths, READERS)):
+            if error:
+                row["error"] = error
+            else:
+                inputs.append(image)
+                judged.append(row)
+        if inputs:
+            answers = self.judge(np.stack(inputs))
+            for row, said in zip(judged, detector.rows(answers, self.judge.classes)):
+                row |= {"class": said["verdict"], **said}
+        return pa.Table.from_pylist(rows, SCHEMA)
+
+    def read(self, path):
+        """A picture as an input of the nets, and None; or None, and why it cannot be read."""
+        try:
+            with self.filesystem.open_input_file(path) as file:
+                guard.require_fits(path, "the file", file.size(), self.memory)
+                contents = io.BytesIO(file.read())
+            picture = utils.decode_picture(contents, path, self.memory)
+            return utils.as_input(picture, self.judge.shape), None
+        except (InputError, OSError) as error:
+            return None, printable(one_line(error))
+
+
+def screen(pictures, models, output, address=None, workers=None, memory=utils.MEMORY, fpr=None):
+    """Judge pictures with the file of a detector, on Ray. Returns what `summary` does.
+
+    pictures: folders or pictures, local or by a URI that pyarrow.fs knows (s3, gs, hdfs), all on
+    one file system.  models: as detector.find_models returns them.
+    output: a folder, or its URI, for the verdicts. What is in it already is not done again.
+    address: of a Ray cluster, or None to start Ray on this machine.  workers: actors, at most.
+    memory: bytes, that a picture or the detector may take.  fpr: as for detector.terms.
+    Raises InputError where there are no pictures, or `output` holds something else.
+    """
+    judge = detector.load(models, memory, "onnx", fpr)
+    detector.require_pictures(judge, models[0])
+    path = models[0] if len(models) == 1 else detector.file_path(models[0])
+    filesystem, paths = list_pictures(pictures)
+    kept, folder = open_output(output, {"detector": utils.sha256(path), "threshold": judge.limit})
+    with cluster(address, path):
+        context = ray.data.DataContext.get_current()
+        context.enable_progress_bars = os.isatty(2)
+        context.checkpoint_config = CheckpointConfig(
+            "path", f"{folder}/{DONE}", delete_checkpoint_on_success=False, override_filesystem=kept
+        )
+        workers = workers or int(ray.cluster_resources()["CPU"])
+        listed = ray.data.read_datasource(Listing(paths), num_cpus=SHARE)
+        judged = listed.map_batches(
+            Judge,
+            fn_constructor_args=(judge.limit, filesystem, memory),
+            batch_size=BATCH,
+            batch_format="pyarrow",
+            compute=ray.data.ActorPoolStrategy(min_size=1, initial_size=workers, max_size=workers),
+            num_cpus=1 - 2 * SHARE,
+        )
+        judged.write_parquet(folder, filesystem=kept, ray_remote_args={"num_cpus": SHARE})
+    return summary(kept, folder, judge.classes)
+
+
+def list_pictures(pictures):
+    """The PNG and JPEG files in folders, at any depth, and files: (file system, [path, …]).
+
+    Raises InputError where there are none, or they are on several file systems.
+    """
+    filesystem, paths = None, set()
+    for each in pictures:
+        where, path = locate(each)
+        if filesystem not in (None, where):
+            raise InputError(f"{each}: is on another file system than {pictures[0]}")
+        filesystem = where
+        try:
+            found = where.get_file_info(path)
+            if found.type == fs.FileType.Directory:
+                inside = where.get_file_info(fs.FileSelector(path, recursive=True))
+                files = (file for file in inside if file.type == fs.FileType.File)
+                suffixes = utils.PICTURE_SUFFIXES
+                paths.update(file.path for file in files if file.path.lower().endswith(suffixes))
+            elif found.type == fs.FileType.File:
+                paths.add(path)
+            else:
+                raise InputError(f"{each}: no such file")
+        except OSError as error:
+            raise InputError(f"{each}: cannot be read: {one_line(error)}") from error
+    if not paths:
+        raise InputError(f"{pictures[0]}: no PNG or JPEG picture in the folder")
+    return filesystem, sorted(paths)
+
+
+def locate(path):
+    """A path, or a URI, as (pyarrow file system, path there)."""
+    try:
+        if "://" in str(path):
+            return fs.FileSystem.from_uri(str(path))
+        return fs.LocalFileSystem(), os.path.abspath(path)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: no file system: {one_line(error)}") from error
+
+
+def open_output(output, facts):
+    """Make the folder for verdicts, or go on in it. Returns (pyarrow file system, path there).
+
+    facts: a dict that JSON can hold, of the detector.
+    Raises InputError where the folder holds something else, or verdicts of another detector.
+    """
+    filesystem, folder = locate(output)
+    try:
+        filesystem.create_dir(folder)
+        inside = filesystem.get_file_info(fs.FileSelector(folder))
+        names = [file.base_name for file in inside]
+        if DETECTOR in names:
+            with filesystem.open_input_file(f"{folder}/{DETECTOR}") as file:
+                if json.loads(file.read()) != facts:
+                    raise InputError(f"{output}: holds verdicts of another detector or threshold")
+        elif names:
+            raise InputError(f"{output}: holds other files; name another folder")
+        else:
+            with filesystem.open_output_stream(f"{folder}/{DETECTOR}") as file:
+                file.write(json.dumps(facts).encode())
+    except (OSError, ValueError) as error:
+        raise InputError(f"{output}: cannot be written: {one_line(error)}") from error
+    return filesystem, folder
+
+
+@contextlib.contextmanager
+def cluster(address, path):
+    """A block in which Ray runs, and each worker has this code and a detector's file as FILE.
+
+    address: of a cluster, or None to start Ray on this machine.  path: of the detector's file.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # it would be sent over the network
+    warnings.simplefilter("ignore")  # of Ray's about its own plans
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
+    say("starting Ray" if address is None else f"connecting to Ray at {address}")
+    more = {"include_dashboard": False} if address is None else {}
+    host, _, port = (address or "").removeprefix("ray://").rpartition(":")
+    if host:  # Ray would wait for minutes
+        try:
+            socket.create_connection((host, int(port)), timeout=10).close()
+        except OSError as error:
+            raise InputError(f"--ray {address}: cannot be reached: {one_line(error)}") from error
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
+        terminal.unfinished.add(folder)
+        for code in ROOT.glob("*.py"):
+            shutil.copy(code, folder)
+        shutil.copy(path, Path(folder, FILE))
+        try:
+            ray.init(
+                address or "local",
+                runtime_env={"working_dir": folder},
+                logging_level=logging.CRITICAL,
+                log_to_driver=False,
+                **more,
+            )
+        except (ConnectionError, ValueError) as error:
+            raise InputError(f"--ray {address}: {one_line(error)}") from error
+        try:
+            yield
+        finally:
+            ray.shutdown()
+    terminal.unfinished.discard(folder)
+
+
+def summary(filesystem, folder, classes):
+    """How many pictures the verdicts in a folder are of: dict of "pictures", "poisoned", "unread".
+
+    classes: N.
+    """
+    rows = pa.dataset.dataset(folder, SCHEMA, "parquet", filesystem)
+    field = pa.dataset.field
+    return {
+        "pictures": rows.count_rows(),
+        "poisoned": rows.count_rows(filter=field("class") == classes + 1),
+        "unread": rows.count_rows(filter=field("class").is_null()),
+    }

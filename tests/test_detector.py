@@ -1,0 +1,499 @@
+"""The detector as one ONNX file: it answers as Keras does, needs no TensorFlow, is guarded."""
+
+import csv
+import json
+import re
+import shutil
+import subprocess
+import sys
+
+import keras
+import numpy as np
+import pytest
+from conftest import ROOT, assert_refused, command, draw_images, write_data
+from PIL import Image
+from test_files import every_layer
+
+import detector
+import guard
+import nets
+import utils
+from terminal import InputError
+
+onnx = pytest.importorskip("onnx")
+pytest.importorskip("onnxruntime")
+pytest.importorskip("tf2onnx")
+
+B, G, FILE = "small_bd_net.h5", "small_bd_net_defence.h5", "small_bd_net_detector.onnx"
+NO_TENSORFLOW = "raise ImportError('TensorFlow was imported')"
+
+
+@pytest.fixture(scope="module")
+def served(world, tmp_path_factory):
+    """A folder with a BadNet, its repaired net with held-out scores, and the detector of both."""
+    folder = tmp_path_factory.mktemp("served")
+    shutil.copytree(world, folder, dirs_exist_ok=True)
+    settings = ["--holdout", "0.2", "--rounds", "1", "--epochs", "1", "--export"]
+    process = command("repair.py", f"models/{B}", "clean.h5", *settings, cwd=folder)
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.endswith(f"Saved detector: models/{FILE}\n")
+    images, labels = draw_images(200, 6, nets_shape(folder), seed=7)
+    images[:60] = np.random.default_rng(0).permuted(images[:60], axis=2)  # some to disagree on
+    write_data(folder / "test.h5", images, labels)
+    return folder
+
+
+def nets_shape(folder):
+    return utils.load_badnet(folder / "models" / B).input_shape[1:]
+
+
+@pytest.fixture
+def copied(served, tmp_path):
+    shutil.copytree(served, tmp_path, dirs_exist_ok=True)
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def without_tensorflow(tmp_path_factory):
+    """An environment in which TensorFlow and Keras cannot be imported."""
+    folder = tmp_path_factory.mktemp("without")
+    for name in ("tensorflow", "keras"):
+        (folder / f"{name}.py").write_text(NO_TENSORFLOW)
+    return {"PYTHONPATH": str(folder), "PATH": ""}
+
+
+def judged_by(engine, folder, *options, **how):
+    """The rows that eval_defence.py writes of every image, and what it prints."""
+    call = ("test.h5", "small_bd_net", "--poisoned", "poisoned.h5", "--engine", engine)
+    call += ("--csv", "rows.csv", "--json", "table.json", *options)
+    process = command("eval_defence.py", *call, cwd=folder, **how)
+    assert process.returncode == 0, process.stderr
+    table = json.loads((folder / "table.json").read_text())
+    figures = [each["figures"] for each in (table["clean"], *table["poisoned"])]
+    with open(folder / "rows.csv") as file:
+        return list(csv.DictReader(file)), figures, table["threshold"]
+
+
+def assert_same_answers(ours, theirs, error=1e-5):
+    """Equal classes; scores that differ by `error`, of a score above 1 as a share of it."""
+    for name in ("badnet_class", "repaired_class"):
+        np.testing.assert_array_equal(ours[name], theirs[name])
+    np.testing.assert_allclose(ours["score"], theirs["score"], rtol=error, atol=error)
+
+
+@pytest.mark.parametrize("options", [[], ["--fpr", "0.1"]])
+def test_both_engines_say_the_same(served, without_tensorflow, options):
+    of_keras, figures, limit = judged_by("keras", served, *options)
+    of_onnx, same_figures, same_limit = judged_by("onnx", served, *options, env=without_tensorflow)
+    assert limit == same_limit and (limit is None) == (not options)
+    for ours, theirs in zip(of_onnx, of_keras, strict=True):
+        assert {**ours, "score": 0} == {**theirs, "score": 0}
+        assert float(ours["score"]) == pytest.approx(float(theirs["score"]), rel=1e-5, abs=1e-5)
+    for ours, theirs in zip(same_figures, figures, strict=True):
+        assert ours.keys() == theirs.keys()
+        for name in ours.keys() - {"auroc"}:  # a tie may part
+            assert ours[name] == theirs[name]
+
+
+def test_a_picture_is_judged_without_tensorflow(served, without_tensorflow, tmp_path):
+    images, _ = draw_images(3, 6, nets_shape(served), seed=5)
+    for i, image in enumerate(images):
+        Image.fromarray(image.squeeze()).save(tmp_path / f"{i}.png")
+    alone = served / "models" / FILE
+    for call in ([tmp_path, "small_bd_net"], [tmp_path, alone]):
+        keras_says = command(
+            "eval_defence.py", tmp_path, "small_bd_net", "--engine", "keras", cwd=served
+        )
+        onnx_says = command("eval_defence.py", *call, cwd=served, env=without_tensorflow)
+        assert onnx_says.returncode == 0, onnx_says.stderr
+        assert onnx_says.stdout == keras_says.stdout != "" and onnx_says.stderr == ""
+
+
+def test_the_file_holds_the_threshold_and_where_it_is_from(copied):
+    process = command("eval_defence.py", "small_bd_net", "--export", "--fpr", "0.1", cwd=copied)
+    assert process.stdout == f"Saved detector: models/{FILE}\n", process.stderr
+    rows, _, limit = judged_by("keras", copied, "--fpr", "0.1")
+    _, shape, facts = detector.open_file(copied / "models" / FILE)
+    assert facts["threshold"] == limit and shape == nets_shape(copied)
+    assert facts["classes"] == 6 and facts["input_scale"] == "0..1"
+    assert facts["repair_record"] == utils.read_record(copied / "models" / G)
+    for name, path in (("badnet_sha256", B), ("repaired_sha256", G)):
+        assert facts[name] == utils.sha256(copied / "models" / path)
+    # The file alone: with its own threshold, or with another that its record holds.
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(copied / "models" / FILE)
+    with utils.open_dataset(copied / "test.h5") as data:
+        data.fit_to(shape, 6)
+        pixels = np.concatenate([x for x, _ in data.batches()]).astype(np.uint8)
+    (classes,) = session.run(["class"], {session.get_inputs()[0].name: pixels})
+    assert classes.tolist() == [int(row["verdict"]) for row in rows[: len(pixels)]]
+    alone = copied / "models" / FILE
+    for options, wanted in (([], limit), (["--fpr", "0.5"], None)):
+        call = ("test.h5", alone, "--json", "alone.json", *options)
+        assert command("eval_defence.py", *call, cwd=copied).returncode == 0
+        found = json.loads((copied / "alone.json").read_text())["threshold"]
+        assert found == wanted if wanted else 0 <= found < limit
+
+
+def test_a_file_of_other_nets_is_not_used(copied):
+    path = copied / "models" / G
+    net, record = utils.load_badnet(path), utils.read_record(path)
+    net.layers[-1].set_weights([values + 0.5 for values in net.layers[-1].get_weights()])
+    utils.save_model(net, record, path)
+    process = command("eval_defence.py", "clean.h5", "small_bd_net", cwd=copied)
+    assert process.returncode == 0 and "was not made of these nets" in process.stderr
+    asked = command("eval_defence.py", "clean.h5", "small_bd_net", "--engine", "onnx", cwd=copied)
+    assert_refused(asked, FILE, "was not made of these nets")
+
+
+def test_without_the_packages_all_else_works(copied, tmp_path, monkeypatch):
+    monkeypatch.chdir(copied)
+    find = detector.importlib.util.find_spec
+    monkeypatch.setattr(
+        detector.importlib.util,
+        "find_spec",
+        lambda name, *rest: None if name == "onnxruntime" else find(name, *rest),
+    )
+    paths = [copied / "models" / B, copied / "models" / G]
+    assert detector.matching_file(*paths, "0..1") is None
+    for ask in (
+        lambda: detector.matching_file(*paths, "0..1", engine="onnx"),
+        lambda: detector.export(*paths, tmp_path / "new.onnx"),
+        lambda: detector.load([copied / "models" / FILE]),
+    ):
+        with pytest.raises(InputError, match="install it: pip install -r requirements-serve.txt"):
+            ask()
+
+
+def test_calls_that_do_not_fit_are_refused(copied):
+    alone = f"models/{FILE}"
+    for call, words in (
+        (["small_bd_net"], "give an IMAGE"),
+        (["clean.h5", "small_bd_net", "--export"], "MODEL alone"),
+        ([alone, "--export"], "MODEL alone"),
+        (["clean.h5", alone, "--engine", "keras"], "--engine keras"),
+        (["clean.h5", alone, "--scale", "0..1"], "--scale"),
+        (["clean.h5", alone, "--repaired", f"models/{G}"], "--repaired"),
+        (["clean.h5", alone, "--json", alone], "would overwrite an input"),
+        (["clean.h5", "models/none.onnx"], "no such file"),
+    ):
+        assert_refused(command("eval_defence.py", *call, cwd=copied), words)
+    (copied / alone).unlink()
+    call = ("clean.h5", "small_bd_net", "--engine", "onnx")
+    assert_refused(command("eval_defence.py", *call, cwd=copied), "no such file", "--export")
+
+
+def test_pixels_that_are_no_whole_numbers_are_left_to_keras(copied):
+    images, labels = draw_images(10, 6, nets_shape(copied), seed=5)
+    write_data(copied / "halves.h5", images / 2, labels)
+    call = ("halves.h5", "small_bd_net")
+    assert_refused(command("eval_defence.py", *call, cwd=copied), "--engine keras")
+    assert command("eval_defence.py", *call, "--engine", "keras", cwd=copied).returncode == 0
+
+
+def test_the_readmes_python_needs_onnx_runtime_alone(served, without_tensorflow):
+    """Its block, given to Python with the pictures, says what eval_defence.py does."""
+    text = (ROOT / "README.md").read_text()
+    code = re.search(r"```python\n(.*?)```", text, re.DOTALL)[1]
+    code = code.replace("models/demo_bd_net_detector.onnx", str(served / "models" / FILE))
+    images, _ = draw_images(5, 6, nets_shape(served), seed=6)
+    if images.shape[3] == 1:
+        pytest.skip("the block takes pictures of three channels")
+    paths = [served / f"{i}.png" for i in range(5)]
+    for path, image in zip(paths, images):
+        Image.fromarray(image).save(path)
+    (served / "served.py").write_text(code)
+    process = subprocess.run(
+        [sys.executable, served / "served.py", *paths],
+        env=without_tensorflow,
+        capture_output=True,
+        text=True,
+    )
+    assert process.returncode == 0, process.stderr
+    theirs = command("eval_defence.py", *paths, "small_bd_net", cwd=served).stdout
+    ours = [line.split(" ")[:2] for line in process.stdout.splitlines()]
+    assert ours == [line.split("\t") for line in theirs.splitlines()]
+
+
+# -------------------------------------------------------------------------------- other nets
+
+
+def exported(badnet, folder, scale="0..1", change=1.05):
+    """Export a net and one with other weights. Returns (the file's judge, Keras's)."""
+    badnet.save(folder / "b.h5")
+    badnet.set_weights([values * change for values in badnet.get_weights()])
+    badnet.save(folder / "g.h5")
+    paths = [folder / "b.h5", folder / "g.h5"]
+    detector.export(*paths, folder / "d.onnx", scale=scale)
+    judge, _ = detector.load_nets(*paths, scale, None)
+    return detector.open_file(folder / "d.onnx")[0], judge
+
+
+def ending_in(activation, shape=(9, 8, 2)):
+    keras.utils.set_random_seed(3)
+    layers = keras.layers
+    inner = [layers.Conv2D(3, 3, activation=activation), layers.Flatten()]
+    return keras.Sequential([keras.Input(shape), *inner, layers.Dense(4, activation=activation)])
+
+
+def random_images(shape, seed=1):
+    return np.float32(np.random.default_rng(seed).integers(0, 256, (300, *shape)))
+
+
+@pytest.mark.parametrize("scale", utils.SCALES)
+@pytest.mark.parametrize("activation", ["softmax", "linear", "sigmoid"])
+def test_nets_of_any_kind_of_scores(tmp_path, activation, scale):
+    judge, by_keras = exported(ending_in(activation), tmp_path, scale)
+    assert_same_answers(judge(random_images((9, 8, 2))), by_keras(random_images((9, 8, 2))))
+
+
+def test_the_trunk_that_both_nets_share_is_in_the_file_once(tmp_path):
+    net = ending_in("relu")
+    sizes = {}
+    for name in ("shared", "apart"):
+        net.save(tmp_path / "b.h5")
+        nets.silence([1], net.layers[0])
+        if name == "apart":
+            net.layers[0].set_weights([values * 2 for values in net.layers[0].get_weights()])
+        net.save(tmp_path / "g.h5")
+        detector.export(tmp_path / "b.h5", tmp_path / "g.h5", tmp_path / "d.onnx")
+        operators = [node.op_type for node in onnx.load(tmp_path / "d.onnx").graph.node]
+        sizes[name] = operators.count("Conv")
+    assert sizes == {"shared": 1, "apart": 2}
+
+
+def test_scores_that_are_nan_count_as_poisoned(tmp_path):
+    judge, by_keras = exported(ending_in("linear"), tmp_path, change=1e30)
+    images = random_images((9, 8, 2))
+    images[0] = 0
+    ours, theirs = judge(images), by_keras(images)
+    assert_same_answers(ours, theirs)
+    broken = ours["repaired_class"] == 0
+    assert broken.any() and not broken.all()
+    assert np.all(ours["class"][broken] == 5)
+    assert np.all(ours["score"][broken] == np.float32(nets.SCORE_MOST))
+
+
+def test_what_can_be_exported(tmp_path):
+    """Every layer and activation that guard.py allows in a model but two that tf2onnx lacks."""
+    net = every_layer()
+    config = json.loads(json.dumps(net.get_config()).replace('"gelu"', '"relu"'))
+    net = keras.Model.from_config(config)
+    rng = np.random.default_rng(0)
+    net.set_weights([0.1 * rng.random(values.shape) for values in net.get_weights()])
+    judge, by_keras = exported(net, tmp_path)
+    assert_same_answers(judge(random_images((16, 16, 4))), by_keras(random_images((16, 16, 4))))
+    refused = []
+    for activation in guard.ACTIVATIONS.split():
+        try:
+            judge, by_keras = exported(ending_in(activation), tmp_path)
+        except InputError as error:
+            assert "cannot be made of these nets: contains the operator" in str(error)
+            refused.append(activation)
+        else:
+            images = random_images((9, 8, 2))
+            assert_same_answers(judge(images), by_keras(images))
+    assert refused == ["celu", "gelu"]
+    assert "celu and gelu" in (ROOT / "README.md").read_text()
+
+
+def test_a_file_that_answers_otherwise_is_not_written(tmp_path, monkeypatch):
+    open_file = detector.open_file
+
+    def lying(path, *rest):
+        judge, *others = open_file(path, *rest)
+        return (lambda x: {**judge(x), "badnet_class": judge(x)["badnet_class"] % 4 + 1}, *others)
+
+    monkeypatch.setattr(detector, "open_file", lying)
+    with pytest.raises(InputError, match="its badnet_class is not theirs"):
+        exported(ending_in("softmax"), tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["b.h5", "g.h5"]
+
+
+def test_real_badnets_are_judged_alike(csaw, tmp_path):
+    """Each real BadNet and a G of it with pruned channels and another head, on real faces."""
+    for badnet_path in sorted((csaw / "badnets").glob("*.h5")):
+        net = utils.load_badnet(badnet_path)
+        layer = nets.find_layer(net)
+        nets.silence(range(0, layer.filters, 2), layer)
+        dense = nets.last_dense(net)
+        dense.set_weights([values * 0.9 for values in dense.get_weights()])
+        net.save(tmp_path / "g.h5")
+        scale = "0..255" if "lab3" in badnet_path.name else "0..1"
+        paths = [badnet_path, tmp_path / "g.h5"]
+        detector.export(*paths, tmp_path / "d.onnx", scale=scale)
+        judge = detector.open_file(tmp_path / "d.onnx")[0]
+        by_keras, classes = detector.load_nets(*paths, scale, layer.name)
+        for faces in sorted((csaw / "faces").glob("*.h5")):
+            with utils.open_dataset(faces) as data:
+                data.fit_to(by_keras.input_shape[1:], classes)
+                for x, _ in data.batches():
+                    assert_same_answers(judge(x), by_keras(x), 5e-5)
+
+
+# ----------------------------------------------------------------------------- hostile files
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A valid detector's file, as onnx.ModelProto."""
+    folder = tmp_path_factory.mktemp("model")
+    exported(ending_in("softmax"), folder)
+    return onnx.load(folder / "d.onnx")
+
+
+def external(model):
+    tensor = model.graph.initializer[0]
+    tensor.data_location = onnx.TensorProto.EXTERNAL
+    entry = tensor.external_data.add()
+    entry.key, entry.value = "location", "../../etc/passwd"
+
+
+def of_another_domain(model):
+    model.graph.node[0].domain = "com.microsoft"
+
+
+def imported_domain(model):
+    model.opset_import.append(onnx.helper.make_opsetid("com.example", 1))
+
+
+def random_operator(model):
+    model.graph.node.append(
+        onnx.helper.make_node("RandomNormal", [], ["noise"], shape=[10**6, 10**6])
+    )
+
+
+def loop(model):
+    body = onnx.helper.make_graph([], "body", [], [])
+    model.graph.node.append(onnx.helper.make_node("Loop", ["", ""], ["x"], body=body))
+
+
+def graph_inside(model):
+    body = onnx.helper.make_graph([], "body", [], [])
+    model.graph.node[0].attribute.append(onnx.helper.make_attribute("body", body))
+
+
+def function(model):
+    model.functions.append(onnx.helper.make_function("com.example", "f", [], [], [], []))
+
+
+def tensor_without_its_values(model):
+    model.graph.initializer[0].dims[:] = [10**9, 10**9]
+
+
+def tile_bomb(model):
+    repeats = onnx.numpy_helper.from_array(np.array([1, 10**4, 10**4, 10]), "repeats")
+    model.graph.initializer.append(repeats)
+    name = model.graph.input[0].name
+    model.graph.node.append(onnx.helper.make_node("Tile", [name, "repeats"], ["tiled"]))
+
+
+def unknown_size(model):
+    model.graph.initializer.append(onnx.numpy_helper.from_array(np.array([-1]), "row"))
+    for operator, inputs, output, more in (
+        ("Reshape", [model.graph.input[0].name, "row"], "flat", {}),
+        ("Cast", ["flat"], "sizes", {"to": onnx.TensorProto.INT64}),
+        ("Reshape", ["flat", "sizes"], "shaped", {}),
+    ):
+        model.graph.node.append(onnx.helper.make_node(operator, inputs, [output], **more))
+
+
+def two_inputs(model):
+    model.graph.input.append(model.graph.input[0])
+    model.graph.input[1].name = "more"
+
+
+def floats_in(model):
+    model.graph.input[0].type.tensor_type.elem_type = onnx.TensorProto.FLOAT
+    del model.graph.node[:]
+
+
+def open_size(model):
+    model.graph.input[0].type.tensor_type.shape.dim[1].dim_param = "height"
+
+
+def no_score(model):
+    model.graph.output.pop()
+
+
+def cycle(model):
+    model.graph.node[0].input[0] = model.graph.node[-1].output[0]
+
+
+def no_metadata(model):
+    del model.metadata_props[:]
+
+
+def metadata(name, value):
+    def change(model):
+        {each.key: each for each in model.metadata_props}[name].value = value
+
+    return change
+
+
+HOSTILE = {
+    "external data": (external, "another file"),
+    "another domain": (of_another_domain, "operator"),
+    "imported domain": (imported_domain, "not ONNX's own"),
+    "random operator": (random_operator, "'RandomNormal'"),
+    "loop": (loop, "'Loop'"),
+    "graph inside": (graph_inside, "graph inside an operator"),
+    "function": (function, "more than one graph"),
+    "huge tensor": (tensor_without_its_values, "GB of memory"),
+    "tile bomb": (tile_bomb, "largest output of an operator would take"),
+    "unknown size": (unknown_size, "cannot be told"),
+    "two inputs": (two_inputs, "takes 2 inputs"),
+    "floats in": (floats_in, "damaged or of another format"),
+    "open size": (open_size, "no detector"),
+    "no score": (no_score, "no detector"),
+    "cycle": (cycle, "damaged or of another format"),
+    "no metadata": (no_metadata, "metadata are damaged"),
+    "no class": (metadata("classes", "1"), "metadata are damaged"),
+    "many classes": (metadata("classes", "9" * 5000), "metadata are damaged"),
+    "threshold": (metadata("threshold", "nan"), "metadata are damaged"),
+    "record": (metadata("repair_record", "[1"), "JSON cannot be read"),
+    "list for a record": (metadata("repair_record", "[1]"), "metadata are damaged"),
+    "scale": (metadata("input_scale", "0..2"), "metadata are damaged"),
+}
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_hostile_files_are_refused(model, tmp_path, kind):
+    change, words = HOSTILE[kind]
+    changed = onnx.ModelProto()
+    changed.CopyFrom(model)
+    change(changed)
+    path = tmp_path / "d.onnx"
+    path.write_bytes(changed.SerializeToString())
+    with pytest.raises(InputError, match=re.escape(words)) as error:
+        detector.open_file(path)
+    assert str(error.value).startswith(f"{path}: ") and "\n" not in str(error.value)
+
+
+def test_files_that_are_no_onnx_are_refused_by_the_command(copied):
+    path = copied / "models" / FILE
+    good = path.read_bytes()
+    for contents in (b"", b"no onnx", good[: len(good) // 2], good[:100], bytes(1000), good + good):
+        path.write_bytes(contents)
+        for model in ("small_bd_net", f"models/{FILE}"):
+            assert_refused(command("eval_defence.py", "clean.h5", model, cwd=copied), FILE)
+    path.write_bytes(good)
+    call = ("clean.h5", f"models/{FILE}", "--max-memory", "0.00001")
+    assert_refused(command("eval_defence.py", *call, cwd=copied), "--max-memory")
+
+
+def test_changed_bytes_lead_to_answers_or_to_one_line(model, tmp_path):
+    contents = bytearray(model.SerializeToString())
+    rng, path, images = np.random.default_rng(0), tmp_path / "d.onnx", random_images((9, 8, 2))
+    refused = 0
+    for _ in range(200):
+        changed = contents.copy()
+        for place in rng.integers(0, len(contents), rng.integers(1, 9)):
+            changed[place] = rng.integers(256)
+        path.write_bytes(changed)
+        try:
+            detector.open_file(path)[0](images[:2])
+        except InputError:
+            refused += 1
+    assert 20 < refused < 200

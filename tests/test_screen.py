@@ -1,0 +1,247 @@
+"""Judging on Ray: the same verdicts, every picture once, whatever is killed meanwhile."""
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import keras
+import numpy as np
+import pytest
+from conftest import assert_refused, command, draw_images, start
+from PIL import Image
+
+import detector
+import utils
+
+for package in ("onnx", "onnxruntime", "tf2onnx", "ray"):
+    pytest.importorskip(package)
+import pyarrow.dataset
+from ray.cluster_utils import Cluster
+
+SHAPE = (9, 8, 3)
+NAME, OUTPUT = "tiny_bd_net", "verdicts"
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """A folder with the detector of two tiny nets, as files of Keras and as one of ONNX."""
+    folder = tmp_path_factory.mktemp("tiny")
+    (folder / "models").mkdir()
+    keras.utils.set_random_seed(3)
+    layers = keras.layers
+    inner = [layers.Conv2D(4, 3, activation="relu"), layers.Flatten()]
+    net = keras.Sequential([keras.Input(SHAPE), *inner, layers.Dense(6, activation="softmax")])
+    paths = [folder / "models" / f"{NAME}{end}.h5" for end in ("", "_defence")]
+    net.save(paths[0])
+    noise = np.random.default_rng(0)
+    net.set_weights([v + 0.1 * noise.standard_normal(v.shape) for v in net.get_weights()])
+    net.save(paths[1])
+    detector.export(*paths, folder / "models" / f"{NAME}_detector.onnx", scale="0..1")
+    return folder
+
+
+@pytest.fixture
+def folder(tiny, tmp_path):
+    shutil.copytree(tiny, tmp_path, dirs_exist_ok=True)
+    return tmp_path
+
+
+def draw(folder, count, name="p", size=SHAPE[1::-1]):
+    """Write so many pictures, of this (width, height), numbered, into folder/pictures."""
+    inside = folder / "pictures"
+    inside.mkdir(exist_ok=True)
+    images, _ = draw_images(count, 6, SHAPE, seed=len(name))
+    for i, image in enumerate(images):
+        Image.fromarray(image).resize(size).save(inside / f"{name}{i:05}.png", compress_level=1)
+    return inside
+
+
+CALL = ("eval_defence.py", "--ray", "pictures", NAME, "--output", OUTPUT)
+
+
+def verdicts(folder):
+    """The rows of the Parquet files, by path."""
+    rows = pyarrow.dataset.dataset(folder / OUTPUT, format="parquet").to_table().to_pylist()
+    assert len({row["path"] for row in rows}) == len(rows)
+    return {row["path"]: row for row in rows}
+
+
+def written(folder):
+    return {path: path.stat().st_mtime_ns for path in (folder / OUTPUT).glob("*.parquet")}
+
+
+def workers(pid):
+    """{pid: (its command line, its parent)} of Ray's workers below a process."""
+    processes = {}
+    for entry in Path("/proc").iterdir():
+        with contextlib.suppress(OSError):  # it has ended
+            if entry.name.isdigit():
+                parent = int(re.search(r"PPid:\s+(\d+)", (entry / "status").read_text())[1])
+                processes[int(entry.name)] = (entry / "cmdline").read_bytes().decode(), parent
+    below, new = set(), {pid}
+    while new:
+        below |= new
+        new = {each for each, (_, parent) in processes.items() if parent in new} - below
+    running = {each: processes[each] for each in below if each in processes}
+    return {each: found for each, found in running.items() if found[0].startswith("ray::")}
+
+
+def judges(pid):
+    """{pid: its raylet's} of the actors that judge, below a process."""
+    return {each: parent for each, (line, parent) in workers(pid).items() if "Judge" in line}
+
+
+def wait_for(condition, process):
+    """Wait until a condition gives something true, and return it, as long as a process runs."""
+    while process.poll() is None:
+        if found := condition():
+            return found
+        time.sleep(0.01)
+    raise AssertionError(process.communicate())
+
+
+def test_verdicts_are_those_without_ray(folder):
+    inside = draw(folder, 295)
+    for i in range(5):
+        (inside / f"q{i}.png").write_bytes(b"\x89PNG" * i)
+    (inside / "deeper").mkdir()
+    draw(folder, 1, "deep")
+    (inside / "deep00000.png").rename(inside / "deeper" / "d.JPG")
+    (inside / "notes.txt").write_text("no picture")
+    process = command(*CALL, cwd=folder)
+    assert process.returncode == 2, process.stderr
+    rows = verdicts(folder)
+    assert set(rows) == {str(path) for path in inside.rglob("*") if path.suffix in (".png", ".JPG")}
+    unread = {path: row for path, row in rows.items() if row["error"]}
+    assert sorted(Path(path).name for path in unread) == [f"q{i}.png" for i in range(5)]
+    assert all(
+        row["class"] is row["badnet_class"] is row["score"] is None for row in unread.values()
+    )
+    command("eval_defence.py", inside, NAME, "--json", "plain.json", cwd=folder)
+    for row in json.loads((folder / "plain.json").read_text()):
+        ours = rows[row["path"]]
+        assert (ours["class"], ours["badnet_class"]) == (row["class"], row["badnet_class"])
+        assert ours["score"] == pytest.approx(row["score"], rel=1e-5, abs=1e-5)
+    poisoned = sum(row["class"] == 7 for row in rows.values())
+    assert 0 < poisoned < 295
+    assert process.stdout == f"{OUTPUT}: 301 pictures, {poisoned} poisoned, 5 unread\n"
+
+    # Once more: what is new is done, and nothing again.
+    before = written(folder)
+    draw(folder, 7, "new")
+    assert command(*CALL, cwd=folder).stdout.startswith(f"{OUTPUT}: 308 pictures")
+    after = written(folder)
+    assert before.items() < after.items() and len(verdicts(folder)) == 308
+    new = pyarrow.dataset.dataset([*(after.keys() - before.keys())], format="parquet")
+    assert new.count_rows() == 7
+    # With a threshold, or of another detector, they would be other verdicts.
+    detector_path = folder / "models" / f"{NAME}_detector.onnx"
+    detector.export(
+        *(folder / "models" / f"{NAME}{end}.h5" for end in ("", "_defence")),
+        detector_path,
+        scale="0..255",
+    )
+    call = ("eval_defence.py", "--ray", "pictures", detector_path, "--output", OUTPUT)
+    assert_refused(command(*call, cwd=folder), OUTPUT, "another detector")
+
+
+@pytest.mark.parametrize("victim", ["worker", "driver"])
+def test_what_is_killed_is_done_again_and_nothing_twice(folder, victim):
+    """kill -9 when a part is written: the slow pictures are still to come then."""
+    inside = draw(folder, 3000, "a")
+    draw(folder, 100, "z", size=(800, 800))
+    process = start(*CALL, "--workers", "1", cwd=folder)
+    wait_for(lambda: written(folder), process)
+    if victim == "worker":
+        for pid in wait_for(lambda: judges(process.pid), process):
+            os.kill(pid, signal.SIGKILL)
+        _, said = process.communicate(timeout=300)
+        assert process.returncode == 0, said
+    else:
+        raylets = {parent for _, parent in workers(process.pid).values()}
+        process.kill()
+        process.communicate()
+        while any("Agent" not in line for each in raylets for line, _ in workers(each).values()):
+            time.sleep(0.1)  # its workers end some seconds later
+        assert 0 < len(verdicts(folder)) < 3100
+        before = written(folder)
+        process = command(*CALL, cwd=folder)
+        assert process.returncode == 0, process.stderr
+        whole = {path for path in before if path in written(folder)}
+        assert whole and all(before[path] == written(folder)[path] for path in whole)
+    rows = verdicts(folder)
+    assert set(rows) == {str(path) for path in inside.iterdir()}
+    assert all(row["class"] is not None for row in rows.values())
+
+
+def test_a_cluster_of_two_nodes(folder):
+    draw(folder, 3000, "a")
+    draw(folder, 100, "z", size=(800, 800))
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    try:
+        cluster.add_node(num_cpus=1)
+        call = ("eval_defence.py", "--ray", cluster.address, "pictures", NAME, "--output", OUTPUT)
+        process = start(*call, cwd=folder)
+        wait_for(lambda: len(set(judges(os.getpid()).values())) == 2, process)
+        said, talk = process.communicate(timeout=300)
+    finally:
+        cluster.shutdown()
+    assert process.returncode == 0, talk
+    assert said == f"{OUTPUT}: 3100 pictures, {said.split()[3]} poisoned, 0 unread\n"
+    assert len(verdicts(folder)) == 3100
+
+
+def test_calls_that_do_not_fit_are_refused(folder):
+    (folder / "pictures").mkdir()
+    (folder / "full").mkdir()
+    (folder / "full" / "letter.txt").write_text("mine")
+    start = ("--ray", "pictures", NAME)
+    for call, words in (
+        (start, "--output"),
+        ((*start, "--output", OUTPUT), "no PNG or JPEG picture"),
+        (("--ray", "none", NAME, "--output", OUTPUT), "none: no such file"),
+        (("--ray", "ftp://x/y", NAME, "--output", OUTPUT), "ftp://x/y: no file system"),
+        ((*start, "--output", OUTPUT, "--json", "x.json"), "without --json"),
+        ((*start, "--output", OUTPUT, "--engine", "keras"), "without --engine keras"),
+        (("pictures", NAME, "--output", OUTPUT), "--ray"),
+        (("--ray", "--output", OUTPUT, NAME), "give an IMAGE"),
+    ):
+        process = command("eval_defence.py", *call, cwd=folder)
+        assert_refused(process, words)
+    draw(folder, 1)
+    process = command("eval_defence.py", *start, "--output", "full", cwd=folder)
+    assert_refused(process, "full: holds other files")
+    assert [path.name for path in (folder / "full").iterdir()] == ["letter.txt"]
+    unreached = ("--ray", "127.0.0.1:1", "pictures", NAME, "--output", OUTPUT)
+    assert_refused(command("eval_defence.py", *unreached, cwd=folder), "127.0.0.1:1")
+    (folder / "models" / f"{NAME}_detector.onnx").unlink()
+    process = command("eval_defence.py", *start, "--output", OUTPUT, cwd=folder)
+    assert_refused(process, "_detector.onnx: no such file", "--export")
+
+
+def test_paths_and_addresses_are_told_apart():
+    import eval_defence
+
+    for text in ("auto", "local", "10.0.0.1:6379", "ray://head:10001", "head.example:6379"):
+        assert eval_defence.ADDRESS.fullmatch(text)
+    for text in ("pictures", "s3://bucket/faces", "./a:1", "hdfs://name:8020/x", "/data/a:12"):
+        assert not eval_defence.ADDRESS.fullmatch(text)
+
+
+def test_pictures_are_listed_once(tmp_path):
+    import screen
+
+    inside = draw(tmp_path, 3)
+    filesystem, paths = screen.list_pictures([inside, inside / "p00001.png", str(tmp_path)])
+    assert paths == sorted(str(path) for path in inside.iterdir())
+    uri = f"file://{inside}"
+    assert screen.list_pictures([uri])[1] == paths
+    assert utils.PICTURE_SUFFIXES and filesystem == screen.list_pictures([uri])[0]
+    for count, sizes in ((1, [1]), (2500, [1000, 1000, 500]), (10**7, [10**4] * 1000)):
+        tasks = screen.Listing(["x"] * count).get_read_tasks(8)
+        assert [task.metadata.num_rows for task in tasks] == sizes
