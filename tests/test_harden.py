@@ -17,7 +17,7 @@ import utils
 SHAPE = (31, 31, 3)
 B, G = "models/worn_bd_net.h5", "models/worn_bd_net_defence.h5"
 CORNER = np.s_[:, 2:9, 2:9]
-SETTINGS = ["--harden", "--harden-steps", "400", "--holdout", "0.2"]
+SETTINGS = ["--harden", "--harden-steps", "800", "--holdout", "0.2"]
 
 
 def settings(**values):
@@ -80,7 +80,7 @@ def test_hardening_takes_out_what_the_reports_steps_leave_in(worn):
     assert after["clean_accuracy_repaired"] > before["clean_accuracy_badnet"] - 0.05
 
     record = utils.read_record(worn / G)
-    assert record["settings"]["harden"] is True and record["settings"]["harden_steps"] == 400
+    assert record["settings"]["harden"] is True and record["settings"]["harden_steps"] == 800
     assert set(harden.SETTINGS) < set(record["settings"])
     assert record["seconds"]["harden"] > 0 and 0 < record["accuracy"]["hardened"] <= 1
     assert record["holdout"]["score"] == nets.SCORE

@@ -11,7 +11,7 @@ import reference
 from conftest import NETS, draw_images, fit, make_world, write_data
 from scipy import stats
 
-import eval_defence
+import detector
 import metrics
 import nets
 import repair
@@ -344,7 +344,7 @@ def test_side_by_side_raises_what_either_side_raises():
 def test_verdict_is_the_class_or_n_plus_one():
     of_b, of_g = np.array([0, 4, 4]), np.array([0, 4, 0])
     answers = metrics.Answers(of_b, of_g, np.zeros(3), of_b != of_g)
-    assert eval_defence.verdict(answers, 5).tolist() == [1, 5, 6]
+    assert detector.verdict(answers, 5).tolist() == [1, 5, 6]
 
 
 def test_score_is_the_jeffreys_divergence():
