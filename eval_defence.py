@@ -175,7 +175,7 @@ def judge_on_ray(models, arguments):
         arguments.images,
         models,
         arguments.output,
-        None if arguments.ray == LOCAL else arguments.ray,
+        arguments.ray,
         arguments.workers,
         arguments.max_memory,
         arguments.fpr,

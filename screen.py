@@ -110,13 +110,13 @@ class Judge:
             return None, printable(one_line(error))
 
 
-def screen(pictures, models, output, address=None, workers=None, memory=utils.MEMORY, fpr=None):
+def screen(pictures, models, output, address, workers=None, memory=utils.MEMORY, fpr=None):
     """Judge pictures with the file of a detector, on Ray. Returns what `summary` does.
 
     pictures: folders or pictures, local or by a URI that pyarrow.fs knows (s3, gs, hdfs), all on
     one file system.  models: as detector.find_models returns them.
     output: a folder, or its URI, for the verdicts. What is in it already is not done again.
-    address: of a Ray cluster, or None to start Ray on this machine.  workers: actors, at most.
+    address: of a Ray cluster, or "local" to start Ray on this machine.  workers: actors, at most.
     memory: bytes, that a picture or the detector may take.  fpr: as for detector.terms.
     Raises InputError where there are no pictures, or `output` holds something else.
     """
@@ -213,14 +213,15 @@ def open_output(output, facts):
 def cluster(address, path):
     """A block in which Ray runs, and each worker has this code and a detector's file as FILE.
 
-    address: of a cluster, or None to start Ray on this machine.  path: of the detector's file.
+    address: as for `screen`.  path: of the detector's file.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # it would be sent over the network
     warnings.simplefilter("ignore")  # of Ray's about its own plans
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)
-    say("starting Ray" if address is None else f"connecting to Ray at {address}")
-    more = {"include_dashboard": False} if address is None else {}
-    host, _, port = (address or "").removeprefix("ray://").rpartition(":")
+    local = address == "local"
+    say("starting Ray" if local else f"connecting to Ray at {address}")
+    more = {"include_dashboard": False} if local else {}
+    host, _, port = address.removeprefix("ray://").rpartition(":")
     if host:  # Ray would wait for minutes
         try:
             socket.create_connection((host, int(port)), timeout=10).close()
@@ -233,7 +234,7 @@ def cluster(address, path):
         shutil.copy(path, Path(folder, FILE))
         try:
             ray.init(
-                address or "local",
+                address,
                 runtime_env={"working_dir": folder},
                 logging_level=logging.CRITICAL,
                 log_to_driver=False,
