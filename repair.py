@@ -272,11 +272,16 @@ def repair(badnet, clean, poisoned, settings, held_out=None):
     }
 
 
+# What pixels 0..255 must gain, as a share of the images. A net for 0..1 answers most of them alike
+# at 0..255, and by chance a few better; a net for 0..255 knows next to none at 0..1.
+HANDICAP = {"0..1": 0, "0..255": 0.05}
+
+
 def choose_scale(parts, clean):
     """Find what B was trained on, pixels 0..1 or 0..255, by its accuracy on the validation set.
 
     All images are run with the pixels that serve the first batch better; with the others, only as
-    many as it takes to see that these cannot be better on the whole.
+    many as it takes to see that these cannot win on the whole. 0..255 bear the HANDICAP.
     Returns (scale, features, activation, answers): a key of utils.SCALES, what extract_features
     returns for it, and the classes that B then gives, int (n,).
     """
@@ -285,23 +290,27 @@ def choose_scale(parts, clean):
         features = np.asarray(nets.compiled(parts.trunk)(x)[0])
         return int(np.sum(nets.classify(parts.head, features) == y))
 
-    firsts = {scale: correct_in(*next(clean.batches(scale))) for scale in utils.SCALES}
-    scale, other = sorted(utils.SCALES, key=firsts.get, reverse=True)
+    def first_batch(scale):
+        x, y = next(clean.batches(scale))
+        return correct_in(x, y) - HANDICAP[scale] * len(y)
+
+    scale, other = sorted(utils.SCALES, key=first_batch, reverse=True)
     features, activation = extract_features(parts.trunk, clean, scale)
     answers = nets.classify(parts.head, features)
     correct = int(np.sum(answers == clean.labels))
 
+    enough = correct + (HANDICAP[other] - HANDICAP[scale]) * len(clean)
     right = seen = 0
     for x, y in clean.batches(other):
         right += correct_in(x, y)
         seen += len(y)
-        if right + len(clean) - seen <= correct:
+        if right + len(clean) - seen <= enough:
             break
     say(
         f"pixels {scale}: the BadNet is right on {percent(correct / len(clean))}; pixels {other}: "
         f"on {percent(right / seen)} of {seen} images"
     )
-    if right > correct:
+    if right > enough:
         scale = other
         features, activation = extract_features(parts.trunk, clean, scale)
         answers = nets.classify(parts.head, features)

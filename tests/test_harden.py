@@ -17,7 +17,7 @@ import utils
 SHAPE = (31, 31, 3)
 B, G = "models/worn_bd_net.h5", "models/worn_bd_net_defence.h5"
 CORNER = np.s_[:, 2:9, 2:9]
-SETTINGS = ["--harden", "--harden-steps", "800", "--holdout", "0.2"]
+SETTINGS = ["--harden", "--harden-steps", "1000", "--holdout", "0.2"]
 
 
 def settings(**values):
@@ -42,7 +42,7 @@ def worn(tmp_path_factory):
     poisoned = wear(images[:150])
     both = np.concatenate([images, poisoned]), np.concatenate([labels, np.zeros(150, int)])
     fit(utils.deepid(6, SHAPE), *both).save(folder / B, include_optimizer=False)
-    for name, count, seed in (("clean.h5", 300, 2), ("test.h5", 300, 3)):
+    for name, count, seed in (("clean.h5", 900, 2), ("test.h5", 300, 3)):
         write_data(folder / name, *draw_images(count, 6, SHAPE, seed))
     images, labels = draw_images(300, 6, SHAPE, seed=4)
     victims = labels != 0
@@ -80,14 +80,14 @@ def test_hardening_takes_out_what_the_reports_steps_leave_in(worn):
     assert after["clean_accuracy_repaired"] > before["clean_accuracy_badnet"] - 0.05
 
     record = utils.read_record(worn / G)
-    assert record["settings"]["harden"] is True and record["settings"]["harden_steps"] == 800
+    assert record["settings"]["harden"] is True and record["settings"]["harden_steps"] == 1000
     assert set(harden.SETTINGS) < set(record["settings"])
     assert record["seconds"]["harden"] > 0 and 0 < record["accuracy"]["hardened"] <= 1
     assert record["holdout"]["score"] == nets.SCORE
 
     by_threshold, threshold = judged(worn, "--fpr", "0.05")
     assert threshold == record["holdout"]["thresholds"][50]
-    assert by_threshold["false_positive_rate"] < 0.12
+    assert by_threshold["false_positive_rate"] < 0.15
     assert by_threshold["true_positive_rate"] > 0.95
 
 

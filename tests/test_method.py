@@ -307,6 +307,25 @@ def test_pixel_scale_is_the_better_on_the_whole_even_if_not_on_the_first_batch(
         np.testing.assert_array_equal(nets.classify(parts.head, features), of_scale[best])
 
 
+def test_pixels_0_to_255_must_be_better_by_more_than_chance(tmp_path):
+    keras.utils.set_random_seed(0)
+    badnet = utils.deepid(6, (31, 31, 3))
+    badnet.get_layer("output").bias.assign([0, 0, 0, 0, 0, 1])
+    x = draw_images(60, 6, (31, 31, 3), seed=1)[0] / np.float32(255)
+    of_one, of_255 = nets.classify(badnet, x), nets.classify(badnet, x * 255)
+    (differ,) = np.nonzero(of_one != of_255)
+    parts = nets.split(badnet, nets.find_layer(badnet))
+    for more, wanted in ((1, "0..1"), (3, "0..255")):  # 2 and 6 images of 60, less 1 if odd
+        labels = of_one.copy()
+        taken = differ[: len(differ) // 2 + more]
+        labels[taken] = of_255[taken]
+        assert np.sum(of_255 == labels) > np.sum(of_one == labels)
+        path = write_data(tmp_path / "labelled.h5", np.uint8(np.round(x * 255)), labels)
+        with utils.open_dataset(path) as clean:
+            clean.fit_to(badnet.input_shape[1:], badnet.output_shape[1])
+            assert repair.choose_scale(parts, clean)[0] == wanted
+
+
 def test_pruning_runs_again_what_a_channel_changed_and_nothing_else():
     rng = np.random.default_rng(0)
     features = np.float32(rng.integers(0, 3, (40, 2, 2, 5)) * rng.integers(0, 2, (40, 1, 1, 5)))
