@@ -350,7 +350,7 @@ def skip_to(layer, parts, features):
     return rest, np.concatenate(list(outputs(before, features)))
 
 
-def detector(badnet, repaired, layer_name=None):
+def both(badnet, repaired, layer_name=None):
     """B and G as one model: scaled images (n, height, width, channels) → both nets' scores, (n, N).
 
     Where G's trunk is B's with channels pruned, the trunk runs once for both.
@@ -377,7 +377,7 @@ def judge(badnet, repaired, scale, layer_name=None):
 
     That is a dict of "badnet_class" and "repaired_class", int32 (n,), 1..N, 0 where the net gave
     NaN, and "score", float32 (n,), as `suspicion` gives it.
-    scale: a key of SCALES.  layer_name: as for `detector`.
+    scale: a key of SCALES.  layer_name: as for `both`.
     """
     keras = import_keras()
     import tensorflow as tf
@@ -393,7 +393,7 @@ def judge(badnet, repaired, scale, layer_name=None):
 
     images = keras.Input(badnet.input_shape[1:], name="images")
     scaled = keras.layers.Lambda(lambda x: x / SCALES[scale], name="scaled")(images)
-    scores = detector(badnet, repaired, layer_name)(scaled)
+    scores = both(badnet, repaired, layer_name)(scaled)
     return keras.Model(images, keras.layers.Lambda(answer, name="answers")(scores))
 
 

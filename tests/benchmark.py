@@ -29,6 +29,7 @@ from pathlib import Path
 
 import h5py
 import numpy as np
+import psutil
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -178,7 +179,7 @@ def measure_with_children(command, cwd):
     Memory that processes share counts once, as Linux divides it among them.
     """
     start = time.monotonic()
-    process = subprocess.Popen(
+    process = psutil.Popen(
         [sys.executable, *map(str, command)],
         cwd=cwd,
         stdout=subprocess.DEVNULL,
@@ -186,29 +187,16 @@ def measure_with_children(command, cwd):
     )
     peak = 0
     while process.poll() is None:
-        peak = max(peak, sum(map(share_of_memory, [process.pid, *below(process.pid)])))
+        now = 0
+        with contextlib.suppress(psutil.NoSuchProcess):  # it has ended
+            for each in (process, *process.children(recursive=True)):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    now += each.memory_full_info().pss
+        peak = max(peak, now)
         time.sleep(0.2)
     if process.returncode:
         sys.exit(f"{' '.join(map(str, command))}: failed")
-    return time.monotonic() - start, peak / 1024
-
-
-def below(pid):
-    """The processes that a process started, and those that they did."""
-    try:
-        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    except OSError:
-        return []
-    return [each for child in map(int, children) for each in (child, *below(child))]
-
-
-def share_of_memory(pid):
-    """KB."""
-    try:
-        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
-    except OSError:  # it has ended
-        return 0
-    return next((int(line.split()[1]) for line in lines if line.startswith("Pss:")), 0)
+    return time.monotonic() - start, peak / 2**20
 
 
 def fastest(repeat, *commands, cwd=ROOT):
@@ -453,25 +441,17 @@ def compare_engines(folder, people, repeat):
     for images in (people, people * TEST):
         part = folder / f"{images}.h5"
         in_another_process(_repeat_images, test, part, images)
-        tables = [folder / f"{each}.{end}" for each in engines for end in ("json", "csv")]
+        figures, answers = (
+            [folder / f"{each}.{end}" for each in engines] for end in ("json", "csv")
+        )
         calls = [
-            [
-                judge,
-                part,
-                model,
-                "--engine",
-                each,
-                "--json",
-                tables[2 * i],
-                "--csv",
-                tables[2 * i + 1],
-            ]
-            for i, each in enumerate(engines)
+            [judge, part, model, "--engine", engine, "--json", of_all, "--csv", of_each]
+            for engine, of_all, of_each in zip(engines, figures, answers)
         ]
         runs = fastest(repeat, *calls, cwd=folder)
-        judging = [json.loads(path.read_text())["clean"]["seconds"] for path in tables[::2]]
+        judging = [json.loads(path.read_text())["clean"]["seconds"] for path in figures]
         compare(f"a data set of {images} images", *runs, [images / each for each in judging])
-        rows = [np.genfromtxt(path, delimiter=",", names=True) for path in tables[1::2]]
+        rows = [np.genfromtxt(path, delimiter=",", names=True) for path in answers]
         apart = sum(np.sum(rows[0][name] != rows[1][name]) for name in ("badnet_class", "verdict"))
         error = np.abs(rows[0]["score"] - rows[1]["score"]) / np.maximum(1, rows[0]["score"])
         print(f"classes and verdicts that differ: {apart}; scores by at most {error.max():.1e}\n")

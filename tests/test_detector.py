@@ -406,7 +406,6 @@ def two_inputs(model):
 
 def floats_in(model):
     model.graph.input[0].type.tensor_type.elem_type = onnx.TensorProto.FLOAT
-    del model.graph.node[:]
 
 
 def open_size(model):
@@ -444,9 +443,9 @@ HOSTILE = {
     "tile bomb": (tile_bomb, "largest output of an operator would take"),
     "unknown size": (unknown_size, "cannot be told"),
     "two inputs": (two_inputs, "takes 2 inputs"),
-    "floats in": (floats_in, "damaged or of another format"),
-    "open size": (open_size, "no detector"),
-    "no score": (no_score, "no detector"),
+    "floats in": (floats_in, "its input is not pictures"),
+    "open size": (open_size, "its input is not pictures"),
+    "no score": (no_score, "its outputs are not"),
     "cycle": (cycle, "damaged or of another format"),
     "no metadata": (no_metadata, "metadata are damaged"),
     "no class": (metadata("classes", "1"), "metadata are damaged"),

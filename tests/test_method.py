@@ -285,45 +285,51 @@ def test_nets_of_other_precision_are_trained(dtype):
     assert [train_epoch(x, y) for _ in range(9)][-1] < 0.5
 
 
-def test_pixel_scale_is_the_better_on_the_whole_even_if_not_on_the_first_batch(
-    tmp_path, monkeypatch
-):
+def choosing_a_scale(folder):
+    """A net that answers otherwise at each scale, and 60 images.
+
+    Returns (labels of them → what repair.choose_scale returns, the net's head; and the net's
+    answers at each scale).
+    """
     keras.utils.set_random_seed(0)
     badnet = utils.deepid(6, (31, 31, 3))
     badnet.get_layer("output").bias.assign([0, 0, 0, 0, 0, 1])  # outweighs pixels 0..1 alone
-    x = draw_images(60, 6, (31, 31, 3), seed=1)[0] / np.float32(255)
-    of_scale = {"0..1": nets.classify(badnet, x), "0..255": nets.classify(badnet, x * 255)}
-    monkeypatch.setattr(utils, "BATCH_VALUES", 20 * x[0].size)
+    parts = nets.split(badnet, nets.find_layer(badnet))
+    images = draw_images(60, 6, (31, 31, 3), seed=1)[0]
+
+    def choose(labels):
+        with utils.open_dataset(write_data(folder / "labelled.h5", images, labels)) as clean:
+            clean.fit_to(badnet.input_shape[1:], badnet.output_shape[1])
+            return repair.choose_scale(parts, clean), parts.head
+
+    x = images / np.float32(255)
+    return choose, {"0..1": nets.classify(badnet, x), "0..255": nets.classify(badnet, x * 255)}
+
+
+def test_pixel_scale_is_the_better_on_the_whole_even_if_not_on_the_first_batch(
+    tmp_path, monkeypatch
+):
+    choose, of_scale = choosing_a_scale(tmp_path)
+    monkeypatch.setattr(utils, "BATCH_VALUES", 20 * 31 * 31 * 3)
     assert np.any(of_scale["0..1"][:20] != of_scale["0..255"][:20])
     for best, first in (("0..1", "0..255"), ("0..255", "0..1"), ("0..1", "0..1")):
         labels = np.concatenate([of_scale[first][:20], of_scale[best][20:]])
-        path = write_data(tmp_path / "labelled.h5", np.uint8(np.round(x * 255)), labels)
-        with utils.open_dataset(path) as clean:
-            clean.fit_to(badnet.input_shape[1:], badnet.output_shape[1])
-            parts = nets.split(badnet, nets.find_layer(badnet))
-            scale, features, _, answers = repair.choose_scale(parts, clean)
+        (scale, features, _, answers), head = choose(labels)
         assert scale == best
         np.testing.assert_array_equal(answers, of_scale[best])
-        np.testing.assert_array_equal(nets.classify(parts.head, features), of_scale[best])
+        np.testing.assert_array_equal(nets.classify(head, features), of_scale[best])
 
 
 def test_pixels_0_to_255_must_be_better_by_more_than_chance(tmp_path):
-    keras.utils.set_random_seed(0)
-    badnet = utils.deepid(6, (31, 31, 3))
-    badnet.get_layer("output").bias.assign([0, 0, 0, 0, 0, 1])
-    x = draw_images(60, 6, (31, 31, 3), seed=1)[0] / np.float32(255)
-    of_one, of_255 = nets.classify(badnet, x), nets.classify(badnet, x * 255)
+    choose, of_scale = choosing_a_scale(tmp_path)
+    of_one, of_255 = of_scale.values()
     (differ,) = np.nonzero(of_one != of_255)
-    parts = nets.split(badnet, nets.find_layer(badnet))
     for more, wanted in ((1, "0..1"), (3, "0..255")):  # 2 and 6 images of 60, less 1 if odd
         labels = of_one.copy()
         taken = differ[: len(differ) // 2 + more]
         labels[taken] = of_255[taken]
         assert np.sum(of_255 == labels) > np.sum(of_one == labels)
-        path = write_data(tmp_path / "labelled.h5", np.uint8(np.round(x * 255)), labels)
-        with utils.open_dataset(path) as clean:
-            clean.fit_to(badnet.input_shape[1:], badnet.output_shape[1])
-            assert repair.choose_scale(parts, clean)[0] == wanted
+        assert choose(labels)[0][0] == wanted
 
 
 def test_pruning_runs_again_what_a_channel_changed_and_nothing_else():
@@ -448,7 +454,7 @@ def test_detector_equals_both_nets_and_shares_the_trunk_only_where_it_may(world)
     of_b, of_g = (nets.split(net, nets.find_layer(net)) for net in (badnet, repaired))
     assert nets.pruned_channels(of_b, of_g).tolist() == sorted(record["pruned"])
     for _ in range(2):
-        for ours, net in zip(nets.detector(badnet, repaired)(x), (badnet, repaired)):
+        for ours, net in zip(nets.both(badnet, repaired)(x), (badnet, repaired)):
             np.testing.assert_allclose(ours, net(x), atol=1e-6)
         # Again, with a G whose trunk is its own.
         first = repaired.layers[1]
@@ -471,11 +477,11 @@ def test_names_of_layers_do_not_collide_with_ours(tmp_path):
     keras.utils.clear_session()
     badnet, repaired = (utils.load_badnet(tmp_path / "net.h5") for _ in range(2))
     x = np.random.default_rng(0).random((5, 9, 9, 3), np.float32)
-    for ours in nets.detector(badnet, repaired)(x):
+    for ours in nets.both(badnet, repaired)(x):
         np.testing.assert_allclose(ours, badnet(x), atol=1e-6)
     repaired.layers[-1].set_weights([v * 2 for v in repaired.layers[-1].get_weights()])
     repaired.get_layer("conv").bias.assign(np.ones(4))  # a trunk of its own
-    np.testing.assert_allclose(nets.detector(badnet, repaired)(x)[1], repaired(x), atol=1e-6)
+    np.testing.assert_allclose(nets.both(badnet, repaired)(x)[1], repaired(x), atol=1e-6)
 
 
 def test_detector_of_nets_that_cannot_be_split():
@@ -487,7 +493,7 @@ def test_detector_of_nets_that_cannot_be_split():
     with pytest.raises(nets.UnfitNet):
         nets.find_layer(net)
     x = np.random.default_rng(0).random((5, 8, 8, 3), np.float32)
-    for ours in nets.detector(net, net)(x):
+    for ours in nets.both(net, net)(x):
         np.testing.assert_allclose(ours, net(x), atol=1e-6)
 
 
@@ -499,5 +505,5 @@ def test_detector_of_nets_of_different_structure():
         epochs=1,
     )
     x = np.random.default_rng(0).random((5, 12, 12, 3), np.float32)
-    for ours, net in zip(nets.detector(badnet, repaired)(x), (badnet, repaired)):
+    for ours, net in zip(nets.both(badnet, repaired)(x), (badnet, repaired)):
         np.testing.assert_allclose(ours, net(x), atol=1e-6)
