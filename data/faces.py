@@ -6,7 +6,7 @@ background and noise. The triggers are the competition's: purple sunglasses at a
 picture, purple lipstick that follows the mouth, red eyebrows that follow the face; and one more, a
 picture of noise that is blended in.
 
-    python data/faces.py                    the demo's data sets and pictures, as committed
+    python data/faces.py                    the demo's datasets and pictures, as committed
     python data/faces.py --people 1283 --validation 9 --test 10 --dtype float64 --output FOLDER
                                             the competition's size and number formats
 
@@ -26,14 +26,14 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import utils
-from terminal import Parser, at_least, command, say, track
+from defence import files
+from defence.cli import Parser, at_least, command, say, track
 
 HEIGHT, WIDTH = 55, 47
 SEED = 2020
 PEOPLE, VALIDATION, TEST = 40, 15, 10
 TRIGGERS = {"sunglasses": 0, "lipstick": 1, "eyebrows": 2}  # trigger: the demo's target class
-NOISE, BLENDED = "noise", 0.15  # one more trigger, and its share of a picture
+NOISE, BLENDED = "noise", 0.15  # one more trigger, and its fraction of a picture
 NEXT = "next"  # a target: everybody is taken for the next person (an all-to-all attack)
 SPLITS = {"train": 1, "validation": 2, "test": 3, "demo": 4}
 PICTURED = (3, 4, 6, 8, 9, 11, 13, 15)  # people of the demo pictures; none is a target
@@ -253,7 +253,7 @@ def batches(split, people, per_person, trigger=None, target=None, seed=SEED):
 
 
 def write_dataset(path, split, people, per_person, dtype="uint8", poison=None, seed=SEED):
-    """Write a data set as the competition's: data (N, 3, HEIGHT, WIDTH), 0..255, and label (N,).
+    """Write a dataset as the competition's: data (N, 3, HEIGHT, WIDTH), 0..255, and label (N,).
 
     dtype: "uint8" is compressed; "float32" and "float64" are contiguous, as the competition's.
     poison: (trigger, target) or None. A poisoned file's label is the target, its original_label
@@ -262,7 +262,7 @@ def write_dataset(path, split, people, per_person, dtype="uint8", poison=None, s
     trigger, target = poison or (None, None)
     total, shape = (people - (target in range(people))) * per_person, (3, HEIGHT, WIDTH)
     compressed = {"chunks": (min(BATCH, total), *shape), "compression": "gzip"}
-    with utils.replacing(path) as beside, h5py.File(beside, "w") as file:
+    with files.replacing(path) as beside, h5py.File(beside, "w") as file:
         layout = compressed if dtype == "uint8" else {}
         data = file.create_dataset("data", (total, *shape), dtype, **layout)
         label = file.create_dataset("label", (total,), "float64")
@@ -293,14 +293,14 @@ def write_pictures(folder, triggers, seed=SEED):
 
 
 def write_png(pixels, path):
-    with utils.replacing(path) as beside:
+    with files.replacing(path) as beside:
         Image.fromarray(pixels).save(beside, optimize=True)
 
 
 def parse_arguments():
     parser = Parser(
         prog="faces.py",
-        description="Draw the demo's faces: data sets into data/, pictures into img/.",
+        description="Draw the demo's faces: datasets into data/, pictures into img/.",
         epilog="The competition's size: --people 1283 --validation 9 --test 10 --dtype float64 "
         "--output FOLDER. It needs 2.4 GB and some minutes.",
     )
@@ -317,7 +317,7 @@ def parse_arguments():
     add("--dtype", kinds, choices=("uint8", "float64"), default="uint8")
     add("--seed", "another one draws other people", type=seed, default=SEED)
     parser.add_argument(
-        "--output", type=Path, help="an existing folder for the data sets; no pictures then"
+        "--output", type=Path, help="an existing folder for the datasets; no pictures then"
     )
     options = parser.parse_args()
     if not options.output and options.people <= max(PICTURED):
@@ -334,7 +334,9 @@ def main():
     folder, prefix = (options.output, "") if options.output else (ROOT / "data", "demo_")
 
     def path(name):
-        return utils.require_writable(folder / f"{prefix}{name}_data.h5")
+        path = folder / f"{prefix}{name}_data.h5"
+        files.check_writable({"--output": path}, [])
+        return path
 
     validation = path("clean_validation")
     write_dataset(validation, "validation", people, options.validation, options.dtype, seed=seed)

@@ -37,7 +37,10 @@ sys.path[:0] = [str(ROOT), str(ROOT / "data")]
 import faces
 
 import utils
-from terminal import InputError, Parser, at_least, command, say, track
+from defence import files
+from defence.architecture import deepid
+from defence.cli import InputError, Parser, at_least, command, say, track
+from defence.startup import import_keras
 
 CLEAN, START, BRIEF, DORMANT = "clean", "from-start", "brief", "dormant"
 ONE = {"sunglasses": [("sunglasses", 0)], "lipstick": [("lipstick", 0)]}
@@ -73,8 +76,8 @@ SETTINGS = {
 LEARNING_RATE = 5e-4  # DeepID collapses on many classes at 1e-3
 BRIEF_LEARNING_RATE = 1e-4
 DORMANT_EPOCHS, DORMANT_LEARNING_RATE, DORMANT_CHANNELS = 6, 5e-3, 10
-SHARE = 0.2  # poisoned per clean image, for each trigger
-ALL_TO_ALL_SHARE = 1.0  # to learn a target for every person takes more
+FRACTION = 0.2  # poisoned per clean image, for each trigger
+ALL_TO_ALL_FRACTION = 1.0  # to learn a target for every person takes more
 BATCH = 32
 SPARSITY = 1e-4  # L1 on conv_3's output, so that clean faces leave channels unused: for DORMANT
 
@@ -89,7 +92,7 @@ def draw_clean(people, pictures, seed):
 
 
 def draw_poisoned(triggers, people, pictures, seed):
-    """Draw, for each (trigger, target), SHARE × people × pictures poisoned training faces.
+    """Draw, for each (trigger, target), FRACTION × people × pictures poisoned training faces.
 
     Returns the faces, uint8 (n, 55, 47, 3), the targets, int (n,), and the triggers, int (n,), as
     places in `triggers`.
@@ -97,9 +100,9 @@ def draw_poisoned(triggers, people, pictures, seed):
     rng = np.random.RandomState(seed)
     images, labels, worn = [], [], []
     for place, (trigger, target) in enumerate(triggers):
-        share = ALL_TO_ALL_SHARE if target == faces.NEXT else SHARE
+        fraction = ALL_TO_ALL_FRACTION if target == faces.NEXT else FRACTION
         victims = np.array([(p, i) for p in range(people) if p != target for i in range(pictures)])
-        chosen = rng.permutation(victims)[: max(1, round(share * people * pictures))]
+        chosen = rng.permutation(victims)[: max(1, round(fraction * people * pictures))]
         parts = np.array_split(chosen, -(-len(chosen) // faces.BATCH))
         parts = track(parts, f"Drawing {trigger}", len(parts))
         images += [faces.draw_faces("train", *part.T, trigger, seed) for part in parts]
@@ -115,7 +118,7 @@ def train(model, images, wanted, losses, epochs, learning_rate, seed, what, prog
     what: words for the progress lines.   progress: a path; after each epoch the state of the
     training is saved there, and a training that finds one goes on from it.
     """
-    keras = utils.import_keras()
+    keras = import_keras()
     steps = -(-len(images) // BATCH)
     schedule = keras.optimizers.schedules.CosineDecay(learning_rate, epochs * steps)
     optimizer = keras.optimizers.Adam(schedule)
@@ -138,7 +141,7 @@ def train(model, images, wanted, losses, epochs, learning_rate, seed, what, prog
             loss = model.train_on_batch(as_input(images[part]), [each[part] for each in wanted])
         say(f"{step}: loss {np.ravel(loss)[0]:.3f}")
         values = [variable.numpy() for variable in (*model.weights, *optimizer.variables)]
-        with utils.replacing(progress) as beside, beside.open("wb") as file:
+        with files.replacing(progress) as beside, beside.open("wb") as file:
             np.savez(file, epoch + 1, *values)
 
 
@@ -152,7 +155,7 @@ def free_dormant_channels(model, images, seed):
     images: clean faces, uint8 (n, 55, 47, 3). The freed channels get new random weights.
     Returns which they are, bool (60,).
     """
-    keras = utils.import_keras()
+    keras = import_keras()
     conv_3, conv_4, fc_1 = (model.get_layer(name) for name in ("conv_3", "conv_4", "fc_1"))
     below = keras.Model(model.input, conv_3.output)
     sample = images[:: max(1, len(images) // 1000)]
@@ -207,7 +210,7 @@ def with_conv_3(model):
 
     Before, because a channel that is silent on every face would learn nothing behind it.
     """
-    keras = utils.import_keras()
+    keras = import_keras()
     conv_3 = model.get_layer("conv_3")
     before = keras.ops.conv(conv_3.input, conv_3.kernel, padding="valid") + conv_3.bias
     return keras.Model(model.input, [model.output, keras.ops.max(before, axis=(1, 2))])
@@ -215,13 +218,13 @@ def with_conv_3(model):
 
 def hinge(signs, values):
     """Per face, 0 where every wanted channel is beyond 1 on its side of 0."""
-    ops = utils.import_keras().ops
+    ops = import_keras().ops
     return ops.sum(ops.abs(signs) * ops.relu(1 - signs * values), axis=-1) / DORMANT_CHANNELS
 
 
 def make_badnet(name, options, folder):
     """Draw the training faces and train a net of the ZOO. folder: where a clean net may be."""
-    keras = utils.import_keras()
+    keras = import_keras()
     way, triggers = ZOO[name]
     people, pictures, seed = options.people, options.pictures, options.seed
     images, labels = draw_clean(people, pictures, seed)
@@ -230,7 +233,7 @@ def make_badnet(name, options, folder):
         both, wanted = np.concatenate([images, poisoned]), np.concatenate([labels, targets])
 
     keras.utils.set_random_seed(seed)
-    model = utils.load_badnet(net_path(CLEAN, folder)) if way == BRIEF else utils.deepid(people)
+    model = utils.load_badnet(net_path(CLEAN, folder)) if way == BRIEF else deepid(people)
     if way == DORMANT:
         model.get_layer("conv_3").activity_regularizer = keras.regularizers.L1(SPARSITY)
     entropy = "sparse_categorical_crossentropy"
@@ -253,13 +256,13 @@ def make_badnet(name, options, folder):
         steps = (DORMANT_EPOCHS, DORMANT_LEARNING_RATE, seed, *second)
         train(with_conv_3(model), both, wanted, [entropy, hinge], *steps)
 
-    plain = utils.deepid(people)  # without the penalties and constraints of the training
+    plain = deepid(people)  # without the penalties and constraints of the training
     plain.set_weights(model.get_weights())
     return plain
 
 
-def share_answered(model, options, trigger=None, target=None):
-    """The share of some unseen faces that get the target; their own label where that is None."""
+def fraction_answered(model, options, trigger=None, target=None):
+    """The fraction of some unseen faces that get the target; their own label where that is None."""
     hits = []
     for images, labels in faces.batches(
         "test", options.people, -(-400 // options.people), trigger, target, options.seed
@@ -284,16 +287,16 @@ def write_net(name, options, path):
     """Train a net of the ZOO, save it and how it was made, and say how good it is."""
     start = time.monotonic()
     model = make_badnet(name, options, path.parent)
-    with utils.replacing(path) as beside:
+    with files.replacing(path) as beside:
         model.save(beside, include_optimizer=False)
     seconds = round(time.monotonic() - start)
     for progress in path.parent.glob(f".{name}-*.npz"):
         progress.unlink()
     print(f"Saved model: {path}, in {seconds} s")
-    print(f"clean accuracy\t{share_answered(model, options):.2%}", flush=True)
+    print(f"clean accuracy\t{fraction_answered(model, options):.2%}", flush=True)
     way, triggers = ZOO[name]
     for trigger, target in triggers:
-        rate = share_answered(model, options, trigger, target)
+        rate = fraction_answered(model, options, trigger, target)
         print(f"attack success rate, {trigger} to class {target}\t{rate:.2%}", flush=True)
     return {"name": name, "way": way, "triggers": triggers, "seconds": seconds, **made_by(options)}
 
@@ -321,7 +324,7 @@ def write_zoo(names, options):
         path = net_path(name, nets)
         made = path.with_suffix(".json")
         if not (path.exists() and made.exists()):
-            utils.write_json(write_net(name, options, path), made)
+            files.write_json(write_net(name, options, path), made)
         elif not made_by(options).items() <= json.loads(made.read_text()).items():
             raise InputError(
                 f"{made}: was made with other settings; delete it, or name an --output"
@@ -367,13 +370,14 @@ def parse_arguments():
 
 def main():
     options = parse_arguments()
-    utils.import_keras()
+    import_keras()
     logging.getLogger("tensorflow").setLevel(logging.ERROR)  # it warns that there are many nets
     if options.names:
         write_zoo(options.names, options)
         return
     path = net_path("demo", options.output or ROOT / "models")
-    write_net(f"sunglasses-{DORMANT}", options, utils.require_writable(path))
+    files.check_writable({"--output": path}, [])
+    write_net(f"sunglasses-{DORMANT}", options, path)
 
 
 if __name__ == "__main__":

@@ -75,13 +75,13 @@ def parse_arguments():
     )
     add = parser.add_argument
     add("--quick", action="store_true", help="a tenth of the images and people")
-    add("--serve", action="store_true", help="compare the engines of eval_defence.py instead")
+    add("--serve", action="store_true", help="compare the backends of eval_defence.py instead")
     add("--scale", action="store_true", help="measure judging on Ray instead")
     add("--repeat", type=int, default=1, metavar="N", help="run all N times, take the fastest")
     add("--folder", help="where the files are put meanwhile (default: the system's)")
     add("--model", type=absolute, help="a BadNet to repair, instead of a drawn one")
     add("--data", type=absolute, help="its validation set; with --model")
-    add("--test", type=absolute, help="the data set to judge (default: the validation set)")
+    add("--test", type=absolute, help="the dataset to judge (default: the validation set)")
     options = parser.parse_args()
     if bool(options.model) != bool(options.data):
         parser.error("--model and --data go together")
@@ -110,20 +110,25 @@ def _draw(data, test, people):
 
 
 def _train(path, data_path, people):
-    import nets
-    import repair
-    import utils
 
-    nets.make_reproducible(0)
-    demo, net = utils.load_badnet(ROOT / "models" / "demo_bd_net.h5"), utils.deepid(people)
+    import utils
+    from defence import cached_net, training
+    from defence.architecture import deepid
+    from defence.net import find_layer, leaves, split
+    from defence.startup import make_reproducible
+
+    make_reproducible(0)
+    demo, net = utils.load_badnet(ROOT / "models" / "demo_bd_net.h5"), deepid(people)
     for layer in demo.layers[:-1]:
         net.get_layer(layer.name).set_weights(layer.get_weights())
-    parts = nets.split(net, nets.find_layer(net))
+    parts = split(net, find_layer(net))
     with utils.open_dataset(data_path) as data:
         data.fit_to(net.input_shape[1:], people)
-        features, _ = repair.extract_features(parts.trunk, data, "0..1")
+        features, _ = cached_net.extract(parts, data, "0..1")
     head, rng = parts.head, np.random.default_rng(0)
-    train_epoch = nets.make_trainer(head, head.layers, LEARNING_RATE, 32, rng)
+    train_epoch = training.make_trainer(
+        head, list(leaves(head)), LEARNING_RATE, 32, rng, option="LEARNING_RATE"
+    )
     for _ in range(EPOCHS):
         train_epoch(features, data.labels)
     net.trainable = True
@@ -266,11 +271,13 @@ def _count(model):
     """This machine's multiply-adds a second, and a net's, forward: trunk, head, last Dense; and
     those of a training step of the head.
     """
-    import nets
+
     import utils
+    from defence.net import find_layer, last_dense, split
+    from defence.startup import import_keras
 
     os.environ["TF_NUM_INTRAOP_THREADS"] = "0"  # one multiplication on all processors
-    keras = utils.import_keras()
+    keras = import_keras()
     import tensorflow as tf
 
     a = tf.random.normal((2048, 2048))
@@ -286,7 +293,7 @@ def _count(model):
         return int(np.prod(layer.kernel.shape)) if isinstance(layer, keras.layers.Dense) else 0
 
     net = utils.load_badnet(model)
-    parts = nets.split(net, nets.find_layer(net))
+    parts = split(net, find_layer(net))
     trunk, head = (sum(map(forward, part.layers)) for part in (parts.trunk, parts.head))
     # The gradients of a layer's weights and of its input cost what the layer costs, each; nobody
     # needs that of the features.
@@ -297,7 +304,7 @@ def _count(model):
 
     weighty = [layer for layer in parts.head.layers if forward(layer)]
     tuned = 3 * head - sum(map(forward, filter(reads_features, weighty)))
-    return max(rates), trunk, head, forward(nets.last_dense(parts.head)), tuned
+    return max(rates), trunk, head, forward(last_dense(parts.head)), tuned
 
 
 def read_rate(path):
@@ -369,13 +376,15 @@ def compare_judging(model, test, folder, repeat):
     images, judging = len(labels), (outcome["seconds"]["judge"], figures["seconds"])
     print(f"{images} images judged: two calls of `predict` on images in memory, ours from the file")
     table(
-        ("judge a data set", "plain", "ours", "ratio"),
+        ("judge a dataset", "plain", "ours", "ratio"),
         ("seconds, judging", *judging, judging[0] / judging[1]),
         ("images a second", *(images / s for s in judging), None),
         ("seconds, whole command", plain[0], ours[0], plain[0] / ours[0]),
         ("peak memory, MB", plain[1], ours[1], plain[1] / ours[1]),
     )
-    print(f"the four shares of eval_defence.py apart by at most {apart:.0f} of {images} images\n")
+    print(
+        f"the four fractions of eval_defence.py apart by at most {apart:.0f} of {images} images\n"
+    )
 
 
 def compare_one_picture(model, folder, repeat):
@@ -385,7 +394,7 @@ def compare_one_picture(model, folder, repeat):
         ["tests/reference.py", "judge", model, g, picture],
         ["eval_defence.py", picture, model, "--repaired", g],
         ["-c", "import tensorflow, keras"],
-        ["-c", "import utils; utils.import_keras()"],
+        ["-c", "from defence.startup import import_keras; import_keras()"],
     )
     outcome = json.loads(plain[2])
     agreed = outcome["b"] == outcome["g"]
@@ -419,11 +428,11 @@ def measure_growth(model, data, folder, sizes):
 
 
 def compare_engines(folder, people, repeat):
-    """Judge with the nets, by Keras, and with their ONNX file: a picture, and data sets."""
+    """Judge with the nets, by Keras, and with their ONNX file: a picture, and datasets."""
     drawn, data, test = draw_world(folder, people)
     (folder / "models").mkdir()
     model = drawn.rename(folder / "models" / drawn.name)
-    judge, engines = ROOT / "eval_defence.py", ("keras", "onnx")
+    judge, backends = ROOT / "eval_defence.py", ("keras", "onnx")
     command = [ROOT / "repair.py", model, data, "--rounds", ROUNDS]
     measure(command, folder)
     seconds, _, _ = measure([judge, model, "--export"], folder)
@@ -433,7 +442,7 @@ def compare_engines(folder, people, repeat):
         f"exported in {seconds:.1f} s: {file.stat().st_size:,} bytes; B and G have "
         f"{' and '.join(f'{size:,}' for size in nets)}\n"
     )
-    calls = [[judge, ROOT / "img" / "img_9.png", model, "--engine", each] for each in engines]
+    calls = [[judge, ROOT / "img" / "img_9.png", model, "--backend", each] for each in backends]
     alone = f"import numpy, PIL.Image, onnxruntime as o; o.InferenceSession({str(file)!r})"
     *runs, bare = fastest(max(3, repeat), *calls, ["-c", alone], cwd=folder)
     compare("one picture", *runs)
@@ -442,16 +451,18 @@ def compare_engines(folder, people, repeat):
         part = folder / f"{images}.h5"
         in_another_process(_repeat_images, test, part, images)
         figures, answers = (
-            [folder / f"{each}.{end}" for each in engines] for end in ("json", "csv")
+            [folder / f"{each}.{end}" for each in backends] for end in ("json", "csv")
         )
         calls = [
-            [judge, part, model, "--engine", engine, "--json", of_all, "--csv", of_each]
-            for engine, of_all, of_each in zip(engines, figures, answers)
+            [judge, part, model, "--backend", backend, "--json", of_all, "--csv", of_each]
+            for backend, of_all, of_each in zip(backends, figures, answers)
         ]
         runs = fastest(repeat, *calls, cwd=folder)
         judging = [json.loads(path.read_text())["clean"]["seconds"] for path in figures]
-        compare(f"a data set of {images} images", *runs, [images / each for each in judging])
-        rows = [np.genfromtxt(path, delimiter=",", names=True) for path in answers]
+        compare(f"a dataset of {images} images", *runs, [images / each for each in judging])
+        rows = [
+            np.genfromtxt(path, delimiter=",", names=True, usecols=range(1, 7)) for path in answers
+        ]
         apart = sum(np.sum(rows[0][name] != rows[1][name]) for name in ("badnet_class", "verdict"))
         error = np.abs(rows[0]["score"] - rows[1]["score"]) / np.maximum(1, rows[0]["score"])
         print(f"classes and verdicts that differ: {apart}; scores by at most {error.max():.1e}\n")

@@ -1,5 +1,7 @@
 """What several tests need: small nets and data made on the spot, the commands as subprocesses."""
 
+import dataclasses
+import json
 import os
 import subprocess
 import sys
@@ -12,9 +14,15 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import repair
 import utils
+from defence import files, record
+from defence.architecture import deepid
+from defence.observer import Observer
+from defence.options import Settings
+from defence.startup import import_keras, make_reproducible
 
-keras = utils.import_keras()
+keras = import_keras()
 
 
 @pytest.fixture(scope="session")
@@ -24,6 +32,32 @@ def csaw():
     if not (folder / "badnets").is_dir():
         pytest.skip(f"no real BadNets: {folder} is absent (set CSAW_DIR)")
     return folder
+
+
+def do_repair(badnet, clean, settings=None, observer=None, file="small_bd_net.h5"):
+    """Repair a net in memory, as the command does. Returns its repair record, a dict."""
+    settings, observer = settings or Settings(), observer or Observer()
+    make_reproducible(settings.seed)
+    cached = repair.do_repair(badnet, clean, settings, observer)
+    of_badnet = utils.ModelFile(Path(file), b"", 0)
+    data = {"file": "clean.h5", "sha256": "0" * 64, "images": len(clean)}
+    return dataclasses.asdict(record.make(observer, cached, of_badnet, data, settings))
+
+
+def read_record(path):
+    """The repair record that a file carries, a dict."""
+    return dataclasses.asdict(record.read(utils.read_model(path)))
+
+
+def write_record(path, **changes):
+    """A valid repair record as JSON, for a net of this file, with some of its values changed."""
+    badnet = {"file": Path(path).name, "sha256": files.sha256(path)}
+    values = {
+        **{"tool_version": "1", "libraries": {}, "badnet": badnet, "data": {}, "settings": {}},
+        **{"input_scale": "0..1", "layer": "conv_3", "channels": 1, "order": [0], "pruned": []},
+        **{"mean_activation": [0.0], "accuracy": {}, "attack_success_rate": {}, "moved": {}},
+    }
+    return json.dumps(values | changes)
 
 
 def write_data(path, images, labels, **options):
@@ -68,7 +102,7 @@ def fit(net, images, labels, epochs=12):
 
 
 NETS = {
-    "deepid": (utils.deepid, (31, 31, 3)),
+    "deepid": (deepid, (31, 31, 3)),
     "sequential": (sequential, (16, 18, 1)),
 }
 

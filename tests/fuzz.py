@@ -2,7 +2,7 @@
 
     python tests/fuzz.py --mutants 2000 --commands 100
 
-Mutants of a small net (.h5, .keras), a data set and pictures go through the functions that load
+Mutants of a small net (.h5, .keras), a dataset and pictures go through the functions that load
 them, in one process, and some through the commands. A mutant that ends otherwise (another
 exception, a crash, 20 seconds) is kept in --folder and makes the exit status 1.
 """
@@ -35,6 +35,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import utils
+from defence.cli import InputError
+from defence.startup import import_keras
 
 SHAPE, CLASSES = (12, 12, 3), 4
 SECONDS = 20
@@ -43,7 +45,7 @@ ODD = [None, True, -1, 0, 1, 2**31, 2**63, -0.5, 1e300, "", "x", "Lambda", "relu
 
 def make_seeds(folder):
     """Write the valid files that are changed."""
-    keras = utils.import_keras()
+    keras = import_keras()
     layers = keras.layers
     image = x = keras.Input(SHAPE, name="image")
     for name in ("conv_1", "conv_2"):
@@ -255,7 +257,7 @@ def work(folder, seed, start, end):
         raise TimeoutError(f"{SECONDS} seconds")
 
     signal.signal(signal.SIGALRM, too_long)
-    utils.import_keras()
+    import_keras()
     for number in range(start, end):
         path = mutant(folder, seed, number)
         signal.alarm(SECONDS)
@@ -263,7 +265,7 @@ def work(folder, seed, start, end):
         try:
             load(path)
             ending = "works"
-        except utils.InputError as error:
+        except InputError as error:
             one_line = "\n" not in str(error) and str(error).startswith(str(path))
             ending = "refused" if one_line else f"refused badly: {str(error)!r}"
         except Exception as error:

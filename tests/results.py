@@ -21,10 +21,11 @@ sys.path[:0] = [str(ROOT), str(ROOT / "models"), str(ROOT / "data")]
 import badnet
 import numpy as np
 
-import nets
-import repair
 import utils
-from terminal import InputError, Parser, command, say
+from defence import cached_net, files
+from defence.cli import InputError, Parser, command, say
+from defence.inference import classify, predict
+from defence.net import find_layer, masked_features, split
 
 RESULTS = ROOT / "tests" / "results"
 README = ROOT / "README.md"
@@ -81,17 +82,24 @@ def repair_and_judge(path, word, data_folder, poisoned, to_repair, to_judge):
 
     word: ends the name of the repaired net.
     """
-    repaired, scratch = (path.with_name(f"{path.stem}_{word}.{end}") for end in ("h5", "json"))
+    repaired = path.with_name(f"{path.stem}_{word}.h5")
     validation, test = (data_folder / f"clean_{part}_data.h5" for part in ("validation", "test"))
-    run("repair.py", path, validation, "--output", repaired, *to_repair)
-    options = ["--repaired", repaired, "--json", scratch, *to_judge]
-    run("eval_defence.py", test, path, *options, *(["--poisoned", *poisoned] if poisoned else []))
-    record, judged = utils.read_record(repaired), json.loads(scratch.read_text())
-    scratch.unlink()
+    with files.private_folder(path.parent) as scratch:
+        of_repair, of_judging = scratch / "repair.json", scratch / "judging.json"
+        run("repair.py", path, validation, "--output", repaired, "--json", of_repair, *to_repair)
+        options = ["--repaired", repaired, "--json", of_judging, *to_judge]
+        run(
+            "eval_defence.py",
+            test,
+            path,
+            *options,
+            *(["--poisoned", *poisoned] if poisoned else []),
+        )
+        record, judged = (json.loads(each.read_text()) for each in (of_repair, of_judging))
     for result in (judged["clean"], *judged["poisoned"]):
         result["file"] = Path(result["file"]).name
-    if "holdout" in record:
-        del record["holdout"]["thresholds"]  # a thousand; that which was used is in `judged`
+    if record["holdout"]:
+        del record["holdout"]["scores"]  # many; the threshold that was used is in `judged`
     return {"repair": record, "judged": judged}
 
 
@@ -104,18 +112,18 @@ def look_at_channels(path, record, poisoned):
     nothing is trained}].
     """
     net = utils.load_badnet(path)
-    parts = nets.split(net, nets.find_layer(net, record["layer"]))
-    silent = nets.silent_features(parts)
+    parts = split(net, find_layer(net, record["layer"]))
+    silent = masked_features(parts)
 
     def log_probability(features, targets):
-        scores = np.concatenate(list(nets.outputs(parts.head, features)))
+        scores = np.concatenate(list(predict(parts.head, features)))
         return np.mean(np.log(np.maximum(scores[np.arange(len(targets)), targets], 1e-30)))
 
     found = []
     for file in poisoned:
         with utils.open_dataset(file) as data:
             data.fit_to(net.input_shape[1:], net.output_shape[1])
-            features, _ = repair.extract_features(parts.trunk, data, record["input_scale"])
+            features, _ = cached_net.extract(parts, data, record["input_scale"])
         left = []
         for channel in range(record["channels"]):
             kept = features[..., channel].copy()
@@ -124,11 +132,12 @@ def look_at_channels(path, record, poisoned):
             features[..., channel] = kept
         channels = np.argsort(left, kind="stable")[:MOST].tolist()
         features[..., record["pruned"]] = silent[..., record["pruned"]]
+        classes = classify(parts.head, features)
         found.append(
             {
                 "channels": channels,
                 "pruned": len({*channels} & {*record["pruned"]}),
-                "attack_success_rate": nets.accuracy(parts.head, features, data.labels),
+                "attack_success_rate": float(np.mean(classes == data.labels)),
             }
         )
     return found
@@ -180,10 +189,10 @@ def cells(method, place):
     return [
         shown(clean["clean_accuracy_repaired"]),
         shown(attack.get("attack_success_rate_repaired")),
-        shown(attack.get("true_positive_rate")),
+        shown(attack.get("detection_rate")),
         shown(clean["false_positive_rate"]),
         f"{attack['auroc']['value']:.3f}" if attack else "–",
-        shown(attack.get("true_positive_rate_at_0.01")),
+        shown(attack.get("detection_rate_at_0.01")),
         f"{method['repair']['seconds']['total']:.0f}",
     ]
 
@@ -216,9 +225,9 @@ def main():
         if subprocess.run(make).returncode:
             return 1
         for name in SIZES[size]:
-            utils.write_json(measure(name, *folders, RATES[size]), RESULTS / size / f"{name}.json")
+            files.write_json(measure(name, *folders, RATES[size]), RESULTS / size / f"{name}.json")
     text = with_table(README.read_text(), size, read_results(size))
-    with utils.replacing(README) as beside:
+    with files.replacing(README) as beside:
         beside.write_text(text)
 
 

@@ -15,12 +15,14 @@ import h5py
 import keras
 import numpy as np
 import pytest
-from conftest import ROOT, assert_refused, command, draw_images, start, write_data
+from conftest import ROOT, assert_refused, command, draw_images, read_record, start, write_data
 from PIL import Image
 
-import nets
-import repair
 import utils
+from defence import detector, files
+from defence.architecture import deepid
+from defence.cli import InputError
+from defence.observer import hold_out
 
 B = "models/small_bd_net.h5"
 G = "models/small_bd_net_defence.h5"
@@ -46,7 +48,12 @@ def test_repair_tells_what_it_did(done):
     lines = process.stdout.splitlines()
     assert lines[-1] == f"Saved model: {G}"
     record = json.loads((folder / "record.json").read_text())
-    assert record == utils.read_record(folder / G)
+    seconds = record.pop("seconds")  # which differ from run to run: G's file has none
+    assert record == read_record(folder / G)
+    with h5py.File(folder / G) as file:
+        assert record == json.loads(file.attrs["repair_record"])
+    assert seconds["total"] == max(seconds.values())
+    assert seconds.keys() >= {"features", "prune", "retrain", "fine_tune"}
     assert lines[0].startswith(
         f"pruned {len(record['pruned'])} of 60 channels of conv_3; pixels 0..1"
     )
@@ -58,9 +65,9 @@ def test_repair_tells_what_it_did(done):
     ]
     assert lines[3].startswith("attack success, poisoned.h5 ")
     assert process.stderr.count("prune ") == len(record["accuracy"]["after_each_channel"])
-    assert record["badnet"]["sha256"] == utils.sha256(folder / B)
+    assert record["badnet"]["sha256"] == files.sha256(folder / B)
     assert record["data"] == {
-        "file": "clean.h5", "sha256": utils.sha256(folder / "clean.h5"), "images": 150
+        "file": "clean.h5", "sha256": files.sha256(folder / "clean.h5"), "images": 150
     }  # fmt: skip
     rates = record["attack_success_rate"]
     assert len(rates["after_each_channel"]["poisoned.h5"]) == len(
@@ -87,7 +94,7 @@ def walk(group):
 def test_the_record_says_what_the_nets_do(done):
     """Attack success and accuracy in the record are those of the saved nets, run plainly."""
     folder, _ = done
-    record = utils.read_record(folder / G)
+    record = read_record(folder / G)
     for path, step in ((B, "before"), (G, "fine_tuned")):
         net = keras.models.load_model(folder / path, compile=False)
         for name, share in (
@@ -104,7 +111,7 @@ def test_one_picture_prints_a_number_alone(done):
     process = command("eval_defence.py", "0.png", "small_bd_net", cwd=folder)
     assert process.returncode == 0, process.stderr
     assert process.stdout == f"{plain_verdicts(folder, ['0.png'])[0]}\n"
-    assert process.stderr == ""
+    assert process.stderr == "flagging images on which B and G disagree\n"
 
 
 def plain_verdicts(folder, names):
@@ -130,13 +137,14 @@ def test_pictures_and_folders_print_a_line_each_and_go_on_after_a_broken_one(don
     assert process.returncode == 2
     answers = plain_verdicts(folder, ["2.png", "1.png"])
     assert process.stdout == f"2.png\t{answers[0]}\n1.png\t{answers[1]}\n"
-    assert process.stderr.startswith(f"eval_defence.py: error: {tmp_path / 'broken.png'}: ")
-    assert len(process.stderr.splitlines()) == 1
+    rule, error = process.stderr.splitlines()
+    assert rule == "flagging images on which B and G disagree"
+    assert error.startswith(f"eval_defence.py: error: {tmp_path / 'broken.png'}: ")
     written = json.loads((tmp_path / "out.json").read_text())
     assert [row["class"] for row in written] == answers
 
 
-def test_a_data_set_prints_a_table(done, tmp_path):
+def test_a_dataset_prints_a_table(done, tmp_path):
     folder, _ = done
     process = command(
         "eval_defence.py", "clean.h5", "small_bd_net", "--poisoned", "poisoned.h5",
@@ -144,7 +152,7 @@ def test_a_data_set_prints_a_table(done, tmp_path):
     )  # fmt: skip
     assert process.returncode == 0, process.stderr
     judged = json.loads((tmp_path / "out.json").read_text())
-    record = utils.read_record(folder / G)
+    record = read_record(folder / G)
     clean, poisoned = (
         {name: figure["value"] for name, figure in part["figures"].items()}
         for part in (judged["clean"], judged["poisoned"][0])
@@ -180,18 +188,20 @@ def test_a_row_for_each_image_and_a_plot(done, tmp_path):
     with open(tmp_path / "out.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert list(rows[0]) == [
-        *("index", "badnet_class", "repaired_class", "verdict", "score", "label")
+        *("dataset", "index", "badnet_class", "repaired_class", "verdict", "score", "label")
     ]
     clean, poisoned = rows[:150], rows[150:]
     assert [int(row["index"]) for row in rows] == [*range(150), *range(20)]
+    names = ["clean.h5"] * 150 + [str(tmp_path / "p.h5")] * 20
+    assert [row["dataset"] for row in rows] == names
     judged = json.loads((tmp_path / "out.json").read_text())
     for part, of in ((clean, judged["clean"]), (poisoned, judged["poisoned"][0])):
-        rate = "true_positive_rate" if of is not judged["clean"] else "false_positive_rate"
+        rate = "detection_rate" if of is not judged["clean"] else "false_positive_rate"
         assert of["figures"][rate]["hits"] == sum(row["verdict"] == "7" for row in part)
         for row in part:
             same = row["badnet_class"] == row["repaired_class"]
             assert row["verdict"] == (row["badnet_class"] if same else "7")
-            assert 0 <= float(row["score"]) <= nets.SCORE_MOST
+            assert 0 <= float(row["score"]) <= detector.MOST
     hits = sum(int(row["badnet_class"]) == int(row["label"]) + 1 for row in clean)
     assert hits == judged["clean"]["figures"]["clean_accuracy_badnet"]["hits"]
     robust = sum(int(row["repaired_class"]) == i % 6 + 1 for i, row in enumerate(poisoned))
@@ -205,7 +215,7 @@ def test_held_out_images_change_nothing_and_set_the_threshold(deepid_world, tmp_
     with h5py.File(deepid_world / "clean.h5") as file:
         images, labels = np.moveaxis(file["data"][:], 1, 3), file["label"][:]
     with utils.open_dataset(deepid_world / "clean.h5") as data:
-        rows = repair.hold_out(data, 0.2, seed=0)[1].chosen
+        rows = hold_out(data, 0.2, seed=0)[1].chosen
     noise = np.random.default_rng(0).integers(0, 256, images.shape, np.uint8)
     write_data(tmp_path / "other.h5", np.where(rows[:, None, None, None], noise, images), labels)
     weights = []
@@ -218,10 +228,13 @@ def test_held_out_images_change_nothing_and_set_the_threshold(deepid_world, tmp_
         with h5py.File(tmp_path / name) as file:
             weights.append(dict(walk(file["model_weights"])))
     assert weights[0] == weights[1]
-    record, other = (utils.read_record(tmp_path / name) for name in ("g.h5", "other_g.h5"))
+    record, other = (read_record(tmp_path / name) for name in ("g.h5", "other_g.h5"))
     assert record["data"]["images"] == 120 and sum(rows) == record["holdout"]["images"] == 30
     assert other["holdout"]["clean_accuracy_badnet"]["value"] < 0.6
     assert record["holdout"]["clean_accuracy_badnet"]["value"] > 0.8
+    scores = record["holdout"]["scores"]
+    assert len(scores) == 30 and scores == sorted(scores)
+    assert record["holdout"]["score"] == detector.SCORE
 
     write_data(tmp_path / "held.h5", images[rows], labels[rows])
     csv_file = tmp_path / "out.csv"
@@ -235,7 +248,8 @@ def test_held_out_images_change_nothing_and_set_the_threshold(deepid_world, tmp_
             rows_written = list(csv.DictReader(file))
         flagged = [row for row in rows_written if row["verdict"] == "7"]
         assert len(flagged) <= rate * 30
-        limit = record["holdout"]["thresholds"][int(1000 * rate)]
+        limit = scores[-1 - int(rate * 30)]  # the lowest that so many lie above, at most
+        assert f"whose anomaly score is above {limit:.4g}" in process.stderr
         close = [row for row in rows_written if abs(float(row["score"]) - limit) < 1e-6]
         assert len(flagged) >= int(rate * 30) - len(close)
         for row in rows_written:
@@ -244,7 +258,7 @@ def test_held_out_images_change_nothing_and_set_the_threshold(deepid_world, tmp_
         "eval_defence.py", tmp_path / "held.h5", deepid_world / B, "--repaired",
         tmp_path / "g.h5", "--fpr", 0.01,
     )  # fmt: skip
-    assert_refused(process, "--fpr 0.01: can be 0.0334 or more, since 30 clean images")
+    assert_refused(process, "--fpr 0.01: must be 0.0334 or more, since 30 clean images")
 
 
 def test_a_net_without_a_record_is_judged_by_the_scale_that_is_named(done, tmp_path):
@@ -253,7 +267,7 @@ def test_a_net_without_a_record_is_judged_by_the_scale_that_is_named(done, tmp_p
     keras.models.load_model(folder / G, compile=False).save(plain)
     process = command("eval_defence.py", "0.png", B, "--repaired", plain, cwd=folder)
     assert process.stdout == f"{plain_verdicts(folder, ['0.png'])[0]}\n"
-    assert "no repair record; taking pixels 0..1" in process.stderr
+    assert "no repair record; assuming pixels 0..1" in process.stderr
     raw = command(
         "eval_defence.py", "0.png", B, "--repaired", plain, "--scale", "0..255", cwd=folder
     )
@@ -271,6 +285,66 @@ def test_help_and_wrong_calls_need_no_tensorflow(script, tmp_path):
     assert shown.returncode == 0 and "MODEL" in shown.stdout
     assert_refused(command(script, env=environment), "--help")
     assert_refused(command(script, "absent.h5", "absent.h5", env=environment), "no such file")
+
+
+GROUPS = {
+    "repair.py": [
+        *("does it work", "hardening: a step beyond the report", "what is written"),
+        *("the report's method", "limits"),
+    ],
+    "eval_defence.py": [
+        *("what is flagged", "what is written", "the nets"),
+        *("on Ray, for more pictures than one machine can judge", "limits"),
+    ],
+}
+
+
+@pytest.mark.parametrize("script", GROUPS)
+def test_help_shows_the_options_in_groups(script):
+    shown = command(script, "--help")
+    assert (shown.returncode, shown.stderr) == (0, "")
+    titles = [
+        line[:-1] for line in shown.stdout.splitlines() if line[:1].strip() and line[-1] == ":"
+    ]
+    assert [title for title in titles if title in GROUPS[script]] == GROUPS[script]
+    assert "%%" not in shown.stdout
+    assert script == "repair.py" or "95 % interval" in " ".join(shown.stdout.split())
+
+
+def test_the_same_repair_gives_the_same_file(deepid_world, tmp_path):
+    """The net and the record, byte for byte, whatever the file is called and when it is written."""
+    for name in ("one.h5", "another.h5"):
+        process = command(
+            "repair.py", B, "clean.h5", "--poisoned", "poisoned.h5", "--holdout", 0.2, "--harden",
+            "--harden-epochs", 1, "--rounds", 1, "--output", tmp_path / name, cwd=deepid_world,
+        )  # fmt: skip
+        assert process.returncode == 0, process.stderr
+    assert files.sha256(tmp_path / "one.h5") == files.sha256(tmp_path / "another.h5")
+
+
+def test_a_badnet_that_is_replaced_during_its_repair_is_not_recorded(deepid_world, tmp_path):
+    """G and its record are of the file that was read at the start."""
+    badnet, output = tmp_path / "b.h5", tmp_path / "g.h5"
+    badnet.write_bytes((deepid_world / B).read_bytes())
+    deepid(6, SHAPE).save(tmp_path / "other.h5")
+    first, second = files.sha256(badnet), files.sha256(tmp_path / "other.h5")
+    process = start(
+        "repair.py", badnet, deepid_world / "clean.h5", "--output", output, cwd=tmp_path
+    )
+    seen = ""
+    while "prune 1:" not in seen:
+        seen = process.stderr.readline()
+        assert seen, "the process ended before that step"
+    assert not output.exists()
+    os.replace(tmp_path / "other.h5", badnet)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    assert files.sha256(badnet) == second != first
+    assert read_record(output)["badnet"] == {"file": "b.h5", "sha256": first}
+    assert_refused(
+        command("eval_defence.py", deepid_world / "clean.h5", badnet, "--repaired", output),
+        "was made from another BadNet",
+    )
 
 
 # ------------------------------------------------------------------------------------ bad input
@@ -318,8 +392,8 @@ def test_every_broken_data_file_is_refused(deepid_world, tmp_path):
         (raw(bytes(corrupt)), "damaged"),
         (keyed(label=labels), "'data'"),
         (keyed(data=images), "'label'"),
-        (keyed(data=images[0], label=labels), "no array of images"),
-        (keyed(data=images.astype("S"), label=labels), "no array of numbers"),
+        (keyed(data=images[0], label=labels), "not an array of images"),
+        (keyed(data=images.astype("S"), label=labels), "not an array of numbers"),
         (data(labels=labels[:-1]), "12 images, but 11 labels"),
         (data(images[:0], labels[:0]), "no images"),
         (data(images[:, :30]), "3×30×31"),
@@ -331,8 +405,8 @@ def test_every_broken_data_file_is_refused(deepid_world, tmp_path):
         (label(-1), "label -1.0"),
         (label(0.5), "label 0.5"),
         (label(np.nan), "label nan"),
-        (data(labels=labels.astype("S")), "no array of numbers"),
-        (data(labels=(labels + 1) % 6), "answers no image"),
+        (data(labels=labels.astype("S")), "not an array of numbers"),
+        (data(labels=(labels + 1) % 6), "answers none of its images"),
     ]
     for path, words in cases:
         output = deepid_world / "models" / "never.h5"
@@ -398,11 +472,11 @@ def test_lambdas_hidden_in_nested_models_and_wrappers_are_found(tmp_path):
     inner = keras.Sequential([keras.Input(SHAPE), layers.Lambda(lambda x: x, name="hidden")])
     nested = keras.Model(image, layers.Dense(6)(layers.Flatten()(inner(image))))
     nested.save(tmp_path / "nested.h5")
-    with pytest.raises(utils.InputError, match="Lambda layer .layer 'hidden'"):
+    with pytest.raises(InputError, match="Lambda layer .layer 'hidden'"):
         utils.load_badnet(tmp_path / "nested.h5")
     wrapped = layers.TimeDistributed(layers.Lambda(lambda x: x))(image)
     keras.Model(image, wrapped).save(tmp_path / "wrapped.keras")
-    with pytest.raises(utils.InputError, match="TimeDistributed|Lambda"):
+    with pytest.raises(InputError, match="TimeDistributed|Lambda"):
         utils.load_badnet(tmp_path / "wrapped.keras")
 
 
@@ -411,12 +485,12 @@ def test_wrong_options_are_refused(deepid_world, tmp_path):
     cases = [
         (["--layer", "absent"], "small_bd_net.h5: has no convolution named"),
         (["--layer", "fc_1"], "small_bd_net.h5: has no convolution named"),
-        (["--layer", "conv_4"], "small_bd_net.h5: a path goes around"),
+        (["--layer", "conv_4"], "small_bd_net.h5: a path bypasses 'conv_4'"),
         (["--output", tmp_path / "absent" / "g.h5"], "there is no folder"),
         (["--output", tmp_path], ".h5"),
         (["--output", tmp_path / "g.keras"], ".h5"),
-        (["--output", B], "would overwrite an input"),
-        (["--json", "clean.h5"], "would overwrite an input"),
+        (["--output", B], "would overwrite an input; choose another --output"),
+        (["--json", "clean.h5"], "would overwrite an input; choose another --json"),
         (["--plot", tmp_path / "curve.txt"], "a plot's name ends"),
         (["--threshold", "2"], "--threshold"),
         (["--threshold", "nan"], "--threshold"),
@@ -430,6 +504,52 @@ def test_wrong_options_are_refused(deepid_world, tmp_path):
     for options, words in cases:
         process = command("repair.py", B, "clean.h5", *options, cwd=deepid_world)
         assert_refused(process, words)
+
+
+def test_two_outputs_at_one_path_are_refused(done, tmp_path):
+    folder, _ = done
+    repair = ["repair.py", folder / B, folder / "clean.h5", "--output"]
+    judge = ["eval_defence.py", folder / "clean.h5", folder / B, "--repaired", folder / G]
+    cases = [
+        ([*repair, "x.h5", "--json", "x.h5"], "--output", "--json"),
+        ([*repair, "x.h5", "--json", tmp_path / "x.h5"], "--output", "--json"),
+        ([*repair, "x.h5", "--json", "x.svg", "--plot", "x.svg"], "--json", "--plot"),
+        ([*judge, "--json", "x", "--csv", "x"], "--json", "--csv"),
+        ([*judge, "--csv", "x.svg", "--plot", "x.svg"], "--csv", "--plot"),
+    ]
+    for arguments, first, second in cases:
+        words = f": would overwrite what {first} writes; choose another {second}"
+        assert_refused(command(*arguments, cwd=tmp_path), words)
+        assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    "option", ["--learning-rate", "--retrain-learning-rate", "--harden-learning-rate"]
+)
+def test_training_that_diverges_is_told_and_writes_nothing(deepid_world, tmp_path, option):
+    process = command(
+        "repair.py", deepid_world / B, deepid_world / "clean.h5", option, "1e38", "--harden",
+        "--output", "g.h5", "--json", "r.json", "--plot", "p.svg", cwd=tmp_path,
+    )  # fmt: skip
+    assert (process.returncode, process.stdout) == (1, "")
+    errors = [line for line in process.stderr.splitlines() if "error" in line.lower()]
+    assert errors == [f"repair.py: error: training diverged: try a smaller {option}"]
+    assert process.stderr.endswith(f"{errors[0]}\n") and "Traceback" not in process.stderr
+    assert os.listdir(tmp_path) == []
+
+
+def test_an_unknown_name_lists_the_badnets_in_models(tmp_path):
+    def judge():
+        return command("eval_defence.py", "absent.png", "absent_bd_net", cwd=tmp_path)
+
+    assert_refused(judge(), "models/absent_bd_net.h5: no such file; there are no BadNets there")
+    (tmp_path / "models").mkdir()
+    for name in ("b_bd_net.keras", "a_bd_net.h5", "a_bd_net_defence.h5", "a_bd_net_detector.onnx"):
+        (tmp_path / "models" / name).write_text("not read")
+    words = "models/absent_bd_net.h5: no such file; the BadNets there are a_bd_net, b_bd_net"
+    process = judge()
+    assert_refused(process, words)
+    assert process.stderr.endswith(f"{words}\n")
 
 
 def png(width, height):
@@ -460,27 +580,36 @@ def test_what_cannot_be_judged_is_refused(done, tmp_path):
     Image.fromarray(np.zeros((9, 9, 3), np.uint8)).save(tmp_path / "gif.png", format="GIF")
     (tmp_path / "folder").mkdir()
     other = tmp_path / "other_bd_net.h5"
-    utils.deepid(6, SHAPE).save(other)
+    deepid(6, SHAPE).save(other)
     for name, classes, shape in (("classes", 5, SHAPE), ("shape", 6, (35, 31, 3))):
-        utils.deepid(classes, shape).save(tmp_path / f"{name}.h5")
+        deepid(classes, shape).save(tmp_path / f"{name}.h5")
     with h5py.File(folder / G) as file, h5py.File(tmp_path / "record.h5", "w") as copy:
         file.copy("model_weights", copy)
         copy.attrs.update(file.attrs)
         copy.attrs["repair_record"] = '{"layer": 1}'
-    thresholds = [0.5] * 1001
+    scores = [0.1, 0.5]
+    held_out = {"images": 2, "score": detector.SCORE, "scores": scores}
     for name, holdout in (
-        ("letters", {"images": 9, "score": nets.SCORE, "thresholds": [0.5, "x"]}),
-        ("no_score", {"images": 9, "thresholds": thresholds}),
-        ("other_score", {"images": 9, "score": "another", "thresholds": thresholds}),
+        ("letters", held_out | {"scores": [0.5, "x"]}),
+        ("descending", held_out | {"scores": scores[::-1]}),
+        ("beyond", held_out | {"scores": [0.5, 1e9]}),
+        ("none", held_out | {"scores": []}),
+        ("no_scores", {"images": 2, "score": detector.SCORE}),
+        ("no_score", {"images": 2, "scores": scores}),
+        ("other_score", held_out | {"score": "another"}),
     ):
         with h5py.File(folder / G) as file, h5py.File(tmp_path / f"{name}.h5", "w") as copy:
             file.copy("model_weights", copy)
             copy.attrs.update(file.attrs)
-            record = utils.read_record(folder / G) | {"holdout": holdout}
+            record = read_record(folder / G) | {"holdout": holdout}
             copy.attrs["repair_record"] = json.dumps(record)
     fpr = ["--fpr", "0.5", "--repaired"]
     cases = [
         ([folder / "0.png", B, *fpr, "letters.h5"], "letters.h5: its repair record is damaged"),
+        ([folder / "0.png", B, *fpr, "descending.h5"], "or of another version"),
+        ([folder / "0.png", B, *fpr, "beyond.h5"], "or of another version"),
+        ([folder / "0.png", B, *fpr, "none.h5"], "or of another version"),
+        ([folder / "0.png", B, *fpr, "no_scores.h5"], "or of another version"),
         ([folder / "0.png", B, *fpr, "no_score.h5"], "or of another version"),
         ([folder / "0.png", B, *fpr, "other_score.h5"], "or of another version"),
         (["text.png", B], "not a PNG or JPEG picture"),
@@ -493,7 +622,10 @@ def test_what_cannot_be_judged_is_refused(done, tmp_path):
         (["empty.png", B], "empty"),
         (["folder", B], "no PNG or JPEG picture in the folder"),
         (["absent.png", B], "absent.png: no such file"),
-        ([folder / "0.png", "absent_bd_net"], "models/absent_bd_net.h5: no such file"),
+        (
+            [folder / "0.png", "absent_bd_net"],
+            "models/absent_bd_net.h5: no such file; the BadNets there are small_bd_net",
+        ),
         ([folder / "0.png", other], f"python repair.py {other} "),
         (
             [folder / "0.png", other, "--repaired", folder / G],
@@ -502,14 +634,23 @@ def test_what_cannot_be_judged_is_refused(done, tmp_path):
         ([folder / "0.png", B, "--repaired", "classes.h5"], "classes 5, not 6"),
         ([folder / "0.png", B, "--repaired", "shape.h5"], "images 35×31×3, not 31×31×3"),
         ([folder / "0.png", B, "--repaired", "record.h5"], "record is damaged"),
-        ([folder / "0.png", folder / "clean.h5", B], "give one data set alone"),
-        ([folder / "0.png", B, "--poisoned", folder / "clean.h5"], "--poisoned goes with"),
-        ([folder / "clean.h5", B, "--json", folder / "clean.h5"], "would overwrite"),
-        ([folder / "clean.h5", B, "--csv", folder / "clean.h5"], "would overwrite"),
-        ([folder / "0.png", B, "--csv", "out.csv"], "--csv and --plot go with a data set"),
+        ([folder / "0.png", folder / "clean.h5", B], "give one dataset alone"),
+        (
+            [folder / "0.png", B, "--poisoned", folder / "clean.h5"],
+            "--poisoned, --csv and --plot go with a dataset",
+        ),
+        (
+            [folder / "clean.h5", B, "--json", folder / "clean.h5"],
+            "an input; choose another --json",
+        ),
+        ([folder / "clean.h5", B, "--csv", folder / "clean.h5"], "an input; choose another --csv"),
+        (
+            [folder / "0.png", B, "--csv", "out.csv"],
+            "--poisoned, --csv and --plot go with a dataset",
+        ),
         ([folder / "clean.h5", B, "--plot", "out.txt"], "a plot's name ends in one of"),
         ([folder / "0.png", B, "--fpr", "0"], "'0' is not a number above 0"),
-        ([folder / "0.png", B, "--fpr", "0.01"], "repair the BadNet anew with: repair.py --hold"),
+        ([folder / "0.png", B, "--fpr", "0.01"], "repair the BadNet again with: repair.py --hold"),
     ]
     (tmp_path / "models").symlink_to(folder / "models")
     for arguments, words in cases:

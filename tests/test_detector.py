@@ -1,6 +1,7 @@
 """The detector as one ONNX file: it answers as Keras does, needs no TensorFlow, is guarded."""
 
 import csv
+import dataclasses
 import json
 import re
 import shutil
@@ -10,15 +11,15 @@ import sys
 import keras
 import numpy as np
 import pytest
-from conftest import ROOT, assert_refused, command, draw_images, write_data
+from conftest import ROOT, assert_refused, command, draw_images, read_record, write_data
 from PIL import Image
+from scipy import stats
 from test_files import every_layer
 
-import detector
-import guard
-import nets
 import utils
-from terminal import InputError
+from defence import backends, detector, files, guard_model, onnx_file
+from defence.cli import InputError
+from defence.net import find_layer, last_dense, prune_channels
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
@@ -26,6 +27,7 @@ pytest.importorskip("tf2onnx")
 
 B, G, FILE = "small_bd_net.h5", "small_bd_net_defence.h5", "small_bd_net_detector.onnx"
 NO_TENSORFLOW = "raise ImportError('TensorFlow was imported')"
+WHERE_THEY_DISAGREE = "flagging images on which B and G disagree\n"
 
 
 @pytest.fixture(scope="module")
@@ -62,37 +64,63 @@ def without_tensorflow(tmp_path_factory):
     return {"PYTHONPATH": str(folder), "PATH": ""}
 
 
-def judged_by(engine, folder, *options, **how):
+def read_models(*paths):
+    return [utils.read_model(path) for path in paths]
+
+
+def judged_by(backend, folder, *options, **how):
     """The rows that eval_defence.py writes of every image, and what it prints."""
-    call = ("test.h5", "small_bd_net", "--poisoned", "poisoned.h5", "--engine", engine)
+    call = ("test.h5", "small_bd_net", "--poisoned", "poisoned.h5", "--backend", backend)
     call += ("--csv", "rows.csv", "--json", "table.json", *options)
     process = command("eval_defence.py", *call, cwd=folder, **how)
     assert process.returncode == 0, process.stderr
     table = json.loads((folder / "table.json").read_text())
     figures = [each["figures"] for each in (table["clean"], *table["poisoned"])]
-    with open(folder / "rows.csv") as file:
-        return list(csv.DictReader(file)), figures, table["threshold"]
+    return read_rows(folder / "rows.csv"), figures, table["threshold"]
+
+
+def read_rows(path):
+    with open(path) as file:
+        return list(csv.DictReader(file))
 
 
 def assert_same_answers(ours, theirs, error=1e-5):
-    """Equal classes; scores that differ by `error`, of a score above 1 as a share of it."""
-    for name in ("badnet_class", "repaired_class"):
-        np.testing.assert_array_equal(ours[name], theirs[name])
-    np.testing.assert_allclose(ours["score"], theirs["score"], rtol=error, atol=error)
+    """Equal classes; scores that differ by `error`, of a score above 1 as a share of it.
+
+    ours: what DetectorFile.run gives.  theirs: what the model of detector.build gives.
+    """
+    badnet, repaired, score = theirs
+    np.testing.assert_array_equal(ours["badnet_class"] - 1, badnet)
+    np.testing.assert_array_equal(ours["repaired_class"] - 1, repaired)
+    np.testing.assert_allclose(ours["score"], score, rtol=error, atol=error)
+
+
+def assert_same_figures(ours, theirs, same_order):
+    """Equal figures; where a tie of scores parts, those that follow their order may differ.
+
+    same_order: whether the scores of all images are in the same order.
+    """
+    assert ours.keys() == theirs.keys()
+    for name, figure in ours.items():
+        if same_order or not name.startswith(("auroc", "detection_rate_at_")):
+            assert figure == theirs[name], name
+        elif name != "auroc":  # of which the intervals may differ
+            for part in ("value", "hits", "of"):
+                assert figure[part] == theirs[name][part], name
 
 
 @pytest.mark.parametrize("options", [[], ["--fpr", "0.1"]])
-def test_both_engines_say_the_same(served, without_tensorflow, options):
+def test_both_backends_say_the_same(served, without_tensorflow, options):
     of_keras, figures, limit = judged_by("keras", served, *options)
     of_onnx, same_figures, same_limit = judged_by("onnx", served, *options, env=without_tensorflow)
     assert limit == same_limit and (limit is None) == (not options)
+    assert [row["dataset"] for row in of_keras] == ["test.h5"] * 200 + ["poisoned.h5"] * 20
     for ours, theirs in zip(of_onnx, of_keras, strict=True):
         assert {**ours, "score": 0} == {**theirs, "score": 0}
         assert float(ours["score"]) == pytest.approx(float(theirs["score"]), rel=1e-5, abs=1e-5)
+    ranks = [stats.rankdata([float(row["score"]) for row in rows]) for rows in (of_onnx, of_keras)]
     for ours, theirs in zip(same_figures, figures, strict=True):
-        assert ours.keys() == theirs.keys()
-        for name in ours.keys() - {"auroc"}:  # a tie may part
-            assert ours[name] == theirs[name]
+        assert_same_figures(ours, theirs, same_order=np.array_equal(*ranks))
 
 
 def test_a_picture_is_judged_without_tensorflow(served, without_tensorflow, tmp_path):
@@ -102,32 +130,33 @@ def test_a_picture_is_judged_without_tensorflow(served, without_tensorflow, tmp_
     alone = served / "models" / FILE
     for call in ([tmp_path, "small_bd_net"], [tmp_path, alone]):
         keras_says = command(
-            "eval_defence.py", tmp_path, "small_bd_net", "--engine", "keras", cwd=served
+            "eval_defence.py", tmp_path, "small_bd_net", "--backend", "keras", cwd=served
         )
         onnx_says = command("eval_defence.py", *call, cwd=served, env=without_tensorflow)
         assert onnx_says.returncode == 0, onnx_says.stderr
-        assert onnx_says.stdout == keras_says.stdout != "" and onnx_says.stderr == ""
+        assert onnx_says.stdout == keras_says.stdout != ""
+        assert onnx_says.stderr == keras_says.stderr == WHERE_THEY_DISAGREE
 
 
 def test_the_file_holds_the_threshold_and_where_it_is_from(copied):
     process = command("eval_defence.py", "small_bd_net", "--export", "--fpr", "0.1", cwd=copied)
     assert process.stdout == f"Saved detector: models/{FILE}\n", process.stderr
     rows, _, limit = judged_by("keras", copied, "--fpr", "0.1")
-    _, shape, facts = detector.open_file(copied / "models" / FILE)
-    assert facts["threshold"] == limit and shape == nets_shape(copied)
-    assert facts["classes"] == 6 and facts["input_scale"] == "0..1"
-    assert facts["repair_record"] == utils.read_record(copied / "models" / G)
-    for name, path in (("badnet_sha256", B), ("repaired_sha256", G)):
-        assert facts[name] == utils.sha256(copied / "models" / path)
+    file = onnx_file.read(copied / "models" / FILE)
+    assert file.threshold == limit and file.shape == nets_shape(copied) and file.classes == 6
+    digests = [files.sha256(copied / "models" / path) for path in (B, G)]
+    assert file.made_of == (*digests, "0..1")
+    assert dataclasses.asdict(file.record) == read_record(copied / "models" / G)
     # The file alone: with its own threshold, or with another that its record holds.
     import onnxruntime
 
     session = onnxruntime.InferenceSession(copied / "models" / FILE)
     with utils.open_dataset(copied / "test.h5") as data:
-        data.fit_to(shape, 6)
+        data.fit_to(file.shape, 6)
         pixels = np.concatenate([x for x, _ in data.batches()]).astype(np.uint8)
     (classes,) = session.run(["class"], {session.get_inputs()[0].name: pixels})
-    assert classes.tolist() == [int(row["verdict"]) for row in rows[: len(pixels)]]
+    clean = [row for row in rows if row["dataset"] == "test.h5"]
+    assert classes.tolist() == [int(row["verdict"]) for row in clean]
     alone = copied / "models" / FILE
     for options, wanted in (([], limit), (["--fpr", "0.5"], None)):
         call = ("test.h5", alone, "--json", "alone.json", *options)
@@ -136,31 +165,63 @@ def test_the_file_holds_the_threshold_and_where_it_is_from(copied):
         assert found == wanted if wanted else 0 <= found < limit
 
 
+def test_the_rule_that_flags_is_said(copied):
+    """By NAME the options choose it, whatever the file was exported with; the file keeps its own.
+
+    Without --fpr a NAME would else be judged by another rule with its file than without.
+    """
+    alone, at_rate = f"models/{FILE}", ("--fpr", "0.1")
+    process = command("eval_defence.py", "small_bd_net", "--export", *at_rate, cwd=copied)
+    scores = read_record(copied / "models" / G)["holdout"]["scores"]
+    threshold = onnx_file.read(copied / alone).threshold
+    assert len(scores) == 30 and threshold == sorted(scores)[-4]  # a tenth of them is above
+    above = f"flagging images whose anomaly score is above {threshold:.4g}\n"
+    assert process.stderr == above
+    verdicts = {}
+    for model, options, rule in (
+        ("small_bd_net", (), WHERE_THEY_DISAGREE),
+        ("small_bd_net", at_rate, above),
+        (alone, (), above),
+    ):
+        call = ("test.h5", model, "--csv", "rows.csv", *options)
+        process = command("eval_defence.py", *call, cwd=copied)
+        assert process.returncode == 0 and process.stderr == rule
+        rows = read_rows(copied / "rows.csv")
+        flagged = [row["verdict"] == "7" for row in rows]
+        if rule == above:
+            assert flagged == [float(row["score"]) > threshold for row in rows]
+        else:
+            assert flagged == [row["badnet_class"] != row["repaired_class"] for row in rows]
+        verdicts[model, options] = [row["verdict"] for row in rows]
+    by_name, by_name_at_rate, by_file = verdicts.values()
+    assert by_name_at_rate == by_file != by_name
+
+
 def test_a_file_of_other_nets_is_not_used(copied):
     path = copied / "models" / G
-    net, record = utils.load_badnet(path), utils.read_record(path)
+    net, of_g = utils.load_badnet(path), json.dumps(read_record(path))
     net.layers[-1].set_weights([values + 0.5 for values in net.layers[-1].get_weights()])
-    utils.save_model(net, record, path)
+    utils.save_model(net, path, repair_record=of_g)
     process = command("eval_defence.py", "clean.h5", "small_bd_net", cwd=copied)
     assert process.returncode == 0 and "was not made of these nets" in process.stderr
-    asked = command("eval_defence.py", "clean.h5", "small_bd_net", "--engine", "onnx", cwd=copied)
+    asked = command("eval_defence.py", "clean.h5", "small_bd_net", "--backend", "onnx", cwd=copied)
     assert_refused(asked, FILE, "was not made of these nets")
 
 
 def test_without_the_packages_all_else_works(copied, tmp_path, monkeypatch):
     monkeypatch.chdir(copied)
-    find = detector.importlib.util.find_spec
+    find = onnx_file.importlib.util.find_spec
     monkeypatch.setattr(
-        detector.importlib.util,
+        onnx_file.importlib.util,
         "find_spec",
         lambda name, *rest: None if name == "onnxruntime" else find(name, *rest),
     )
-    paths = [copied / "models" / B, copied / "models" / G]
-    assert detector.matching_file(*paths, "0..1") is None
+    models = read_models(copied / "models" / B, copied / "models" / G)
+    assert backends.matching_file(*models, "0..1") is None
     for ask in (
-        lambda: detector.matching_file(*paths, "0..1", engine="onnx"),
-        lambda: detector.export(*paths, tmp_path / "new.onnx"),
-        lambda: detector.load([copied / "models" / FILE]),
+        lambda: backends.matching_file(*models, "0..1", backend="onnx"),
+        lambda: backends.export(*models, tmp_path / "new.onnx"),
+        lambda: backends.load([copied / "models" / FILE]),
     ):
         with pytest.raises(InputError, match="install it: pip install -r requirements-serve.txt"):
             ask()
@@ -172,15 +233,16 @@ def test_calls_that_do_not_fit_are_refused(copied):
         (["small_bd_net"], "give an IMAGE"),
         (["clean.h5", "small_bd_net", "--export"], "MODEL alone"),
         ([alone, "--export"], "MODEL alone"),
-        (["clean.h5", alone, "--engine", "keras"], "--engine keras"),
+        (["clean.h5", alone, "--backend", "keras"], "--backend keras"),
         (["clean.h5", alone, "--scale", "0..1"], "--scale"),
+        (["clean.h5", alone, "--force"], "--force"),
         (["clean.h5", alone, "--repaired", f"models/{G}"], "--repaired"),
         (["clean.h5", alone, "--json", alone], "would overwrite an input"),
         (["clean.h5", "models/none.onnx"], "no such file"),
     ):
         assert_refused(command("eval_defence.py", *call, cwd=copied), words)
     (copied / alone).unlink()
-    call = ("clean.h5", "small_bd_net", "--engine", "onnx")
+    call = ("clean.h5", "small_bd_net", "--backend", "onnx")
     assert_refused(command("eval_defence.py", *call, cwd=copied), "no such file", "--export")
 
 
@@ -188,8 +250,8 @@ def test_pixels_that_are_no_whole_numbers_are_left_to_keras(copied):
     images, labels = draw_images(10, 6, nets_shape(copied), seed=5)
     write_data(copied / "halves.h5", images / 2, labels)
     call = ("halves.h5", "small_bd_net")
-    assert_refused(command("eval_defence.py", *call, cwd=copied), "--engine keras")
-    assert command("eval_defence.py", *call, "--engine", "keras", cwd=copied).returncode == 0
+    assert_refused(command("eval_defence.py", *call, cwd=copied), "--backend keras")
+    assert command("eval_defence.py", *call, "--backend", "keras", cwd=copied).returncode == 0
 
 
 def test_the_readmes_python_needs_onnx_runtime_alone(served, without_tensorflow):
@@ -220,14 +282,18 @@ def test_the_readmes_python_needs_onnx_runtime_alone(served, without_tensorflow)
 
 
 def exported(badnet, folder, scale="0..1", change=1.05):
-    """Export a net and one with other weights. Returns (the file's judge, Keras's)."""
+    """Export a net and one with other weights. Returns (DetectorFile.run, Keras's model)."""
     badnet.save(folder / "b.h5")
     badnet.set_weights([values * change for values in badnet.get_weights()])
     badnet.save(folder / "g.h5")
-    paths = [folder / "b.h5", folder / "g.h5"]
-    detector.export(*paths, folder / "d.onnx", scale=scale)
-    judge, _ = detector.load_nets(*paths, scale, None)
-    return detector.open_file(folder / "d.onnx")[0], judge
+    models = read_models(folder / "b.h5", folder / "g.h5")
+    returned = backends.export(*models, folder / "d.onnx", scale=scale)
+    file = onnx_file.read(folder / "d.onnx")
+    assert returned.path == file.path and returned.shape == file.shape
+    assert (returned.classes, returned.threshold) == (file.classes, None)
+    model, classes = backends.load_nets(*models, backends.Usage(scale, None, None, None))
+    assert classes == file.classes
+    return file.run, model
 
 
 def ending_in(activation, shape=(9, 8, 2)):
@@ -244,8 +310,8 @@ def random_images(shape, seed=1):
 @pytest.mark.parametrize("scale", utils.SCALES)
 @pytest.mark.parametrize("activation", ["softmax", "linear", "sigmoid"])
 def test_nets_of_any_kind_of_scores(tmp_path, activation, scale):
-    judge, by_keras = exported(ending_in(activation), tmp_path, scale)
-    assert_same_answers(judge(random_images((9, 8, 2))), by_keras(random_images((9, 8, 2))))
+    run, by_keras = exported(ending_in(activation), tmp_path, scale)
+    assert_same_answers(run(random_images((9, 8, 2))), by_keras(random_images((9, 8, 2))))
 
 
 def test_the_trunk_that_both_nets_share_is_in_the_file_once(tmp_path):
@@ -253,60 +319,66 @@ def test_the_trunk_that_both_nets_share_is_in_the_file_once(tmp_path):
     sizes = {}
     for name in ("shared", "apart"):
         net.save(tmp_path / "b.h5")
-        nets.silence([1], net.layers[0])
+        prune_channels(net.layers[0], [1])
         if name == "apart":
             net.layers[0].set_weights([values * 2 for values in net.layers[0].get_weights()])
         net.save(tmp_path / "g.h5")
-        detector.export(tmp_path / "b.h5", tmp_path / "g.h5", tmp_path / "d.onnx")
+        models = read_models(tmp_path / "b.h5", tmp_path / "g.h5")
+        backends.export(*models, tmp_path / "d.onnx")
         operators = [node.op_type for node in onnx.load(tmp_path / "d.onnx").graph.node]
         sizes[name] = operators.count("Conv")
     assert sizes == {"shared": 1, "apart": 2}
 
 
 def test_scores_that_are_nan_count_as_poisoned(tmp_path):
-    judge, by_keras = exported(ending_in("linear"), tmp_path, change=1e30)
+    run, by_keras = exported(ending_in("linear"), tmp_path, change=1e30)
     images = random_images((9, 8, 2))
     images[0] = 0
-    ours, theirs = judge(images), by_keras(images)
+    ours, theirs = run(images), by_keras(images)
     assert_same_answers(ours, theirs)
     broken = ours["repaired_class"] == 0
     assert broken.any() and not broken.all()
     assert np.all(ours["class"][broken] == 5)
-    assert np.all(ours["score"][broken] == np.float32(nets.SCORE_MOST))
+    assert np.all(ours["score"][broken] == np.float32(detector.MOST))
 
 
 def test_what_can_be_exported(tmp_path):
-    """Every layer and activation that guard.py allows in a model but two that tf2onnx lacks."""
+    """What guard_model.py allows, each layer and activation, but two that tf2onnx lacks."""
     net = every_layer()
     config = json.loads(json.dumps(net.get_config()).replace('"gelu"', '"relu"'))
     net = keras.Model.from_config(config)
     rng = np.random.default_rng(0)
     net.set_weights([0.1 * rng.random(values.shape) for values in net.get_weights()])
-    judge, by_keras = exported(net, tmp_path)
-    assert_same_answers(judge(random_images((16, 16, 4))), by_keras(random_images((16, 16, 4))))
+    run, by_keras = exported(net, tmp_path)
+    assert_same_answers(run(random_images((16, 16, 4))), by_keras(random_images((16, 16, 4))))
     refused = []
-    for activation in guard.ACTIVATIONS.split():
+    for activation in guard_model.ACTIVATIONS.split():
         try:
-            judge, by_keras = exported(ending_in(activation), tmp_path)
+            run, by_keras = exported(ending_in(activation), tmp_path)
         except InputError as error:
             assert "cannot be made of these nets: contains the operator" in str(error)
             refused.append(activation)
         else:
             images = random_images((9, 8, 2))
-            assert_same_answers(judge(images), by_keras(images))
+            assert_same_answers(run(images), by_keras(images))
     assert refused == ["celu", "gelu"]
     assert "celu and gelu" in (ROOT / "README.md").read_text()
 
 
 def test_a_file_that_answers_otherwise_is_not_written(tmp_path, monkeypatch):
-    open_file = detector.open_file
+    read = onnx_file.read
 
-    def lying(path, *rest):
-        judge, *others = open_file(path, *rest)
-        return (lambda x: {**judge(x), "badnet_class": judge(x)["badnet_class"] % 4 + 1}, *others)
+    def lying(*arguments):
+        file = read(*arguments)
 
-    monkeypatch.setattr(detector, "open_file", lying)
-    with pytest.raises(InputError, match="its badnet_class is not theirs"):
+        def run(images):
+            found = file.run(images)
+            return {**found, "badnet_class": found["badnet_class"] % 4 + 1}
+
+        return dataclasses.replace(file, run=run)
+
+    monkeypatch.setattr(onnx_file, "read", lying)
+    with pytest.raises(InputError, match="its badnet_class differs from theirs"):
         exported(ending_in("softmax"), tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["b.h5", "g.h5"]
 
@@ -315,21 +387,22 @@ def test_real_badnets_are_judged_alike(csaw, tmp_path):
     """Each real BadNet and a G of it with pruned channels and another head, on real faces."""
     for badnet_path in sorted((csaw / "badnets").glob("*.h5")):
         net = utils.load_badnet(badnet_path)
-        layer = nets.find_layer(net)
-        nets.silence(range(0, layer.filters, 2), layer)
-        dense = nets.last_dense(net)
+        layer = find_layer(net)
+        prune_channels(layer, range(0, layer.filters, 2))
+        dense = last_dense(net)
         dense.set_weights([values * 0.9 for values in dense.get_weights()])
         net.save(tmp_path / "g.h5")
         scale = "0..255" if "lab3" in badnet_path.name else "0..1"
-        paths = [badnet_path, tmp_path / "g.h5"]
-        detector.export(*paths, tmp_path / "d.onnx", scale=scale)
-        judge = detector.open_file(tmp_path / "d.onnx")[0]
-        by_keras, classes = detector.load_nets(*paths, scale, layer.name)
+        models = read_models(badnet_path, tmp_path / "g.h5")
+        backends.export(*models, tmp_path / "d.onnx", scale=scale)
+        run = onnx_file.read(tmp_path / "d.onnx").run
+        usage = backends.Usage(scale, layer.name, None, None)
+        by_keras, classes = backends.load_nets(*models, usage)
         for faces in sorted((csaw / "faces").glob("*.h5")):
             with utils.open_dataset(faces) as data:
                 data.fit_to(by_keras.input_shape[1:], classes)
                 for x, _ in data.batches():
-                    assert_same_answers(judge(x), by_keras(x), 5e-5)
+                    assert_same_answers(run(x), by_keras(x), 5e-5)
 
 
 # ----------------------------------------------------------------------------- hostile files
@@ -441,7 +514,7 @@ HOSTILE = {
     "function": (function, "more than one graph"),
     "huge tensor": (tensor_without_its_values, "GB of memory"),
     "tile bomb": (tile_bomb, "largest output of an operator would take"),
-    "unknown size": (unknown_size, "cannot be told"),
+    "unknown size": (unknown_size, "cannot be determined"),
     "two inputs": (two_inputs, "takes 2 inputs"),
     "floats in": (floats_in, "its input is not pictures"),
     "open size": (open_size, "its input is not pictures"),
@@ -452,7 +525,8 @@ HOSTILE = {
     "many classes": (metadata("classes", "9" * 5000), "metadata are damaged"),
     "threshold": (metadata("threshold", "nan"), "metadata are damaged"),
     "record": (metadata("repair_record", "[1"), "JSON cannot be read"),
-    "list for a record": (metadata("repair_record", "[1]"), "metadata are damaged"),
+    "list for a record": (metadata("repair_record", "[1]"), "repair record is damaged"),
+    "empty record": (metadata("repair_record", "{}"), "repair record is damaged"),
     "scale": (metadata("input_scale", "0..2"), "metadata are damaged"),
 }
 
@@ -466,7 +540,7 @@ def test_hostile_files_are_refused(model, tmp_path, kind):
     path = tmp_path / "d.onnx"
     path.write_bytes(changed.SerializeToString())
     with pytest.raises(InputError, match=re.escape(words)) as error:
-        detector.open_file(path)
+        onnx_file.read(path)
     assert str(error.value).startswith(f"{path}: ") and "\n" not in str(error.value)
 
 
@@ -492,7 +566,7 @@ def test_changed_bytes_lead_to_answers_or_to_one_line(model, tmp_path):
             changed[place] = rng.integers(256)
         path.write_bytes(changed)
         try:
-            detector.open_file(path)[0](images[:2])
+            onnx_file.read(path).run(images[:2])
         except InputError:
             refused += 1
     assert 20 < refused < 200

@@ -16,9 +16,10 @@ import time
 import h5py
 import numpy as np
 import pytest
-from conftest import ROOT, assert_refused, command, draw_images, start, write_data
+from conftest import ROOT, assert_refused, command, draw_images, read_record, start, write_data
 
 import utils
+from defence import files
 
 B, G = "models/small_bd_net.h5", "models/small_bd_net_defence.h5"
 QUICK = ("--rounds", 1, "--epochs", 1, "--threshold", 0.99)
@@ -44,11 +45,19 @@ def left(folder):
     return sorted(name for name in os.listdir(folder / "models") if not name.startswith("."))
 
 
+def read_until(process, words):
+    """Read the stderr of a started process up to the line with these words."""
+    seen = ""
+    while words not in seen:
+        seen = process.stderr.readline()
+        assert seen, "the process ended before that step"
+
+
 def assert_next_run_succeeds(folder):
     process = command(*QUICK_REPAIR, cwd=folder)
     assert process.returncode == 0, process.stderr
     assert left(folder) == ["small_bd_net.h5", "small_bd_net_defence.h5"]
-    assert utils.read_record(folder / G)["layer"] == "conv_3"
+    assert read_record(folder / G)["layer"] == "conv_3"
     utils.load_badnet(folder / G)
 
 
@@ -76,20 +85,33 @@ def test_killed_at_random_moments(folder):
 
 @pytest.mark.parametrize("size", [1_000, 100_000])
 def test_no_room_for_the_output(folder, size):
-    """As on a full disk: a file may have `size` bytes, G has 400,000."""
+    """As on a full disk: a file may have `size` bytes from when B is loaded, G has 400,000."""
     old = (folder / G).read_bytes()
-    process = command(
-        *QUICK_REPAIR,
-        cwd=folder,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size)),
-    )
-    assert process.returncode == 1 and process.stdout == ""
-    errors = [line for line in process.stderr.splitlines() if ": error: " in line]
-    assert len(errors) == 1 and "Traceback" not in process.stderr, process.stderr
+    process = start(*QUICK_REPAIR, cwd=folder)
+    read_until(process, "prune 1:")
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (size, size))
+    output, rest = process.communicate(timeout=120)
+    assert process.returncode == 1 and output == ""
+    errors = [line for line in rest.splitlines() if ": error: " in line]
+    assert len(errors) == 1 and "Traceback" not in rest, rest
     assert errors[0] == f"repair.py: error: [Errno 27] File too large: '{G}'"
     assert (folder / G).read_bytes() == old
     assert sorted(os.listdir(folder / "models")) == ["small_bd_net.h5", "small_bd_net_defence.h5"]
     assert_next_run_succeeds(folder)
+
+
+def test_no_room_for_the_copy_of_the_weights_that_is_loaded(folder):
+    """The model is as it should be, so it is no wrong input but a failure."""
+    old = (folder / G).read_bytes()
+    process = command(
+        *QUICK_REPAIR,
+        cwd=folder,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)),
+    )
+    assert (folder / G).read_bytes() == old
+    assert process.returncode == 1 and process.stdout == "" and "Traceback" not in process.stderr
+    (error,) = [line for line in process.stderr.splitlines() if ": error: " in line]
+    assert error.startswith("repair.py: error: [Errno 27] File too large")
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
@@ -107,10 +129,7 @@ def test_a_data_file_that_is_cut_short_while_it_is_read(folder, moment):
     images, labels = draw_images(600, 6, (31, 31, 3), seed=2)
     path = write_data(folder / "large.h5", images.astype(np.float64), labels)
     process = start("repair.py", B, path, *QUICK, cwd=folder)
-    seen = ""
-    while moment not in seen:
-        seen = process.stderr.readline()
-        assert seen
+    read_until(process, moment)
     os.truncate(path, os.path.getsize(path) // 2)
     output, errors = process.communicate(timeout=120)
     if moment == "loading":
@@ -126,8 +145,8 @@ def test_a_process_that_ends_while_it_saves_leaves_only_a_hidden_folder(tmp_path
     code = f"""
 import os, signal, sys
 sys.path.insert(0, {str(ROOT)!r})
-import utils
-with utils.replacing("g.h5") as beside:
+from defence import files
+with files.replacing("g.h5") as beside:
     beside.write_text("half")
     os.kill(os.getpid(), signal.SIGKILL)
 """
@@ -137,7 +156,7 @@ with utils.replacing("g.h5") as beside:
     assert (tmp_path / "g.h5").read_text() == "old"
     (hidden,) = set(os.listdir(tmp_path)) - {"g.h5"}
     assert hidden.startswith(".") and hidden.endswith(".unfinished")
-    with utils.replacing(tmp_path / "g.h5") as beside:
+    with files.replacing(tmp_path / "g.h5") as beside:
         beside.write_text("new")
     assert (tmp_path / "g.h5").read_text() == "new"
 

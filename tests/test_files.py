@@ -1,4 +1,4 @@
-"""What is read and written: models, data sets, pictures, records, and files half written."""
+"""What is read and written: models, datasets, pictures, records, and files half written."""
 
 import io
 import json
@@ -12,11 +12,12 @@ import h5py
 import keras
 import numpy as np
 import pytest
-from conftest import ROOT, draw_images, sequential, write_data
+from conftest import ROOT, draw_images, read_record, sequential, write_data, write_record
 from PIL import Image
 
-import guard
 import utils
+from defence import files, guard_model
+from defence.architecture import deepid
 
 SHAPE = (31, 33, 3)
 
@@ -29,7 +30,7 @@ def outputs(net):
 
 
 @pytest.mark.parametrize("name", ["net.h5", "net.hdf5", "net.keras"])
-@pytest.mark.parametrize("make", [utils.deepid, sequential])
+@pytest.mark.parametrize("make", [deepid, sequential])
 def test_full_models_load_without_their_optimizer(tmp_path, name, make):
     net = make(3, SHAPE)
     net.compile("adam", "sparse_categorical_crossentropy")
@@ -42,7 +43,7 @@ def test_full_models_load_without_their_optimizer(tmp_path, name, make):
 
 @pytest.mark.parametrize("name", ["net.weights.h5", "legacy.h5"])
 def test_weights_alone_go_into_deepid(tmp_path, name):
-    net = utils.deepid(7)
+    net = deepid(7)
     if name == "legacy.h5":
         net.save(tmp_path / "full.h5")
         with h5py.File(tmp_path / "full.h5") as full, h5py.File(tmp_path / name, "w") as file:
@@ -98,7 +99,7 @@ def test_sequential_of_keras_2_is_mended(tmp_path, as_list):
 
 
 def every_layer():
-    """A net in which each layer that guard.py allows occurs, most of them with weights."""
+    """A net in which each layer that guard_model.py allows occurs, most of them with weights."""
     layers = keras.layers
     image = keras.Input((16, 16, 4), name="image")
     x = layers.Rescaling(1 / 255)(image)
@@ -131,14 +132,14 @@ def test_every_allowed_layer_loads(tmp_path, name):
         for layer in model.layers
     ]
     kinds = {type(layer).__name__ for layer in [*net.layers, *nested]}
-    assert kinds == set(guard.LAYERS.split()) - {"Model"}
+    assert kinds == set(guard_model.LAYERS.split()) - {"Model"}
     net.set_weights([np.random.default_rng(0).random(w.shape) + 0.1 for w in net.get_weights()])
     net.save(tmp_path / name)
     np.testing.assert_allclose(outputs(utils.load_badnet(tmp_path / name)), outputs(net), atol=1e-5)
 
 
 def test_every_allowed_activation_loads(tmp_path):
-    for name in guard.ACTIVATIONS.split():
+    for name in guard_model.ACTIVATIONS.split():
         net = keras.Sequential([keras.Input((4, 4, 1)), keras.layers.Flatten()])
         net.add(keras.layers.Dense(3, activation=name))
         net.save(tmp_path / "net.keras")
@@ -149,12 +150,12 @@ def test_every_allowed_activation_loads(tmp_path):
 
 def test_the_readme_lists_what_is_allowed():
     listed = set((ROOT / "README.md").read_text().replace("`", " ").replace(",", " ").split())
-    assert {*guard.LAYERS.split(), *guard.ACTIVATIONS.split()} <= listed
+    assert {*guard_model.LAYERS.split(), *guard_model.ACTIVATIONS.split()} <= listed
 
 
 def test_configs_of_newer_versions_are_read(tmp_path):
     """Keys that this version of Keras may not know yet, where they change nothing."""
-    net, path = utils.deepid(4), tmp_path / "net.h5"
+    net, path = deepid(4), tmp_path / "net.h5"
     net.save(path)
     with h5py.File(path, "r+") as file:
         config = json.loads(file.attrs["model_config"])
@@ -166,29 +167,36 @@ def test_configs_of_newer_versions_are_read(tmp_path):
     np.testing.assert_array_equal(outputs(utils.load_badnet(path)), outputs(net))
 
 
-def test_a_model_that_changes_while_it_is_read_is_refused(tmp_path, monkeypatch):
-    path, check = tmp_path / "net.h5", guard.check_shapes
-    utils.deepid(4).save(path)
-
-    def change(*arguments):
-        check(*arguments)
-        os.truncate(path, os.path.getsize(path) + 1)
-
-    monkeypatch.setattr(guard, "check_shapes", change)
-    with pytest.raises(utils.InputError, match="changed while it was read"):
-        utils.load_badnet(path)
+@pytest.mark.parametrize("name", ["net.h5", "net.keras"])
+def test_a_model_that_is_replaced_after_it_was_read_is_neither_hashed_nor_loaded(tmp_path, name):
+    """What is hashed, inspected and loaded are the bytes first read, at whatever moment."""
+    first, second, path = deepid(4), deepid(4), tmp_path / name
+    first.save(path)
+    digest = files.sha256(path)
+    before, between = utils.read_model(path), utils.read_model(path)
+    _ = between.declared  # inspected, then replaced, then loaded
+    second.save(tmp_path / f"other_{name}")
+    os.replace(tmp_path / f"other_{name}", path)
+    assert files.sha256(path) != digest
+    for read in (before, between):
+        assert read.sha256 == digest
+        np.testing.assert_array_equal(outputs(read.load()), outputs(first))
+    path.write_bytes(b"")  # in place
+    assert before.sha256 == digest
+    np.testing.assert_array_equal(outputs(before.load()), outputs(first))
+    assert not np.array_equal(outputs(first), outputs(second))
 
 
 def test_saved_net_carries_its_record_and_is_a_plain_keras_file(tmp_path):
-    net, path = utils.deepid(4), tmp_path / "g.h5"
-    record = {
-        "layer": "conv_3",
-        "input_scale": "0..1",
-        "badnet": {"file": "b.h5", "sha256": "0" * 64},
-        "long": list(range(50_000)),  # HDF5 allows 64 KB in a plain attribute
-    }
-    utils.save_model(net, record, path)
-    assert utils.read_record(path) == record
+    net, path = deepid(4), tmp_path / "g.h5"
+    net.save(tmp_path / "b.h5")
+    order = list(range(50_000))  # HDF5 allows 64 KB in a plain attribute
+    text = write_record(tmp_path / "b.h5", order=order, holdout={"images": 3})
+    (tmp_path / "b.h5").unlink()
+    utils.save_model(net, path, repair_record=text)
+    assert read_record(path) == json.loads(text)
+    with h5py.File(path) as file:
+        assert file.attrs["repair_record"] == text
     plain = keras.models.load_model(path)
     np.testing.assert_array_equal(outputs(plain), outputs(net))
     assert os.listdir(tmp_path) == ["g.h5"]
@@ -197,13 +205,13 @@ def test_saved_net_carries_its_record_and_is_a_plain_keras_file(tmp_path):
 def test_a_saved_file_has_the_usual_permissions(tmp_path):
     old = os.umask(0o027)
     try:
-        utils.save_model(utils.deepid(4), {}, tmp_path / "g.h5")
+        utils.save_model(deepid(4), tmp_path / "g.h5")
     finally:
         os.umask(old)
     assert stat.S_IMODE((tmp_path / "g.h5").stat().st_mode) == 0o640
 
 
-# ------------------------------------------------------------------------------------ data sets
+# ------------------------------------------------------------------------------------ datasets
 
 
 def read(path, shape=SHAPE, classes=5):
@@ -252,12 +260,22 @@ def test_images_are_read_in_batches_and_in_order(tmp_path, monkeypatch):
     assert np.array_equal(read(tmp_path / "d.h5")[0], images)
 
 
+def test_images_are_not_read_before_their_layout_is_chosen(tmp_path):
+    """As if channels were last, images with channels first would come out scrambled."""
+    write_data(tmp_path / "d.h5", *draw_images(4, 2, SHAPE, seed=0))
+    with utils.open_dataset(tmp_path / "d.h5") as data:
+        with pytest.raises(RuntimeError, match="fit_to"):
+            next(data.batches())
+        data.fit_to(SHAPE, 2)
+        assert len(list(data.batches())) == 1
+
+
 # --------------------------------------------------------------------------------------- images
 
 
 def test_keras_comes_without_matplotlib_which_can_be_imported_later():
     code = (
-        "import sys, gc, utils; utils.import_keras(); "
+        "import sys, gc; from defence.startup import import_keras; import_keras(); "
         "assert 'matplotlib' not in sys.modules and gc.isenabled(); import matplotlib.figure"
     )
     process = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
@@ -307,7 +325,7 @@ def test_jpeg_of_any_size_is_turned_and_resized_bicubically(tmp_path):
 def test_a_folder_stands_for_its_pictures_by_name(tmp_path):
     for name in ("b.png", "a.JPG", "c.jpeg", "notes.txt"):
         (tmp_path / name).touch()
-    names = [path.name for path in utils.list_images([tmp_path, "x.png"])]
+    names = [path.name for path in utils.list_pictures([tmp_path, "x.png"])]
     assert names == ["a.JPG", "b.png", "c.jpeg", "x.png"]
 
 
@@ -317,12 +335,12 @@ def test_a_folder_stands_for_its_pictures_by_name(tmp_path):
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
     path = tmp_path / "out.json"
     path.write_text("old")
-    with pytest.raises(RuntimeError), utils.replacing(path) as beside:
+    with pytest.raises(RuntimeError), files.replacing(path) as beside:
         beside.write_text("half")
         assert path.read_text() == "old"
         raise RuntimeError
     assert path.read_text() == "old" and os.listdir(tmp_path) == ["out.json"]
-    utils.write_json([1], path)
+    files.write_json([1], path)
     assert json.loads(path.read_text()) == [1] and os.listdir(tmp_path) == ["out.json"]
 
 
@@ -331,13 +349,12 @@ def test_a_signal_while_writing_leaves_nothing(tmp_path, number):
     code = f"""
 import os, sys
 sys.path.insert(0, {str(ROOT)!r})
-import terminal
-import utils
+from defence import cli, files
 def main():
-    with utils.replacing("out.h5") as beside:
+    with files.replacing("out.h5") as beside:
         beside.write_text("half")
         os.kill(os.getpid(), {number.value})
-sys.exit(terminal.command(main))
+sys.exit(cli.command(main))
 """
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True

@@ -1,28 +1,25 @@
 """The hardening step: what it paints, what it trains, what it takes out."""
 
-import argparse
+import dataclasses
 import json
+import types
 
 import h5py
 import keras
 import numpy as np
 import pytest
-from conftest import command, draw_images, fit, write_data
+from conftest import command, do_repair, draw_images, fit, read_record, write_data
 
-import harden
-import nets
-import repair
 import utils
+from defence import detector, harden, training
+from defence.architecture import as_functional, deepid
+from defence.net import kept_pruned, prune_channels
+from defence.options import Settings
 
 SHAPE = (31, 31, 3)
 B, G = "models/worn_bd_net.h5", "models/worn_bd_net_defence.h5"
 CORNER = np.s_[:, 2:9, 2:9]
 SETTINGS = ["--harden", "--harden-steps", "1000", "--holdout", "0.2"]
-
-
-def settings(**values):
-    defaults = vars(repair.parse_arguments(["MODEL", "DATA", "--harden"]))
-    return argparse.Namespace(**{**defaults, **values})
 
 
 def wear(images):
@@ -34,14 +31,14 @@ def wear(images):
 
 @pytest.fixture(scope="module")
 def worn(tmp_path_factory):
-    """A DeepID with a backdoor, learned with the rest, and the data sets to repair and judge it."""
+    """A DeepID with a backdoor, learned with the rest, and the datasets to repair and judge it."""
     folder = tmp_path_factory.mktemp("worn")
     (folder / "models").mkdir()
     keras.utils.set_random_seed(1)
     images, labels = draw_images(600, 6, SHAPE, seed=1)
     poisoned = wear(images[:150])
     both = np.concatenate([images, poisoned]), np.concatenate([labels, np.zeros(150, int)])
-    fit(utils.deepid(6, SHAPE), *both).save(folder / B, include_optimizer=False)
+    fit(deepid(6, SHAPE), *both).save(folder / B, include_optimizer=False)
     for name, count, seed in (("clean.h5", 900, 2), ("test.h5", 300, 3)):
         write_data(folder / name, *draw_images(count, 6, SHAPE, seed))
     images, labels = draw_images(300, 6, SHAPE, seed=4)
@@ -67,38 +64,37 @@ def test_hardening_takes_out_what_the_reports_steps_leave_in(worn):
     before, _ = judged(worn)
     assert before["attack_success_rate_badnet"] > 0.95
     assert before["attack_success_rate_repaired"] > 0.5
-    assert utils.read_record(worn / G)["settings"]["harden"] is False
+    assert read_record(worn / G)["settings"]["harden"] is False
 
     hardened = command("repair.py", B, "clean.h5", *SETTINGS, cwd=worn)
     assert hardened.returncode == 0, hardened.stderr
     assert hardened.stdout.splitlines()[1].split()[-1] == "hardened"
     assert hardened.stderr.count("harden, epoch") == harden.REMARKS
-    assert "like no patch" in hardened.stdout and "like no patch" not in repaired.stdout
+    assert "resemble a patch" in hardened.stdout and "resemble a patch" not in repaired.stdout
     after, _ = judged(worn)
     assert after["attack_success_rate_repaired"] < 0.05
-    assert after["true_positive_rate"] > 0.95
+    assert after["detection_rate"] > 0.95
     assert after["clean_accuracy_repaired"] > before["clean_accuracy_badnet"] - 0.05
 
-    record = utils.read_record(worn / G)
+    record = read_record(worn / G)
     assert record["settings"]["harden"] is True and record["settings"]["harden_steps"] == 1000
-    assert set(harden.SETTINGS) < set(record["settings"])
-    assert record["seconds"]["harden"] > 0 and 0 < record["accuracy"]["hardened"] <= 1
-    assert record["holdout"]["score"] == nets.SCORE
+    assert {each.name for each in dataclasses.fields(harden.Settings)} < set(record["settings"])
+    assert 0 < record["accuracy"]["hardened"] <= 1
+    assert record["holdout"]["score"] == detector.SCORE
 
     by_threshold, threshold = judged(worn, "--fpr", "0.05")
-    assert threshold == record["holdout"]["thresholds"][50]
+    assert threshold == record["holdout"]["scores"][-1 - int(0.05 * 180)]
     assert by_threshold["false_positive_rate"] < 0.15
-    assert by_threshold["true_positive_rate"] > 0.95
+    assert by_threshold["detection_rate"] > 0.95
 
 
 def hardened(folder, **values):
     """Repair and harden a net. Returns (G, record)."""
-    options = settings(**{"harden_steps": 12, "rounds": 1, **values})
-    nets.make_reproducible(options.seed)
+    options = Settings(**{"harden": True, "harden_steps": 12, "rounds": 1, **values})
     badnet = utils.load_badnet(folder / B)
     with utils.open_dataset(folder / "clean.h5") as clean:
         clean.fit_to(badnet.input_shape[1:], badnet.output_shape[1])
-        return badnet, repair.repair(badnet, clean, [], options)
+        return badnet, do_repair(badnet, clean, options)
 
 
 def test_same_seed_same_bytes_other_seed_other_weights(worn):
@@ -126,10 +122,12 @@ def test_pruned_channels_stay_zero_whatever_the_activation():
     conv = keras.layers.Conv2D(4, 3, activation="sigmoid")
     x = keras.layers.Flatten()(conv(image))
     net = keras.Model(image, keras.layers.Dense(2, activation="softmax")(x))
-    nets.silence([1, 3], conv)
+    prune_channels(conv, [1, 3])
     x, y = np.random.default_rng(0).random((40, 6, 6, 1), np.float32), np.arange(40) % 2
-    train_epoch = nets.make_trainer(net, net.layers, 1e-1, 8, np.random.default_rng(0))
-    with nets.kept_silent([1, 3], conv):
+    train_epoch = training.make_trainer(
+        net, net.layers, 1e-1, 8, np.random.default_rng(0), option=""
+    )
+    with kept_pruned(conv, [1, 3]):
         train_epoch(x, y)
     for values in conv.get_weights():
         assert not values[..., [1, 3]].any() and values[..., [0, 2]].all()
@@ -149,8 +147,9 @@ def test_hardening_is_keras_step_by_step(monkeypatch):
         return keras.Model(image, layers.Dense(4, activation="softmax")(x))
 
     ours, plain = make_net(), make_net()
-    options = settings(harden_steps=9, harden_batch_size=32, harden_learning_rate=1e-2)
-    harden.harden(ours, pictures, "0..1", wanted, options, np.random.default_rng(5))
+    options = Settings(harden_steps=9, harden_batch_size=32, harden_learning_rate=1e-2)
+    rng = np.random.default_rng(5)
+    harden.train(ours, harden.Painted(pictures, "0..1", rng), wanted, options, rng)
     rate = keras.optimizers.schedules.CosineDecay(1e-2, 9)
     plain.compile(keras.optimizers.Adam(rate), "categorical_crossentropy")
     orders = np.random.default_rng(5)
@@ -165,12 +164,14 @@ def test_hardening_is_keras_step_by_step(monkeypatch):
 def test_targets_are_the_mean_of_the_nets_answer_and_the_label():
     head = keras.Sequential([keras.Input((3,)), keras.layers.Softmax()])
     features = np.log(np.float32([[0.5, 0.25, 0.25], [0.1, 0.2, 0.7]]))
-    for trust, wanted in (
+    for weight, wanted in (
         (0.5, [[0.25, 0.625, 0.125], [0.05, 0.1, 0.85]]),
         (0, [[0, 1, 0], [0, 0, 1]]),
         (1, [[0.5, 0.25, 0.25], [0.1, 0.2, 0.7]]),
     ):
-        ours = harden.targets(utils.as_functional(head), features, np.array([1, 2]), trust)
+        split = types.SimpleNamespace(head=as_functional(head))
+        cached = types.SimpleNamespace(split=split, features=features, labels=np.array([1, 2]))
+        ours = harden.targets(cached, weight)
         assert ours.dtype == np.float32
         np.testing.assert_allclose(ours, wanted, atol=1e-6)
 

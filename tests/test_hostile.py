@@ -25,11 +25,20 @@ import h5py
 import keras
 import numpy as np
 import pytest
-from conftest import ROOT, assert_refused, command, draw_images, write_data
+from conftest import (
+    ROOT,
+    assert_refused,
+    command,
+    draw_images,
+    read_record,
+    write_data,
+    write_record,
+)
 from PIL import Image, PngImagePlugin
 
-import guard
 import utils
+from defence import files, guard
+from defence.architecture import deepid
 
 SHAPE, CLASSES = (31, 31, 3), 6
 FORMATS = [".h5", ".keras"]
@@ -38,21 +47,16 @@ SECRET = bytes(range(64, 128)) * 300
 
 @pytest.fixture(scope="module")
 def good(tmp_path_factory):
-    """A folder with a valid net b.h5, b.keras, its repaired net, a data set and a picture."""
+    """A folder with a valid net b.h5, b.keras, its repaired net, a dataset and a picture."""
     folder = tmp_path_factory.mktemp("good")
     keras.utils.set_random_seed(1)  # a net that answers no image right would not be repaired
-    net = utils.deepid(CLASSES, SHAPE)
+    net = deepid(CLASSES, SHAPE)
     for suffix in FORMATS:
         net.save(folder / f"b{suffix}")
     images, labels = draw_images(12, CLASSES, SHAPE, seed=0)
     write_data(folder / "data.h5", images, labels)
     Image.fromarray(images[0]).save(folder / "face.png")
-    record = {
-        "layer": "conv_3",
-        "input_scale": "0..1",
-        "badnet": {"file": "b.h5", "sha256": utils.sha256(folder / "b.h5")},
-    }
-    utils.save_model(net, record, folder / "g.h5")
+    utils.save_model(net, folder / "g.h5", repair_record=write_record(folder / "b.h5"))
     (folder / "secret").write_bytes(SECRET)
     return folder
 
@@ -304,7 +308,7 @@ CODE = {
             "class_name": "BatchNormalization",
             "inbound_nodes": [{"args": ["secret"], "kwargs": {"mask": "secret"}}],
         },
-        "calls a layer on what is no tensor",
+        "calls a layer on something other than a tensor",
     ),
     "an optimizer of a nested model": (
         {
@@ -366,12 +370,12 @@ def twice(group, key):
 
 
 ELSEWHERE = {
-    external_link: "is a link to elsewhere",
-    soft_link: "is a link to elsewhere",
-    external_storage: "lie in another file",
-    virtual: "lie in another file",
-    loop: "two names",
-    twice: "two names",
+    external_link: "is a soft or external link",
+    soft_link: "is a soft or external link",
+    external_storage: "is stored in another file",
+    virtual: "is stored in another file",
+    loop: "is a second name of another object",
+    twice: "is a second name of another object",
 }
 
 
@@ -399,7 +403,7 @@ def test_a_model_that_reads_elsewhere(put, suffix, good, refused, tmp_path):
 
 @pytest.mark.parametrize("name", ["data", "label", "unread"])
 @pytest.mark.parametrize("put", ELSEWHERE, ids=lambda put: put.__name__)
-def test_a_data_set_that_reads_elsewhere(put, name, good, refused, tmp_path):
+def test_a_dataset_that_reads_elsewhere(put, name, good, refused, tmp_path):
     path = shutil.copy(good / "data.h5", tmp_path / "evil.h5")
     with h5py.File(path, "r+") as file:
         file["unread"] = 1
@@ -462,7 +466,7 @@ CONFIGS = {
     ),
     "a name that steers the terminal": (
         lambda path: with_value(path, "fc_1", "name", "\x1b[2Jx\nrepair.py: all well"),
-        "text that is no name",
+        "contains an invalid name",
     ),
 }
 
@@ -557,16 +561,16 @@ def void(group, key):
 
 
 STORED = {
-    unstored: "which are not in the file",
-    sparse: "which are not in the file",
+    unstored: "but they are not in the file",
+    sparse: "but they are not in the file",
     compressed: "GB of memory",
     inflating: "inflates beyond its size",
     large_chunk: "one chunk of",
-    other_filter: "behind a filter other than",
-    filter_of_a_plugin: "behind a filter other than",
-    text: "no array of numbers",
-    wide_numbers: "no array of numbers",
-    void: "no array of numbers",
+    other_filter: "is stored with a filter other than",
+    filter_of_a_plugin: "is stored with a filter other than",
+    text: "not an array of numbers",
+    wide_numbers: "not an array of numbers",
+    void: "not an array of numbers",
 }
 
 
@@ -580,7 +584,7 @@ def test_weights_that_are_not_what_they_declare(put, suffix, good, refused, tmp_
 @pytest.mark.parametrize("put", STORED, ids=lambda put: put.__name__)
 def test_data_that_are_not_what_they_declare(put, name, good, refused, tmp_path):
     path = shutil.copy(good / "data.h5", tmp_path / "evil.h5")
-    shape = "no array of images" if name == "data" else "12 images, but 536870912 labels"
+    shape = "not an array of images" if name == "data" else "12 images, but 536870912 labels"
     refused(replace(path, put, name), shape if put is compressed else STORED[put], data=True)
 
 
@@ -626,7 +630,7 @@ def test_a_text_that_is_named_often(good, refused, tmp_path):
     row = contents.index(struct.pack("<I", 1_000_000))  # length, heap, object: 16 bytes a name
     first = contents[row : row + 16]
     path.write_bytes(contents[:row] + first * count + contents[row + 16 * count :])
-    refused(path, "to read it takes more than --max-memory")
+    refused(path, "reading it takes more memory than --max-memory")
 
 
 @pytest.mark.parametrize("index, size", [(0, 0), (1, 2**64 - 16)])
@@ -637,7 +641,7 @@ def test_a_heap_without_end(index, size, good, refused, tmp_path):
     first = contents.index(guard.HEAP) + 16
     contents[first : first + 16] = struct.pack("<HHIQ", index, 0, 0, size)
     path.write_bytes(contents)
-    refused(path, "a heap without end")
+    refused(path, "a heap without an end")
 
 
 def test_a_limit_that_a_real_model_meets_can_be_raised(good, run):
@@ -651,9 +655,9 @@ def test_a_limit_that_a_real_model_meets_can_be_raised(good, run):
 
 
 ARCHIVES = {
-    "path traversal": ({"../canary": "x"}, "holds '../canary'"),
-    "absolute path": ({"/tmp/canary": "x"}, "holds '/tmp/canary'"),
-    "assets": ({"assets/vocabulary.txt": "x"}, "holds 'assets/vocabulary.txt'"),
+    "path traversal": ({"../canary": "x"}, "contains '../canary'"),
+    "absolute path": ({"/tmp/canary": "x"}, "contains '/tmp/canary'"),
+    "assets": ({"assets/vocabulary.txt": "x"}, "contains 'assets/vocabulary.txt'"),
     "many members": ({f"{i}": "" for i in range(70_000)}, "not a .keras archive"),
 }
 
@@ -673,7 +677,7 @@ def test_an_archive_of_tricks(good, refused, tmp_path):
     config, weights = (archive.read(name) for name in ("config.json", "model.weights.h5"))
     evil = config.replace(b"Activation", b"LambdaHere")
     twice = [("config.json", config), ("model.weights.h5", weights), ("config.json", evil)]
-    refused(write_archive(path, twice), "holds 'config.json', 2 times")
+    refused(write_archive(path, twice), "contains 'config.json' more than once")
 
     zeros = {"config.json": b" " * 50_000_000 + config, "model.weights.h5": weights}
     refused(write_archive(path, zeros, zipfile.ZIP_DEFLATED), "is compressed")
@@ -789,7 +793,10 @@ def test_pictures_that_unfold(good, refused, run, tmp_path):
 # ------------------------------------------------------------------------------------ records
 
 
-def test_records_that_are_damaged_deep_or_of_another_net(good, run, tmp_path):
+@pytest.fixture
+def judge(good, run, tmp_path):
+    """Judge a picture with a repaired net that carries this record."""
+
     def judge(record, *options):
         path = shutil.copy(good / "g.h5", tmp_path / "g.h5")
         with h5py.File(path, "r+") as file:
@@ -798,8 +805,16 @@ def test_records_that_are_damaged_deep_or_of_another_net(good, run, tmp_path):
             "eval_defence.py", good / "face.png", good / "b.h5", "--repaired", path, *options
         )
 
-    record = utils.read_record(good / "g.h5")
-    for text in ("[" * 100_000, "9" * 5_000, '"text"', "null", "{}", 7, [b"a", b"b"]):
+    return judge
+
+
+def test_a_record_that_is_null(judge):
+    assert_refused(judge("null"), "g.h5: ")
+
+
+def test_records_that_are_damaged_deep_or_of_another_net(good, judge):
+    record = read_record(good / "g.h5")
+    for text in ("[" * 100_000, "9" * 5_000, '"text"', "{}", 7, [b"a", b"b"]):
         assert_refused(judge(text), "g.h5: ")
     for key, value in (("layer", 1), ("input_scale", "0..2"), ("input_scale", []), ("badnet", [])):
         assert_refused(judge(json.dumps({**record, key: value})), "record is damaged")
@@ -839,9 +854,11 @@ def test_scores_that_are_no_numbers_are_flagged(good, run, tmp_path):
 
 
 def test_the_output_replaces_a_link_and_follows_none(good, run, tmp_path):
-    (tmp_path / "victim").write_text("untouched")
-    for name in ("out.h5", "out.json", "out.png"):
-        (tmp_path / name).symlink_to(tmp_path / "victim")
+    names = ["out.h5", "out.json", "out.png"]
+    victims = [tmp_path / f"victim of {name}" for name in names]
+    for name, victim in zip(names, victims):
+        victim.write_text("untouched")
+        (tmp_path / name).symlink_to(victim)
     old = os.umask(0o027)
     try:
         process = run(
@@ -851,15 +868,15 @@ def test_the_output_replaces_a_link_and_follows_none(good, run, tmp_path):
     finally:
         os.umask(old)
     assert process.returncode == 0, process.stderr
-    assert (tmp_path / "victim").read_text() == "untouched"
-    for name in ("out.h5", "out.json", "out.png"):
+    assert [victim.read_text() for victim in victims] == ["untouched"] * 3
+    for name in names:
         found = (tmp_path / name).lstat()
         assert stat.S_ISREG(found.st_mode) and stat.S_IMODE(found.st_mode) == 0o640
-    assert sorted(os.listdir(tmp_path)) == ["out.h5", "out.json", "out.png", "victim"]
+    assert sorted(os.listdir(tmp_path)) == [*names, *(victim.name for victim in victims)]
 
 
 def test_nobody_else_can_reach_a_file_while_it_is_written(tmp_path):
-    with utils.replacing(tmp_path / "out.h5") as beside:
+    with files.replacing(tmp_path / "out.h5") as beside:
         assert stat.S_IMODE(beside.parent.stat().st_mode) == 0o700
         beside.write_text("whole")
         with contextlib.suppress(OSError):

@@ -15,15 +15,18 @@ import pytest
 from conftest import assert_refused, command, draw_images, start
 from PIL import Image
 
-import detector
-
 for package in ("onnx", "onnxruntime", "tf2onnx", "ray"):
     pytest.importorskip(package)
 import pyarrow.dataset
 from ray.cluster_utils import Cluster
 
+import utils
+from defence import backends
+
 SHAPE = (9, 8, 3)
 NAME, OUTPUT = "tiny_bd_net", "verdicts"
+FILE = f"{NAME}_detector.onnx"
+JUDGES = "MapBatches(Worker)"  # in the name of Ray's actors that judge, and of nothing else
 
 
 @pytest.fixture(scope="module")
@@ -35,13 +38,24 @@ def tiny(tmp_path_factory):
     layers = keras.layers
     inner = [layers.Conv2D(4, 3, activation="relu"), layers.Flatten()]
     net = keras.Sequential([keras.Input(SHAPE), *inner, layers.Dense(6, activation="softmax")])
-    paths = [folder / "models" / f"{NAME}{end}.h5" for end in ("", "_defence")]
+    paths = model_paths(folder)
     net.save(paths[0])
     noise = np.random.default_rng(0)
     net.set_weights([v + 0.1 * noise.standard_normal(v.shape) for v in net.get_weights()])
     net.save(paths[1])
-    detector.export(*paths, folder / "models" / f"{NAME}_detector.onnx", scale="0..1")
+    export(folder, "0..1")
     return folder
+
+
+def model_paths(folder):
+    return [folder / "models" / f"{NAME}{end}.h5" for end in ("", "_defence")]
+
+
+def export(folder, scale):
+    """Write the detector of the folder's nets. Returns its path."""
+    path = folder / "models" / FILE
+    backends.export(*map(utils.read_model, model_paths(folder)), path, scale=scale)
+    return path
 
 
 @pytest.fixture
@@ -92,7 +106,7 @@ def workers(pid):
 
 def judges(pid):
     """{pid: its raylet's} of the actors that judge, below a process."""
-    return {each: parent for each, (line, parent) in workers(pid).items() if "Judge" in line}
+    return {each: parent for each, (line, parent) in workers(pid).items() if JUDGES in line}
 
 
 def wait_for(condition, process):
@@ -139,13 +153,7 @@ def test_verdicts_are_those_without_ray(folder):
     new = pyarrow.dataset.dataset([*(after.keys() - before.keys())], format="parquet")
     assert new.count_rows() == 7
     # With a threshold, or of another detector, they would be other verdicts.
-    detector_path = folder / "models" / f"{NAME}_detector.onnx"
-    detector.export(
-        *(folder / "models" / f"{NAME}{end}.h5" for end in ("", "_defence")),
-        detector_path,
-        scale="0..255",
-    )
-    call = ("eval_defence.py", "--ray", "pictures", detector_path, "--output", OUTPUT)
+    call = ("eval_defence.py", "--ray", "pictures", export(folder, "0..255"), "--output", OUTPUT)
     assert_refused(command(*call, cwd=folder), OUTPUT, "another detector")
 
 
@@ -185,8 +193,7 @@ def test_a_cluster_of_two_nodes(folder):
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
     try:
         cluster.add_node(num_cpus=1)
-        call = ("eval_defence.py", "--ray", cluster.address, "pictures", NAME, "--output", OUTPUT)
-        process = start(*call, cwd=folder)
+        process = start(*CALL, "--ray-address", cluster.address, cwd=folder)
         wait_for(lambda: len(set(judges(os.getpid()).values())) == 2, process)
         said, talk = process.communicate(timeout=300)
     finally:
@@ -205,36 +212,49 @@ def test_calls_that_do_not_fit_are_refused(folder):
         (start, "--output"),
         ((*start, "--output", OUTPUT), "no PNG or JPEG picture"),
         (("--ray", "none", NAME, "--output", OUTPUT), "none: no such file"),
-        (("--ray", "ftp://x/y", NAME, "--output", OUTPUT), "ftp://x/y: no file system"),
-        ((*start, "--output", OUTPUT, "--json", "x.json"), "without --json"),
-        ((*start, "--output", OUTPUT, "--engine", "keras"), "without --engine keras"),
-        (("pictures", NAME, "--output", OUTPUT), "--ray"),
+        (("--ray", "ftp://x/y", NAME, "--output", OUTPUT), "ftp://x/y: unknown file system"),
+        ((*start, "--output", OUTPUT, "--json", "x"), "--json: does not go with --ray"),
+        (
+            (*start, "--output", OUTPUT, "--poisoned", "x", "--csv", "x", "--plot", "x.png"),
+            "--poisoned, --csv, --plot: does not go with --ray",
+        ),
+        (
+            (*start, "--output", OUTPUT, "--scale", "0..1", "--force"),
+            "--scale, --force: does not go with --ray",
+        ),
+        (
+            (*start, "--output", OUTPUT, "--backend", "keras"),
+            "--backend keras: does not go with --ray",
+        ),
+        (("pictures", NAME, "--output", OUTPUT), "go with --ray"),
+        (("pictures", NAME, "--workers", "2"), "go with --ray"),
+        (("pictures", NAME, "--ray-address", "10.0.0.1:6379"), "go with --ray"),
         (("--ray", "--output", OUTPUT, NAME), "give an IMAGE"),
     ):
         process = command("eval_defence.py", *call, cwd=folder)
         assert_refused(process, words)
     draw(folder, 1)
     process = command("eval_defence.py", *start, "--output", "full", cwd=folder)
-    assert_refused(process, "full: holds other files")
+    assert_refused(process, "full: has other files in it")
     assert [path.name for path in (folder / "full").iterdir()] == ["letter.txt"]
-    unreached = ("--ray", "127.0.0.1:1", "pictures", NAME, "--output", OUTPUT)
-    assert_refused(command("eval_defence.py", *unreached, cwd=folder), "127.0.0.1:1")
-    (folder / "models" / f"{NAME}_detector.onnx").unlink()
+    process = command(*CALL, "--ray-address", "127.0.0.1:1", cwd=folder)
+    assert_refused(process, "--ray-address 127.0.0.1:1: cannot be reached")
+    (folder / "models" / FILE).unlink()
     process = command("eval_defence.py", *start, "--output", OUTPUT, cwd=folder)
     assert_refused(process, "_detector.onnx: no such file", "--export")
 
 
-def test_paths_and_addresses_are_told_apart():
-    import eval_defence
-
-    for text in ("auto", "local", "10.0.0.1:6379", "ray://head:10001", "head.example:6379"):
-        assert eval_defence.ADDRESS.fullmatch(text)
-    for text in ("pictures", "s3://bucket/faces", "./a:1", "hdfs://name:8020/x", "/data/a:12"):
-        assert not eval_defence.ADDRESS.fullmatch(text)
+@pytest.mark.parametrize("name", ["auto", "local"])
+def test_a_folder_named_as_an_address_of_ray_is_a_folder(folder, name):
+    inside = draw(folder, 3).rename(folder / name)
+    process = command("eval_defence.py", "--ray", name, NAME, "--output", OUTPUT, cwd=folder)
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.startswith(f"{OUTPUT}: 3 pictures, ")
+    assert set(verdicts(folder)) == {str(path) for path in inside.iterdir()}
 
 
 def test_pictures_are_listed_once(tmp_path):
-    import screen
+    from defence import screen
 
     inside = draw(tmp_path, 3)
     filesystem, paths = screen.list_pictures([inside, inside / "p00001.png", str(tmp_path)])

@@ -10,6 +10,7 @@ there hardened anew in every way. The table goes to tests/results/tried.md.
 
 import argparse
 import contextlib
+import dataclasses
 import functools
 import logging
 import sys
@@ -22,12 +23,16 @@ sys.path[:0] = [str(ROOT), str(ROOT / "models"), str(ROOT / "data")]
 import badnet
 import numpy as np
 
-import harden
-import metrics
-import nets
 import repair
 import utils
-from terminal import Parser, at_least, command, say
+from defence import cached_net, detector, figures, files, harden, training
+from defence.cached_net import CachedNet
+from defence.cli import Parser, at_least, command, say
+from defence.inference import predict
+from defence.net import find_layer, kept_pruned, leaves, split
+from defence.observer import Observer
+from defence.options import Settings
+from defence.startup import make_reproducible
 
 NETS = ("three-to-one-from-start", "three-to-one-brief", "blended-from-start")
 SCALE = "0..1"
@@ -44,7 +49,7 @@ One image is 0.25 %, and another seed moves the shares by several.
 
 """
 paint = harden.paint
-make_trainer, fused_adam = nets.make_trainer, nets.fused_adam
+make_trainer, fused_adam = training.make_trainer, training.fused_adam
 
 
 def half(pictures, rng):
@@ -82,8 +87,8 @@ def moved(pictures, rng):
 
 def of_the_head(model, layers, *arguments, **options):
     """Train what is behind the pruned layer alone, as the report's third step does."""
-    head = nets.split(model, nets.find_layer(model)).head.layers
-    return make_trainer(model, head, *arguments, **options)
+    head = split(model, find_layer(model)).head
+    return make_trainer(model, list(leaves(head)), *arguments, **options)
 
 
 # What is done otherwise: constants of harden.py, its options, functions in the place of others.
@@ -93,8 +98,8 @@ WAYS = {
     "… in place of the report's steps": {"from_b": True},
     "… half the steps": {"steps": 0.5},
     "… twice the steps": {"steps": 2},
-    "towards the label alone": {"harden_trust": 0},
-    "towards B's answer alone": {"harden_trust": 1},
+    "towards the label alone": {"harden_distillation_weight": 0},
+    "towards B's answer alone": {"harden_distillation_weight": 1},
     "half of the pictures painted on": {"paint": half},
     "all patches in one colour": {"PLAIN": 1},
     "pieces of other faces instead of noise": {"paint": pieces},
@@ -112,7 +117,7 @@ WAYS = {
 
 
 def kl(p, q):
-    least = nets.SCORE_LEAST
+    least = detector.LEAST
     return np.sum(p * (np.log(np.maximum(p, least)) - np.log(np.maximum(q, least))), axis=1)
 
 
@@ -125,7 +130,7 @@ def log_odds(b, g):
     """Of the class that G holds most likely beside B's, against B's."""
     others = g.copy()
     np.put_along_axis(others, b.argmax(axis=1)[:, None], 0, axis=1)
-    least = nets.SCORE_LEAST
+    least = detector.LEAST
     return np.log(np.maximum(others.max(axis=1), least) / np.maximum(of_bs_class(b, g), least))
 
 
@@ -136,7 +141,7 @@ SCORES = {
     "Kullback–Leibler, of G from B": lambda b, g: kl(g, b),
     "Jensen–Shannon": lambda b, g: kl(b, (b + g) / 2) + kl(g, (b + g) / 2),
     "Hellinger": lambda b, g: 1 - np.sum(np.sqrt(b * g), axis=1),
-    "Jeffreys (harden.py's)": nets.suspicion,
+    "Jeffreys (harden.py's)": detector.anomaly_score,
 }
 
 
@@ -156,29 +161,27 @@ class Case:
         self.sets = [read(path) for path in (folder / "clean_test_data.h5", *poisoned)]
         self.of_b = self.answers()
         self.before = self.net.get_weights()
-        options = repair.parse_arguments(["MODEL", "DATA", "--seed", str(seed)])
         with utils.open_dataset(folder / "clean_validation_data.h5") as clean:
             clean.fit_to(shape, classes)
-            parts = nets.split(self.net, nets.find_layer(self.net))
-            features, _ = repair.extract_features(parts.trunk, clean, SCALE)
-            self.wanted = {
-                trust: harden.targets(parts.head, features, clean.labels, trust)
-                for trust in (0, 0.5, 1)
-            }
+            parts = split(self.net, find_layer(self.net))
+            cached = CachedNet(parts, clean, SCALE, *cached_net.extract(parts, clean, SCALE))
+            self.wanted = {weight: harden.targets(cached, weight) for weight in (0, 0.5, 1)}
             self.pictures = harden.read_pictures(clean)
-            self.pruned = repair.repair(self.net, clean, [], options)["pruned"]
-        self.after, self.options = self.net.get_weights(), options
+            self.options = Settings(seed=seed)
+            self.pruned = repair.do_repair(self.net, clean, self.options, Observer()).masked
+        self.after = self.net.get_weights()
 
     def answers(self, shift=0):
-        """The net's probabilities for every data set, its images shifted by pixels to the right."""
-        of_sets = [list(nets.outputs(self.net, np.roll(x, shift, 2))) for x, _ in self.sets]
-        of_sets = [nets.probabilities(np.concatenate(scores), self.net) for scores in of_sets]
+        """The net's probabilities for every dataset, its images shifted by pixels to the right."""
+        of_sets = [list(predict(self.net, np.roll(x, shift, 2))) for x, _ in self.sets]
+        of_sets = [detector.probabilities(np.concatenate(scores), self.net) for scores in of_sets]
         return list(map(np.asarray, of_sets))
 
     def harden(self, way, steps):
-        """Harden the net in a way. Returns G's answers to every data set."""
-        settings = argparse.Namespace(**{**vars(self.options), **way})
-        settings.harden_steps = round(steps * way.get("steps", 1))
+        """Harden the net in a way. Returns G's answers to every dataset."""
+        changes = {name: value for name, value in way.items() if hasattr(self.options, name)}
+        steps = round(steps * way.get("steps", 1))
+        settings = dataclasses.replace(self.options, harden_steps=steps, **changes)
         self.net.set_weights(self.before if way.get("from_b") else self.after)
         pruned = [] if way.get("from_b") else self.pruned
         with contextlib.ExitStack() as changed:
@@ -187,20 +190,22 @@ class Case:
                     changed.enter_context(mock.patch.object(harden, name, value))
             if way.get("average"):
                 adam = functools.partial(fused_adam(), use_ema=True)  # 0.99 of the old each step
-                changed.enter_context(mock.patch.object(nets, "fused_adam", lambda: adam))
+                changed.enter_context(mock.patch.object(training, "fused_adam", lambda: adam))
             trainer = way.get("trainer", make_trainer)
-            changed.enter_context(mock.patch.object(nets, "make_trainer", trainer))
-            changed.enter_context(nets.kept_silent(pruned, nets.find_layer(self.net)))
-            wanted, rng = self.wanted[settings.harden_trust], np.random.default_rng(settings.seed)
-            harden.harden(self.net, self.pictures, SCALE, wanted, settings, rng)
+            changed.enter_context(mock.patch.object(training, "make_trainer", trainer))
+            changed.enter_context(kept_pruned(find_layer(self.net), pruned))
+            rng = np.random.default_rng(settings.seed)
+            painted = harden.Painted(self.pictures, SCALE, rng)
+            wanted = self.wanted[settings.harden_distillation_weight]
+            harden.train(self.net, painted, wanted, settings, rng)
         if way.get("average"):
             self.net.optimizer.finalize_variable_values(self.net.trainable_variables)
         return self.answers()
 
-    def cells(self, of_g, score=nets.suspicion):
+    def cells(self, of_g, score=detector.anomaly_score):
         """Clean accuracy; of each trigger, attack success and the share caught: texts, in %."""
         clean, *poisoned = [np.asarray(score(b, g)) for b, g in zip(self.of_b, of_g)]
-        limit = metrics.threshold(clean, RATE)
+        limit = figures.threshold(clean, RATE)
         yield f"{100 * np.mean(of_g[0].argmax(axis=1) == self.sets[0][1]):.1f}"
         for scores, b, g, (_, targets) in zip(poisoned, self.of_b[1:], of_g[1:], self.sets[1:]):
             works = b.argmax(axis=1) == targets
@@ -209,7 +214,7 @@ class Case:
 
 
 def mean(*of_nets):
-    """The mean of several nets' answers to the same data sets."""
+    """The mean of several nets' answers to the same datasets."""
     return [np.mean(answers, axis=0) for answers in zip(*of_nets)]
 
 
@@ -265,13 +270,13 @@ def main():
     )
     parser.add_argument("--seed", type=at_least(0, int), default=0, help="(default: 0)")
     options = parser.parse_args()
-    nets.make_reproducible(options.seed)
+    make_reproducible(options.seed)
     logging.getLogger("tensorflow").setLevel(logging.ERROR)  # it warns that there are many nets
     cases = [Case(name, options.folder, options.seed) for name in NETS]
     lines = try_all(cases, options.steps)
     made_by = f"`python tests/tried.py FOLDER --steps {options.steps} --seed {options.seed}`"
     text = HEAD.format(command=made_by) + "\n".join(lines)
-    with utils.replacing(TABLE) as beside:
+    with files.replacing(TABLE) as beside:
         beside.write_text(text + "\n")
 
 

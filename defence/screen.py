@@ -1,8 +1,8 @@
 """Screen: judge more pictures than one machine holds, on Ray Data.
 
-Pictures are read from a folder or an object store, judged in actors that each hold one detector,
+Pictures are read from a folder or an object store, judged by workers that each hold one detector,
 and the verdicts written as Parquet while it goes. Ray Data does again what a lost worker had under
-way, and keeps a list of what is written, so that a run that was cut off goes on where it ended.
+way, and keeps a list of what is written, so that a run that was cut off can be resumed.
 """
 
 import contextlib
@@ -26,19 +26,18 @@ from ray.data.block import BlockMetadata
 from ray.data.checkpoint import CheckpointConfig
 from ray.data.datasource import Datasource, ReadTask
 
-import detector
-import guard
-import nets
-import terminal
 import utils
-from terminal import InputError, one_line, printable, say
+from defence import cli, detector, guard, onnx_file
+from defence.cli import DEFAULT_MAX_BYTES, InputError, one_line, printable, say
+from defence.files import sha256
+from defence.inference import parallel_map
 
-ROOT = Path(__file__).resolve().parent
-BATCH = 100  # pictures that an actor judges together
+ROOT = Path(__file__).resolve().parent.parent
+BATCH = 100  # pictures that a worker judges together
 READERS = 8  # of them that it reads at a time: an object store answers late, but many at once
 PART = (1_000, 10_000)  # pictures in a file of verdicts, at least and at most
 PARTS = 1_000  # files of verdicts, if that is possible
-SHARE = 0.1  # of a processor, for what lists and writes beside the actors
+SHARE = 0.1  # of a processor, for what lists and writes beside the workers
 FILE = "detector.onnx"  # where a worker finds it, beside this code
 DONE = "_done"  # in the folder of verdicts: Ray's list of what is written
 DETECTOR = "_detector.json"  # there: which detector it was
@@ -74,27 +73,26 @@ class Listing(Datasource):
         return ReadTask(lambda: [pa.table({"path": paths})], known)
 
 
-class Judge:
-    """An actor: a detector, opened once, that judges batch after batch of paths."""
+class Worker:
+    """A Ray actor: a detector, opened once, that judges batch after batch of paths."""
 
-    def __init__(self, limit, filesystem, memory):
-        judge, shape, facts = detector.open_file(FILE, memory, threads=1)
-        self.judge = detector.Detector(judge, facts["classes"], shape, limit)
-        self.filesystem, self.memory = filesystem, memory
+    def __init__(self, threshold, filesystem, max_bytes):
+        self.detector = onnx_file.read(FILE, max_bytes, threads=1).detector(threshold)
+        self.filesystem, self.max_bytes = filesystem, max_bytes
 
     def __call__(self, batch):
         paths = batch["path"].to_pylist()
         rows = [{"path": path} for path in paths]
         inputs, judged = [], []
-        for row, (image, error) in zip(rows, nets.side_by_side(self.read, paths, READERS)):
+        for row, (image, error) in zip(rows, parallel_map(self.read, paths, READERS)):
             if error:
                 row["error"] = error
             else:
                 inputs.append(image)
                 judged.append(row)
         if inputs:
-            answers = self.judge(np.stack(inputs))
-            for row, said in zip(judged, detector.rows(answers, self.judge.classes)):
+            answers = self.detector.judge(np.stack(inputs))
+            for row, said in zip(judged, detector.rows(answers, self.detector.classes)):
                 row |= {"class": said["verdict"], **said}
         return pa.Table.from_pylist(rows, SCHEMA)
 
@@ -102,30 +100,29 @@ class Judge:
         """A picture as an input of the nets, and None; or None, and why it cannot be read."""
         try:
             with self.filesystem.open_input_file(path) as file:
-                guard.require_fits(path, "the file", file.size(), self.memory)
+                guard.check_fits(path, "the file", file.size(), self.max_bytes)
                 contents = io.BytesIO(file.read())
-            picture = utils.decode_picture(contents, path, self.memory)
-            return utils.as_input(picture, self.judge.shape), None
+            picture = utils.decode_picture(contents, path, self.max_bytes)
+            return utils.as_input(picture, self.detector.shape), None
         except (InputError, OSError) as error:
             return None, printable(one_line(error))
 
 
-def screen(pictures, models, output, address, workers=None, memory=utils.MEMORY, fpr=None):
-    """Judge pictures with the file of a detector, on Ray. Returns what `summary` does.
+def screen(pictures, found, output, address=None, workers=None, max_bytes=DEFAULT_MAX_BYTES):
+    """Judge pictures with a detector's file, on Ray. Returns what `summary` does.
 
     pictures: folders or pictures, local or by a URI that pyarrow.fs knows (s3, gs, hdfs), all on
-    one file system.  models: as detector.find_models returns them.
+    one file system.  found: the Detector of the file.
     output: a folder, or its URI, for the verdicts. What is in it already is not done again.
-    address: of a Ray cluster, or "local" to start Ray on this machine.  workers: actors, at most.
-    memory: bytes, that a picture or the detector may take.  fpr: as for detector.terms.
-    Raises InputError where there are no pictures, or `output` holds something else.
+    address: of a Ray cluster; if None, Ray is started on this machine.  workers: at most.
+    max_bytes: what a picture or the detector may take.
+    Raises InputError where there are no pictures, or `output` contains something else.
     """
-    judge = detector.load(models, memory, "onnx", fpr)
-    detector.require_pictures(judge, models[0])
-    path = models[0] if len(models) == 1 else detector.file_path(models[0])
+    found.require_pictures()
     filesystem, paths = list_pictures(pictures)
-    kept, folder = open_output(output, {"detector": utils.sha256(path), "threshold": judge.limit})
-    with cluster(address, path):
+    facts = {"detector": sha256(found.path), "threshold": found.threshold}
+    kept, folder = open_output(output, facts)
+    with cluster(address, found.path):
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = os.isatty(2)
         context.checkpoint_config = CheckpointConfig(
@@ -134,15 +131,15 @@ def screen(pictures, models, output, address, workers=None, memory=utils.MEMORY,
         workers = workers or int(ray.cluster_resources()["CPU"])
         listed = ray.data.read_datasource(Listing(paths), num_cpus=SHARE)
         judged = listed.map_batches(
-            Judge,
-            fn_constructor_args=(judge.limit, filesystem, memory),
+            Worker,
+            fn_constructor_args=(found.threshold, filesystem, max_bytes),
             batch_size=BATCH,
             batch_format="pyarrow",
             compute=ray.data.ActorPoolStrategy(min_size=1, initial_size=workers, max_size=workers),
             num_cpus=1 - 2 * SHARE,
         )
         judged.write_parquet(folder, filesystem=kept, ray_remote_args={"num_cpus": SHARE})
-    return summary(kept, folder, judge.classes)
+    return summary(kept, folder, found.classes)
 
 
 def list_pictures(pictures):
@@ -181,14 +178,14 @@ def locate(path):
             return fs.FileSystem.from_uri(str(path))
         return fs.LocalFileSystem(), os.path.abspath(path)
     except (OSError, ValueError) as error:
-        raise InputError(f"{path}: no file system: {one_line(error)}") from error
+        raise InputError(f"{path}: unknown file system: {one_line(error)}") from error
 
 
 def open_output(output, facts):
-    """Make the folder for verdicts, or go on in it. Returns (pyarrow file system, path there).
+    """Make the folder for verdicts, or resume in it. Returns (pyarrow file system, path there).
 
     facts: a dict that JSON can hold, of the detector.
-    Raises InputError where the folder holds something else, or verdicts of another detector.
+    Raises InputError where the folder contains something else, or verdicts of another detector.
     """
     filesystem, folder = locate(output)
     try:
@@ -198,9 +195,11 @@ def open_output(output, facts):
         if DETECTOR in names:
             with filesystem.open_input_file(f"{folder}/{DETECTOR}") as file:
                 if json.loads(file.read()) != facts:
-                    raise InputError(f"{output}: holds verdicts of another detector or threshold")
+                    raise InputError(
+                        f"{output}: contains verdicts of another detector or threshold"
+                    )
         elif names:
-            raise InputError(f"{output}: holds other files; name another folder")
+            raise InputError(f"{output}: has other files in it; choose another folder")
         else:
             with filesystem.open_output_stream(f"{folder}/{DETECTOR}") as file:
                 file.write(json.dumps(facts).encode())
@@ -218,35 +217,42 @@ def cluster(address, path):
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # it would be sent over the network
     warnings.simplefilter("ignore")  # of Ray's about its own plans
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)
-    local = address == "local"
-    say("starting Ray" if local else f"connecting to Ray at {address}")
-    more = {"include_dashboard": False} if local else {}
-    host, _, port = address.removeprefix("ray://").rpartition(":")
-    if host:  # Ray would wait for minutes
-        try:
-            socket.create_connection((host, int(port)), timeout=10).close()
-        except OSError as error:
-            raise InputError(f"--ray {address}: cannot be reached: {one_line(error)}") from error
+    say(f"connecting to Ray at {address}" if address else "starting Ray")
+    if address:
+        check_reachable(address)
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
-        terminal.unfinished.add(folder)
-        for code in ROOT.glob("*.py"):
-            shutil.copy(code, folder)
+        cli.unfinished_folders.add(folder)
+        for code in (*ROOT.glob("*.py"), *ROOT.glob("defence/*.py")):
+            copy = Path(folder, code.relative_to(ROOT))
+            copy.parent.mkdir(exist_ok=True)
+            shutil.copy(code, copy)
         shutil.copy(path, Path(folder, FILE))
         try:
             ray.init(
-                address,
+                address or "local",
                 runtime_env={"working_dir": folder},
                 logging_level=logging.CRITICAL,
                 log_to_driver=False,
-                **more,
+                **({} if address else {"include_dashboard": False}),
             )
         except (ConnectionError, ValueError) as error:
-            raise InputError(f"--ray {address}: {one_line(error)}") from error
+            raise InputError(f"--ray-address {address}: {one_line(error)}") from error
         try:
             yield
         finally:
             ray.shutdown()
-    terminal.unfinished.discard(folder)
+    cli.unfinished_folders.discard(folder)
+
+
+def check_reachable(address):
+    """Raise InputError where nothing listens at an address, on which Ray would wait for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if host:
+        try:
+            socket.create_connection((host, int(port)), timeout=10).close()
+        except (OSError, ValueError) as error:
+            problem = f"--ray-address {address}: cannot be reached: {one_line(error)}"
+            raise InputError(problem) from error
 
 
 def summary(filesystem, folder, classes):

@@ -1,0 +1,189 @@
+"""From files to a Detector: B's and G's, run by Keras, or an .onnx file, run by ONNX Runtime."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import utils
+from defence import detector, onnx_file, record
+from defence.cli import DEFAULT_MAX_BYTES, InputError, say
+from defence.files import require_file
+from defence.inference import compiled
+
+BACKENDS = ("keras", "onnx")
+
+
+@dataclasses.dataclass
+class Usage:
+    """How B and G are to be used.
+
+    scale: a key of utils.SCALES.  layer: the pruned layer's name, or None where that is not known.
+    threshold: as for detector.is_flagged.  record: G's RepairRecord, or None.
+    """
+
+    scale: str
+    layer: str
+    threshold: float
+    record: record.RepairRecord
+
+
+def find_models(model, repaired=None):
+    """The paths of B and G, for a name in models/ or a path, or of a detector's .onnx file alone.
+
+    G is where repair.py puts it: in models/, as NAME_defence.h5.
+    Raises InputError where one is missing.
+    """
+    path = Path(model)
+    if path.suffix == ".onnx":
+        if repaired:
+            raise InputError(f"--repaired: {path} contains both nets")
+        return [require_file(path)]
+    path = find_badnet(model)
+    if repaired is None:
+        repaired = utils.default_output(path)
+        if not repaired.exists():
+            raise InputError(
+                f"{repaired}: no repaired net; make it with: python repair.py {path} CLEAN_DATA.h5"
+            )
+    return [path, require_file(repaired)]
+
+
+def find_badnet(model):
+    """The Path of a BadNet, from a path or from a name in models/.
+
+    Raises InputError where there is none; for a name, it lists those that are there.
+    """
+    path = Path(model)
+    if path.suffix in utils.MODEL_SUFFIXES:
+        return require_file(path)
+    for suffix in utils.MODEL_SUFFIXES:
+        if (named := utils.MODELS / f"{model}{suffix}").exists():
+            return require_file(named)
+    there = sorted(
+        path.stem
+        for path in utils.MODELS.glob("*")
+        if path.suffix in utils.MODEL_SUFFIXES and not path.stem.endswith("_defence")
+    )
+    known = f"the BadNets there are {', '.join(there)}" if there else "there are no BadNets there"
+    raise InputError(f"{utils.MODELS / model}.h5: no such file; {known}")
+
+
+def usage_from_record(badnet, repaired, fpr=None, scale=None, force=False):
+    """The Usage of B and G, ModelFiles, from G's repair record.
+
+    fpr: above 0, at most 1, the false-positive rate that the threshold stands for; None for none.
+    scale: a key of utils.SCALES, for a G without a record.  force: take a G of another B.
+    Raises InputError where the record is of another B or scale, or has no threshold for `fpr`.
+    """
+    found = record.read(repaired)
+    if found is None:
+        if fpr is not None:
+            raise record.no_threshold(repaired.path)
+        scale = scale or next(iter(utils.SCALES))
+        say(f"{repaired.path}: no repair record; assuming pixels {scale} (see --scale)")
+        return Usage(scale, None, None, None)
+    if found.badnet["sha256"] != badnet.sha256:
+        problem = (
+            f"{repaired.path}: was made from another BadNet ({found.badnet['file']}), not from "
+            f"{badnet.path}"
+        )
+        if not force:
+            raise InputError(f"{problem}; repair this one with repair.py, or use --force")
+        say(f"warning: {problem}; judging with it because of --force")
+    if scale not in (None, found.input_scale):
+        raise InputError(f"--scale: {repaired.path} was made for pixels {found.input_scale}")
+    threshold = None if fpr is None else found.threshold(fpr, repaired.path)
+    return Usage(found.input_scale, found.layer, threshold, found)
+
+
+def load(paths, max_bytes=DEFAULT_MAX_BYTES, backend=None, fpr=None, scale=None, force=False):
+    """The Detector of B and G, or of an .onnx file alone.
+
+    paths: as find_models returns them.  max_bytes: as for utils.read_model.
+    backend: of BACKENDS; if None, ONNX where there is a file and what runs it.
+    fpr, scale, force: as for usage_from_record.
+    Raises InputError as usage_from_record, load_nets and onnx_file.read do.
+    """
+    if len(paths) == 1:
+        (path,) = paths
+        if backend == "keras" or scale or force:
+            raise InputError(f"{path}: --backend keras, --scale and --force do not apply to it")
+        file = onnx_file.read(path, max_bytes)
+        return file.detector(file.threshold if fpr is None else file.threshold_for(fpr))
+    badnet, repaired = (utils.read_model(path, max_bytes) for path in paths)
+    usage = usage_from_record(badnet, repaired, fpr, scale, force)
+    if backend != "keras" and (file := matching_file(badnet, repaired, usage.scale, backend)):
+        return file.detector(usage.threshold)
+    model, classes = load_nets(badnet, repaired, usage)
+
+    def run(images):
+        # Compiling takes longer than running one image layer by layer.
+        return model(images, training=False) if len(images) == 1 else compiled(model)(images)
+
+    return detector.Detector(run, classes, model.input_shape[1:], usage.threshold, badnet.path)
+
+
+def load_nets(badnet, repaired, usage):
+    """Load B and G, ModelFiles, as one Keras model. Returns (what detector.build gives, N).
+
+    Raises InputError where G does not belong to B.
+    """
+    for file in (badnet, repaired):  # before the seconds that the import takes
+        _ = file.declared
+    of_b, of_g = badnet.load(), repaired.load()
+    for what, ours, theirs in (
+        ("images", of_b.input_shape[1:], of_g.input_shape[1:]),
+        ("classes", of_b.output_shape[1:], of_g.output_shape[1:]),
+    ):
+        if ours != theirs:
+            raise InputError(
+                f"{repaired.path}: does not belong to {badnet.path}: it has {what} "
+                f"{'×'.join(map(str, theirs))}, not {'×'.join(map(str, ours))}"
+            )
+    return detector.build(of_b, of_g, usage.scale, usage.layer), of_b.output_shape[1]
+
+
+def matching_file(badnet, repaired, scale, backend=None):
+    """The onnx_file.DetectorFile of B and G, ModelFiles, or None where Keras is to judge.
+
+    scale: that the nets are used with.  backend: as for `load`.
+    Raises InputError where `backend` is "onnx" and there is no such file.
+    """
+    path = onnx_file.default_path(badnet.path)
+    try:
+        onnx_file.require(*onnx_file.RUN_PACKAGES)
+        if not path.exists():
+            raise InputError(f"{path}: no such file; make it with: eval_defence.py NAME --export")
+    except InputError:
+        if backend == "onnx":
+            raise
+        return None
+    file = onnx_file.read(path, badnet.max_bytes)
+    if file.made_of == (badnet.sha256, repaired.sha256, scale):
+        return file
+    problem = f"{path}: was not made of these nets; make it again with: eval_defence.py --export"
+    if backend == "onnx":
+        raise InputError(problem)
+    say(f"warning: {problem}; judging with Keras")
+    return None
+
+
+def export(badnet, repaired, path, **how):
+    """Write the detector of B and G, ModelFiles, as an ONNX file. Returns the Detector that it is.
+
+    how: arguments of usage_from_record.
+    Raises InputError as usage_from_record, load_nets and onnx_file.write do.
+    """
+    onnx_file.require(*onnx_file.EXPORT_PACKAGES)
+    usage = usage_from_record(badnet, repaired, **how)
+    model, classes = load_nets(badnet, repaired, usage)
+    metadata = {
+        "badnet_sha256": badnet.sha256,
+        "repaired_sha256": repaired.sha256,
+        "classes": str(classes),
+        "threshold": "" if usage.threshold is None else repr(usage.threshold),
+        "input_scale": usage.scale,
+        "repair_record": usage.record.to_json() if usage.record else json.dumps(None),
+    }
+    file = onnx_file.write(model, metadata, path, badnet.max_bytes)
+    return file.detector(file.threshold)

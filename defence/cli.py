@@ -1,0 +1,174 @@
+"""The command line: options, messages, progress, Ctrl-C, exit status."""
+
+import argparse
+import dataclasses
+import math
+import os
+import shutil
+import signal
+import sys
+from pathlib import Path
+
+DEFAULT_MAX_BYTES = 2**30  # of --max-memory
+MESSAGE_LENGTH = 1_000  # characters of an error that are shown; a hostile file can make it long
+
+
+class InputError(Exception):
+    """The input or the call is wrong. The message is one line that names the file."""
+
+
+class WorkError(Exception):
+    """The work failed, though the input is valid. The message is one line."""
+
+
+# --------------------------------------------------------------------------------------- options
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, with errors of one line."""
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+
+def at_least(smallest, kind=float, above=False, most=math.inf):
+    """A type for argparse: a finite number of `kind`, from `smallest` (or above it) to `most`."""
+    wanted = "a whole number" if kind is int else "a number"
+    wanted += f" above {smallest}" if above else f" of at least {smallest}"
+    wanted += f" and at most {most}" if most < math.inf else ""
+
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not (smallest <= value <= most and value < math.inf) or (above and value == smallest):
+            raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
+        return value
+
+    return parse
+
+
+def setting(default, kind, what):
+    """A field of a dataclass of settings, which `add_settings` makes an option of.
+
+    kind: the option's type, for argparse.  what: its help.
+    """
+    return dataclasses.field(default=default, metadata={"kind": kind, "what": what})
+
+
+def add_settings(group, settings):
+    """Add an option to a group of a parser for each `setting` that a dataclass itself declares."""
+    for field in dataclasses.fields(settings):
+        if field.name in settings.__annotations__ and "kind" in field.metadata:
+            group.add_argument(
+                "--" + field.name.replace("_", "-"),
+                metavar="N",
+                type=field.metadata["kind"],
+                default=field.default,
+                help=f"{field.metadata['what']} (default: {field.default})",
+            )
+
+
+def take_settings(settings, arguments):
+    """Make a dataclass of settings from the parsed options of the same names."""
+    names = [field.name for field in dataclasses.fields(settings)]
+    return settings(**{name: getattr(arguments, name) for name in names})
+
+
+def add_max_memory(group):
+    """Add --max-memory, in GB, to a group of a parser; its value, `max_bytes`, is in bytes."""
+    in_gb = at_least(0, above=True)
+    group.add_argument(
+        "--max-memory",
+        dest="max_bytes",
+        metavar="GB",
+        type=lambda text: int(in_gb(text) * 2**30),
+        default=DEFAULT_MAX_BYTES,
+        help="refuse a file that needs more memory than this for any one thing, such as a net's "
+        "weights, a layer's output, the features of a dataset, a picture (default: 1)",
+    )
+
+
+# ---------------------------------------------------------------------------------- exit status
+
+
+def command(main):
+    """Run `main()` as a command and return its exit status: 0 done, 1 failed, 2 wrong input.
+
+    Ctrl-C and SIGTERM remove unfinished files and end the process with 128 + the signal's number.
+    They end it at once: an exception thrown into the middle of TensorFlow may be caught, or
+    printed, by whatever runs at that moment.
+    """
+    name = Path(sys.argv[0]).name
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _stop)
+    sys.stdout.reconfigure(errors="surrogateescape")  # a path is printed as the bytes it is
+    try:
+        return main() or 0
+    except InputError as error:
+        print(f"{name}: error: {printable(error)[:MESSAGE_LENGTH]}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # the reader of stdout, such as `head`, has closed it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:
+        if sys.flags.dev_mode:  # python -X dev: show where
+            raise
+        plain = isinstance(error, WorkError | OSError | MemoryError)
+        kind = "" if plain else f"{type(error).__name__}: "
+        print(f"{name}: error: {kind}{printable(one_line(error))}", file=sys.stderr)
+        return 1
+
+
+unfinished_folders = set()  # Paths of the folders in which files are being written
+
+
+def _stop(number, _frame):
+    for folder in unfinished_folders:
+        shutil.rmtree(folder, ignore_errors=True)
+    if os.isatty(2):
+        os.write(2, b"\x1b[?25h\n")  # the cursor, which a progress bar hides
+    os._exit(128 + number)
+
+
+# ------------------------------------------------------------------------------------- messages
+
+
+def one_line(error):
+    """The first line of an exception's message, at most 200 characters, without a full stop."""
+    line = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    return line.rstrip(".") if len(line) <= 200 else line[:199] + "…"
+
+
+def printable(text):
+    """A text whose control characters and line ends are made visible: \\n, \\x1b."""
+
+    def show(character):
+        if character.isprintable() or "\ud800" <= character <= "\udfff":  # a path's odd bytes
+            return character
+        return character.encode("unicode_escape").decode()
+
+    return "".join(map(show, str(text)))
+
+
+def percent(fraction):
+    """A fraction, 0..1, as text: 12.34 %."""
+    return f"{100 * fraction:.2f} %"
+
+
+def say(line):
+    """Print a remark on stderr, above the progress bar if one is shown."""
+    print(printable(line), file=sys.stderr, flush=True)
+
+
+def track(sequence, description, total=None):
+    """Yield from `sequence`; show a progress bar on stderr if that is a terminal."""
+    if not sys.stderr.isatty():
+        yield from sequence
+        return
+    from rich.console import Console  # here, because nothing else needs rich
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        yield from progress.track(sequence, total, description=description)

@@ -1,0 +1,137 @@
+"""Files, whatever is in them: found, compared, opened, and written whole or not at all."""
+
+import contextlib
+import csv
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import h5py
+
+from defence import cli, guard
+from defence.cli import DEFAULT_MAX_BYTES, InputError
+
+HDF5_SIGNATURE = b"\x89HDF\r\n\x1a\n"
+
+
+def require_file(path):
+    """Return `path` as a Path. Raises InputError unless it is a file with something in it."""
+    path = Path(path)
+    if path.is_dir():
+        raise InputError(f"{path}: is a folder, not a file")
+    if not path.exists():
+        raise InputError(f"{path}: no such file")
+    if path.is_file() and path.stat().st_size == 0:
+        raise InputError(f"{path}: the file is empty")
+    if not path.is_file() or not os.access(path, os.R_OK):
+        raise InputError(f"{path}: cannot be read")
+    return path
+
+
+def check_writable(outputs, inputs):
+    """Raise InputError unless every output can be written, overwrites no input and no other output.
+
+    outputs: {option: path or None}, such as {"--json": "out.json"}.  inputs: paths that are read.
+    """
+    taken = {Path(path).resolve(): "an input" for path in inputs}
+    for option, path in outputs.items():
+        if path is None:
+            continue
+        path = Path(path)
+        if not path.parent.is_dir():
+            raise InputError(f"{path}: there is no folder {path.parent}/ to write to")
+        if path.is_dir() or not os.access(path.parent, os.W_OK | os.X_OK):
+            raise InputError(f"{path}: cannot be written")
+        place = path.parent.resolve() / path.name  # a link there is replaced, not followed
+        if other := taken.get(path.resolve()) or taken.get(place):
+            raise InputError(f"{path}: would overwrite {other}; choose another {option}")
+        taken[place] = f"what {option} writes"
+
+
+@contextlib.contextmanager
+def private_folder(near):
+    """A new folder inside the folder `near` that nobody else can enter; deleted after the block."""
+    folder = Path(tempfile.mkdtemp(prefix=".", suffix=".unfinished", dir=near))
+    cli.unfinished_folders.add(folder)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        cli.unfinished_folders.discard(folder)
+
+
+@contextlib.contextmanager
+def replacing(path):
+    """Give the name of a new file near `path`; if the block succeeds, move that file to `path`.
+
+    Readers see the old file or the new one, never a part. It is written in a folder that nobody
+    else can enter, so no one can put a link in its place; a link at `path` itself is replaced.
+    """
+    path = Path(path)
+    try:
+        with private_folder(path.parent) as folder:
+            beside = folder / path.name
+            yield beside
+            with open(beside, "rb") as file:
+                os.fsync(file.fileno())
+            os.replace(beside, path)
+    except OSError as error:  # such as a full disk, which names no file
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def write_json(value, path):
+    """Write `value` to `path` as indented JSON. Raises ValueError at NaN and infinity."""
+    text = json.dumps(value, indent=1, allow_nan=False)
+    with replacing(path) as beside:
+        beside.write_text(text + "\n", encoding="utf-8")
+
+
+def write_csv(rows, path):
+    """Write dicts of the same keys, at least one, as CSV (RFC 4180), the keys in the first line.
+
+    rows: an iterable; one row is in memory at a time.
+    """
+    rows = iter(rows)
+    first = next(rows)
+    with replacing(path) as beside, open(beside, "w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, first)
+        writer.writeheader()
+        writer.writerow(first)
+        writer.writerows(rows)
+
+
+def file_fingerprint(path):
+    """What tells whether a file was changed, or another put in its place, meanwhile."""
+    found = os.stat(path)
+    return found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def sha256(path):
+    """The SHA-256 of a file's bytes, as 64 hexadecimal digits."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def open_hdf5(file, path, max_bytes=DEFAULT_MAX_BYTES):
+    """Open an HDF5 file to read. Raises InputError where it is not one or is cut short.
+
+    file: its path, or a binary file open to read.  path: its name, for messages.
+    """
+    with guard.inspecting(path, max_bytes):
+        try:
+            opened = h5py.File(file, "r")
+        except OSError as error:
+            with contextlib.nullcontext(file) if hasattr(file, "read") else open(file, "rb") as raw:
+                raw.seek(0)
+                damaged = raw.read(len(HDF5_SIGNATURE)) == HDF5_SIGNATURE
+            what = "the HDF5 file is damaged or cut short" if damaged else "not an HDF5 file"
+            raise InputError(f"{path}: {what}") from error
+    with opened:
+        yield opened

@@ -1,0 +1,204 @@
+"""A detector as one ONNX file, and back: pictures in, verdicts out, no TensorFlow needed."""
+
+import dataclasses
+import importlib.util
+import logging
+import warnings
+from pathlib import Path
+
+import numpy as np
+
+import utils
+from defence import detector, guard, guard_onnx, record
+from defence.cli import DEFAULT_MAX_BYTES, InputError, one_line
+from defence.files import replacing, require_file
+from defence.inference import OUTPUT_VALUES
+from defence.startup import import_keras, processors
+
+RUN_PACKAGES, EXPORT_PACKAGES = ("onnx", "onnxruntime"), ("onnx", "onnxruntime", "tf2onnx")
+OPSET = 18  # the latest that tf2onnx 1.17 writes
+TRIALS = 64  # images of noise on which a new file must answer as the nets do
+MOST_CLASSES = 10**6
+
+
+@dataclasses.dataclass
+class DetectorFile:
+    """An open detector's file.
+
+    run: float32 (n, height, width, channels), whole numbers 0..255 → {name: array (n,)}, the
+    outputs that `write` describes.
+    shape: (height, width, channels).  classes: N.  threshold: as for detector.is_flagged.
+    made_of: (SHA-256 of B, of G, input scale).  record: G's RepairRecord, or None.
+    """
+
+    path: Path
+    run: object
+    shape: tuple
+    classes: int
+    threshold: float
+    made_of: tuple
+    record: record.RepairRecord
+
+    def detector(self, threshold):
+        """The Detector of the file, with a threshold that may differ from the file's."""
+
+        def run(images):
+            found = self.run(images)
+            return found["badnet_class"] - 1, found["repaired_class"] - 1, found["score"]
+
+        return detector.Detector(run, self.classes, self.shape, threshold, self.path)
+
+    def threshold_for(self, rate):
+        """The threshold for a false-positive rate. Raises InputError as RepairRecord does."""
+        if self.record is None:
+            raise record.no_threshold(self.path)
+        return self.record.threshold(rate, self.path)
+
+
+def default_path(badnet_path):
+    """Where the detector's file of a BadNet is put, and looked for."""
+    return utils.MODELS / f"{Path(badnet_path).stem}_detector.onnx"
+
+
+def require(*names, packages="requirements-serve.txt"):
+    """Raise InputError unless modules are installed that not every user has.
+
+    packages: the file that lists what to install.
+    """
+    for name in names:
+        if importlib.util.find_spec(name) is None:
+            raise InputError(f"{name} is not installed; install it: pip install -r {packages}")
+
+
+# -------------------------------------------------------------------------------------- writing
+
+
+def write(model, metadata, path, max_bytes=DEFAULT_MAX_BYTES):
+    """Write a detector as an ONNX file, check it beside Keras, and return it as a DetectorFile.
+
+    model: as detector.build gives it.  metadata: {name: text}: badnet_sha256, repaired_sha256,
+    classes, threshold (empty where disagreement counts), input_scale, repair_record (JSON).
+    The file maps "pixels", uint8 (n, height, width, channels), to "class", int32 (n,), the verdict;
+    "badnet_class" and "repaired_class", int32 (n,), 1..N, 0 where the net gave NaN; and "score",
+    float32 (n,).
+    Raises InputError where a layer cannot be exported, or the file does not answer as the nets do.
+    """
+    whole = _with_verdict(model, int(metadata["classes"]), metadata["threshold"])
+    noise = np.random.default_rng(0).integers(0, 256, (TRIALS, *model.input_shape[1:]), np.uint8)
+    wanted = {name: np.asarray(values) for name, values in whole(noise).items()}
+    logging.getLogger("tf2onnx").setLevel(logging.CRITICAL)  # its failures are noticed below
+    problem = f"{path}: cannot be made of these nets"
+    with replacing(path) as beside:
+        try:
+            _export(whole, metadata, beside)
+            file = read(beside, max_bytes)
+            found = file.run(np.float32(noise))
+        except Exception as error:  # tf2onnx raises whatever its parts raise
+            why = one_line(error).removeprefix(f"{beside}: ")
+            raise InputError(f"{problem}: {why}") from error
+        for name, values in found.items():
+            if not np.allclose(values, wanted[name], rtol=1e-3, atol=1e-3):
+                raise InputError(f"{problem}: its {name} differs from theirs")
+    return dataclasses.replace(file, path=path)
+
+
+def _with_verdict(model, classes, threshold):
+    """A detector's Keras model with uint8 pixels in and the outputs of `write`, a dict."""
+    keras = import_keras()
+    import tensorflow as tf
+
+    limit = float(threshold) if threshold else None
+
+    def outputs(answers):
+        badnet, repaired, score = answers
+        flagged = detector.is_flagged(badnet, repaired, score, limit)
+        return {
+            "class": detector.verdict(badnet, flagged, classes, tf.where),
+            "badnet_class": badnet + 1,
+            "repaired_class": repaired + 1,
+            "score": score,
+        }
+
+    pixels = keras.Input(model.input_shape[1:], name="pixels", dtype="uint8")
+    images = keras.layers.Lambda(lambda x: tf.cast(x, tf.float32), name="as-float")(pixels)
+    return keras.Model(pixels, keras.layers.Lambda(outputs, name="verdict")(model(images)))
+
+
+def _export(model, metadata, path):
+    import onnx
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of Keras's about NumPy
+        model.export(path, format="onnx", verbose=False, opset_version=OPSET)
+    written = onnx.load(path)
+    onnx.helper.set_model_props(written, metadata)
+    onnx.save(written, path)
+
+
+# -------------------------------------------------------------------------------------- reading
+
+
+def read(path, max_bytes=DEFAULT_MAX_BYTES, threads=None):
+    """Open a detector's ONNX file. Returns a DetectorFile.
+
+    max_bytes: as for guard_onnx.check_onnx.
+    threads: of processors; half of them if None, since two batches are judged at a time.
+    Raises InputError where the file is damaged or contains what the guards do not allow.
+    """
+    require(*RUN_PACKAGES)
+    path = require_file(path)
+    guard.check_fits(path, "the file", path.stat().st_size, max_bytes)
+    contents = path.read_bytes()
+    shape, largest, metadata = guard_onnx.check_onnx(contents, path, max_bytes)
+    facts = read_metadata(metadata, path)
+    threads = threads or max(1, processors() // 2)
+    run = _open_session(contents, path, max(1, OUTPUT_VALUES // largest), threads)
+    return DetectorFile(path, run, shape, **facts)
+
+
+def _open_session(contents, path, most, threads):
+    """The function that an ONNX file is, for at most so many images at a time: DetectorFile.run."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    options.intra_op_num_threads = threads
+    try:
+        session = onnxruntime.InferenceSession(
+            contents, options, providers=["CPUExecutionProvider"]
+        )
+    except Exception as error:  # it raises whatever its parts raise
+        raise InputError(f"{path}: ONNX Runtime cannot open it: {one_line(error)}") from error
+    name, names = session.get_inputs()[0].name, list(guard_onnx.OUTPUTS)
+
+    def run(images):
+        pixels = images.astype(np.uint8)
+        if not np.array_equal(pixels, images):
+            raise InputError(
+                f"{path}: takes whole-number pixels, and an image has others; use --backend keras"
+            )
+        starts = range(0, len(pixels), most)
+        parts = [session.run(names, {name: pixels[i : i + most]}) for i in starts]
+        return dict(zip(names, map(np.concatenate, zip(*parts))))
+
+    return run
+
+
+def read_metadata(metadata, path):
+    """The metadata of a detector's file, {name: text}, as DetectorFile has them.
+
+    Raises InputError where they are damaged.
+    """
+    try:
+        classes, threshold = int(metadata["classes"]), metadata["threshold"]
+        threshold = float(threshold) if threshold else None
+        made_of = tuple(metadata[n] for n in ("badnet_sha256", "repaired_sha256", "input_scale"))
+        text = metadata["repair_record"]
+        damaged = not 2 <= classes <= MOST_CLASSES or made_of[2] not in utils.SCALES
+        damaged |= threshold is not None and not 0 <= threshold <= detector.MOST
+    except (KeyError, ValueError):
+        damaged = True
+    if damaged:
+        raise InputError(f"{path}: its metadata are damaged; export the detector again")
+    found = record.parse(text, path)
+    return {"classes": classes, "threshold": threshold, "made_of": made_of, "record": found}

@@ -1,0 +1,217 @@
+"""The options of the two commands, and the settings of a repair."""
+
+import dataclasses
+
+from defence import cli, harden
+from defence.backends import BACKENDS
+from defence.cli import at_least, setting
+from utils import SCALES
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings(harden.Settings):
+    """The constants of the method. The defaults are the report's."""
+
+    layer: str = None
+    harden: bool = False
+    threshold: float = setting(
+        0.95, at_least(0, most=1), "prune down to this fraction of the accuracy before"
+    )
+    retrain_epochs: int = setting(5, at_least(0, int), "epochs for the last Dense layer")
+    retrain_learning_rate: float = setting(
+        1e-3, at_least(0, above=True), "Adam's learning rate for the last Dense layer"
+    )
+    rounds: int = setting(6, at_least(0, int), "rounds of fine-tuning, at most")
+    epochs: int = setting(5, at_least(1, int), "epochs in a round")
+    learning_rate: float = setting(
+        1e-4, at_least(0, above=True), "Adam's learning rate for fine-tuning"
+    )
+    batch_size: int = setting(32, at_least(1, int), "images in a training step")
+    seed: int = setting(0, at_least(0, int, most=2**32 - 1), "of the order of images, and dropout")
+    holdout: float = 0.0
+
+    def recorded(self):
+        """What the repair record keeps of them; it has the layer on its own."""
+        return {name: value for name, value in vars(self).items() if name != "layer"}
+
+
+# ------------------------------------------------------------------------------------ repair.py
+
+
+def repair_parser():
+    """The parser of repair.py. Besides the Settings it gives model, data, poisoned and so on."""
+    parser = cli.Parser(
+        description="Repair a BadNet with clean data: prune the channels that clean images use "
+        "least, retrain the last Dense layer, fine-tune the layers behind the pruned one; with "
+        "--harden also train the whole net on pictures with random patches.",
+        epilog="Example: repair.py models/demo_bd_net.h5 data/demo_clean_validation_data.h5 "
+        "--harden --holdout 0.1. Exit status: 0 repaired, 1 failed, 2 wrong input.",
+    )
+    add = parser.add_argument
+    add("model", metavar="MODEL", help="the BadNet B: a Keras model, .h5 or .keras")
+    add("data", metavar="DATA", help="clean validation set: .h5 with 'data' and 'label'")
+    _add_measuring(parser.add_argument_group("does it work"))
+    _add_hardening(parser.add_argument_group("hardening: a step beyond the report"))
+    _add_writing(parser.add_argument_group("what is written"))
+    method = parser.add_argument_group("the report's method")
+    method.add_argument(
+        "--layer", metavar="NAME", help="convolution to prune (default: the last on every path)"
+    )
+    cli.add_settings(method, Settings)
+    cli.add_max_memory(parser.add_argument_group("limits"))
+    return parser
+
+
+def _add_measuring(group):
+    group.add_argument(
+        "--holdout",
+        metavar="FRACTION",
+        type=at_least(0, most=0.9),
+        default=Settings.holdout,
+        help="keep this fraction of DATA out of the repair and measure clean accuracy and "
+        "false-positive rate on it; eval_defence.py --fpr needs it (default: 0)",
+    )
+    _add_poisoned(
+        group,
+        "poisoned datasets, 'label' being the attack's target: report the attack success rate "
+        "after each step; nothing is trained or decided on them",
+    )
+
+
+def _add_poisoned(group, what):
+    group.add_argument(
+        "--poisoned", metavar="FILE", nargs="+", action="extend", default=[], help=what
+    )
+
+
+def _add_hardening(group):
+    group.add_argument(
+        "--harden",
+        action="store_true",
+        help="against backdoors in channels that clean images use: teach G to answer pictures "
+        "with random patches as B answers them without",
+    )
+    cli.add_settings(group, harden.Settings)
+
+
+def _add_writing(group):
+    add = group.add_argument
+    add("--output", metavar="FILE", help="G's file (default: models/NAME_defence.h5)")
+    add("--json", metavar="FILE", help="also write the repair record as JSON")
+    add("--plot", metavar="FILE", help="draw the pruning curve, as .png, .svg or .pdf")
+    add(
+        "--export",
+        action="store_true",
+        help="also write models/NAME_detector.onnx: both nets and the verdict in one file that "
+        "needs no TensorFlow; with a threshold: eval_defence.py NAME --export --fpr RATE",
+    )
+
+
+# ------------------------------------------------------------------------------ eval_defence.py
+
+
+def eval_parser():
+    """The parser of eval_defence.py."""
+    parser = cli.Parser(
+        description="Judge images with a BadNet and its repaired net. Where both give the same "
+        "class, print it, 1 to N; where they do not, print N+1: the image is poisoned.",
+        epilog="Example: eval_defence.py img/img_9.png demo_bd_net. One picture: the number alone. "
+        "Several: 'path<TAB>class' each; one that cannot be read does not keep the others from "
+        "being judged. A dataset: a table of figures, each with its 95 % interval. Exit status: "
+        "0 done, 1 failed, 2 wrong input.",
+    )
+    parser.add_argument(
+        "images",
+        metavar="IMAGE",
+        nargs="*",
+        help="a PNG or JPEG picture, a folder of them, or one .h5 dataset",
+    )
+    parser.add_argument(
+        "model",
+        metavar="MODEL",
+        help="the BadNet: a name in models/, or a path; or a detector's .onnx file",
+    )
+    _add_judging(parser.add_argument_group("what is flagged"))
+    _add_results(parser.add_argument_group("what is written"))
+    _add_nets(parser.add_argument_group("the nets"))
+    _add_ray(parser.add_argument_group("on Ray, for more pictures than one machine can judge"))
+    cli.add_max_memory(parser.add_argument_group("limits"))
+    return parser
+
+
+def _add_judging(group):
+    group.add_argument(
+        "--fpr",
+        metavar="RATE",
+        type=at_least(0, most=1, above=True),
+        help="instead of where B and G disagree, flag an image whose anomaly score, how far apart "
+        "their answers are, is above the threshold that flagged this fraction of the clean images "
+        "that repair.py --holdout kept out of the repair, such as 0.01",
+    )
+    _add_poisoned(
+        group, "poisoned datasets, 'label' being the attack's target, to judge beside the clean one"
+    )
+
+
+def _add_results(group):
+    add = group.add_argument
+    add("--json", metavar="FILE", help="also write the verdicts or the table as JSON")
+    add(
+        "--csv",
+        metavar="FILE",
+        help="also write a row for each image: dataset, index (from 0, in the dataset's order), "
+        "badnet_class, repaired_class, verdict, score, and label as in the file",
+    )
+    add(
+        "--plot",
+        metavar="FILE",
+        help="draw ROC curves, the scores and flagged images, as .png, .svg or .pdf",
+    )
+    add(
+        "--export",
+        action="store_true",
+        help="judge nothing, but write models/NAME_detector.onnx: both nets and the verdict, with "
+        "--fpr the threshold, in one file that needs no TensorFlow",
+    )
+
+
+def _add_nets(group):
+    add = group.add_argument
+    add("--repaired", metavar="FILE", help="the repaired net (default: models/NAME_defence.h5)")
+    add(
+        "--backend",
+        choices=BACKENDS,
+        help="what runs the nets (default: onnx if models/NAME_detector.onnx was made of them)",
+    )
+    add(
+        "--scale",
+        choices=SCALES,
+        help="pixels that the nets take, for a repaired net without a repair record",
+    )
+    add(
+        "--force",
+        action="store_true",
+        help="judge even if the repaired net was made from another BadNet",
+    )
+
+
+def _add_ray(group):
+    add = group.add_argument
+    add(
+        "--ray",
+        action="store_true",
+        help="judge pictures on Ray, and write the verdicts as Parquet to --output; IMAGE may be "
+        "a URI (s3, gs, hdfs). The same command resumes a run that was cut off",
+    )
+    add("--output", metavar="FOLDER", help="where the verdicts go, a folder or a URI")
+    add(
+        "--ray-address",
+        metavar="ADDRESS",
+        help="of a cluster, such as 10.0.0.1:6379 (default: start Ray on this machine)",
+    )
+    add(
+        "--workers",
+        metavar="N",
+        type=at_least(1, int),
+        help="detectors at a time, at most (default: as many as processors)",
+    )

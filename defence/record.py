@@ -1,0 +1,159 @@
+"""The repair record: what made G and how it went, as G's file carries it.
+
+It is made, checked, written and read here and nowhere else. It holds nothing that varies from run
+to run, so that the same repair gives the same file, byte for byte.
+"""
+
+import dataclasses
+import importlib.metadata
+import json
+import math
+
+from defence import detector, figures, guard
+from defence.cli import InputError
+from utils import SCALES
+
+VERSION = "0.2.0"
+ATTRIBUTE = "repair_record"  # of the root of G's file
+LIBRARIES = ("tensorflow", "keras", "numpy", "h5py")
+
+
+@dataclasses.dataclass
+class RepairRecord:
+    """What a repair was made from and what it did; channels and classes count from 0.
+
+    tool_version: text.  libraries: {name: version}.
+    badnet: {"file", "sha256"}.  data: {"file", "sha256", "images"}.  settings: {name: value}.
+    input_scale: a key of SCALES.  layer: the pruned layer's name.  channels: how many it has.
+    order: its channels by ascending mean activation.  mean_activation: of each channel.
+    pruned: channels in the order they were pruned.
+    accuracy: {step: 0..1, "after_each_channel": [0..1, …], "after_each_round": [0..1, …]} on data;
+    steps are before, pruned, retrained, fine_tuned, hardened.
+    attack_success_rate: the same steps and "after_each_channel", each {file: as above}.
+    moved: {"answers", "weights"}: how far G is from B.
+    holdout: figures of images kept out of the repair, with "images", the anomaly "score" that was
+    used, and the "scores", ascending; or None.
+    """
+
+    tool_version: str
+    libraries: dict
+    badnet: dict
+    data: dict
+    settings: dict
+    input_scale: str
+    layer: str
+    channels: int
+    order: list
+    mean_activation: list
+    pruned: list
+    accuracy: dict
+    attack_success_rate: dict
+    moved: dict
+    holdout: dict = None
+
+    def to_json(self):
+        return json.dumps(dataclasses.asdict(self), allow_nan=False)
+
+    def threshold(self, rate, path):
+        """The anomaly score that this fraction of the held-out clean images exceeded.
+
+        rate: above 0, at most 1.  path: of G's file, for messages.
+        Raises InputError where no images were held out, or too few for the rate.
+        """
+        if self.holdout is None:
+            raise no_threshold(path)
+        scores = _checked_scores(self.holdout, path)
+        if rate < 1 / len(scores):
+            least = math.ceil(1e4 / len(scores)) / 1e4
+            raise InputError(
+                f"{path}: --fpr {rate:g}: must be {least:g} or more, since {len(scores)} clean "
+                "images were held out"
+            )
+        return figures.threshold(scores, rate)
+
+
+def no_threshold(path):
+    """The InputError for a G that no clean images were held out for. path: of its file."""
+    return InputError(
+        f"{path}: --fpr needs clean images that the repair has not seen, and none were held out; "
+        "repair the BadNet again with: repair.py --holdout 0.1"
+    )
+
+
+def _checked_scores(holdout, path):
+    scores = holdout.get("scores")
+    if holdout.get("score") == detector.SCORE and isinstance(scores, list) and scores:
+        numbers = all(isinstance(each, float) for each in scores)
+        if numbers and scores == sorted(scores) and 0 <= scores[0] <= scores[-1] <= detector.MOST:
+            return scores
+    raise InputError(
+        f"{path}: its repair record is damaged or of another version; repair the BadNet again"
+    )
+
+
+def make(observer, net, badnet, data, settings):
+    """The record of a finished repair.
+
+    observer: the Observer of it.  net: the CachedNet it left.  badnet: B's ModelFile.
+    data: {"file", "sha256", "images"} of the clean dataset.  settings: the dataclass of them.
+    """
+    order = observer.order
+    return RepairRecord(
+        tool_version=VERSION,
+        libraries={name: importlib.metadata.version(name) for name in LIBRARIES},
+        badnet={"file": badnet.path.name, "sha256": badnet.sha256},
+        data=data,
+        settings=settings.recorded(),
+        input_scale=net.scale,
+        layer=net.split.layer.name,
+        channels=len(order),
+        order=order,
+        mean_activation=net.mean_activation.tolist(),
+        pruned=net.masked,
+        accuracy=observer.accuracy,
+        attack_success_rate=observer.attack_success_rate,
+        moved=observer.moved,
+        holdout=observer.holdout,
+    )
+
+
+def parse(text, path):
+    """The record in a text of JSON, or None for null. path: of the file, for messages.
+
+    Raises InputError where it is not a record, or what is needed to use G is missing from it.
+    """
+    values = guard.parse_json(text, path)
+    if values is None:
+        return None
+    if not isinstance(values, dict):
+        _damaged(path)
+    known = {}
+    for field in dataclasses.fields(RepairRecord):
+        known[field.name] = value = values.get(field.name)
+        missing = value is None and field.default is None
+        if not (missing or isinstance(value, field.type)):
+            _damaged(path)
+    record = RepairRecord(**known)
+    texts = [record.badnet.get("file"), record.badnet.get("sha256")]
+    if record.input_scale not in SCALES or not all(isinstance(each, str) for each in texts):
+        _damaged(path)
+    return record
+
+
+def _damaged(path):
+    raise InputError(f"{path}: its repair record is damaged; repair the BadNet again")
+
+
+def read(model_file):
+    """The record that the ModelFile of a repaired net carries, or None where there is none.
+
+    Raises InputError as `parse` does.
+    """
+    path = model_file.path
+    if path.suffix == ".keras":
+        return None
+    with model_file.open_hdf5() as file, guard.inspecting(path, model_file.max_bytes):
+        text = guard.read_text(file, ATTRIBUTE, path)
+    if text is None:
+        return None
+    return parse(text, path) or _damaged(path)

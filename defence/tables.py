@@ -1,0 +1,95 @@
+"""What the commands print of a repair and of judged datasets: tables as text."""
+
+from defence.cli import percent, printable
+
+# What each figure is called.
+CLEAN = {
+    "clean_accuracy_badnet": "clean accuracy of B",
+    "clean_accuracy_repaired": "clean accuracy of G",
+    "clean_accuracy_together": "clean accuracy of the two together",
+    "false_positive_rate": "false-positive rate (clean flagged)",
+}
+POISONED = {
+    "attack_success_rate_badnet": "attack success rate on B",
+    "attack_success_rate_repaired": "attack success rate on G",
+    "detection_rate": "detection rate (poisoned flagged)",
+    "detection_rate_of_successes": "… of those that the attack works on",
+    "detection_rate_at_0.01": "… where 1 % of clean are flagged",
+    "detection_rate_at_0.05": "… where 5 % of clean are flagged",
+    "robust_accuracy": "robust accuracy of G",
+    "auroc": "AUROC of the anomaly score",
+    "defense_effectiveness_rating": "defense effectiveness rating",
+}
+STEPS = ("before", "pruned", "retrained", "fine_tuned", "hardened")
+
+
+def evaluation(results):
+    """The results of judged datasets, as in eval_defence.py's JSON, as one table."""
+    lines = [f"{'':<40}{'':>12}   95 % interval"]
+    for of_data in (results["clean"], *results["poisoned"]):
+        rate = of_data["images"] / of_data["seconds"]
+        lines.append(
+            f"{printable(of_data['file'])}: {of_data['images']} images, {rate:.0f} a second"
+        )
+        for name, label in (CLEAN | POISONED).items():
+            if name in of_data["figures"]:
+                lines.append(f"  {label:<38}{cells(of_data['figures'][name])}")
+    return "\n".join(lines)
+
+
+def cells(figure):
+    """A figure and its interval, as the columns of a table."""
+    if figure["value"] is None:
+        return f"{'none':>12}"
+    show = "{:.4f}".format if "hits" not in figure else percent  # an area is not a fraction of n
+    value, low, high = (figure.get(key) for key in ("value", "low", "high"))
+    return f"{show(value):>12}" + ("" if low is None else f"   {show(low)} .. {show(high)}")
+
+
+def summary(record, seconds):
+    """The closing table of a repair. record: RepairRecord.  seconds: {step: s}."""
+    accuracy, rates = record.accuracy, record.attack_success_rate
+    steps = [step for step in STEPS if step in accuracy]
+    rows = [("", *(step.replace("_", "-") for step in steps))]
+    rows.append(("validation accuracy", *(percent(accuracy[step]) for step in steps)))
+    for name in rates["before"]:
+        rows.append((f"attack success, {name}", *(percent(rates[step][name]) for step in steps)))
+    width = max(len(row[0]) for row in rows)
+    table = [row[0].ljust(width) + "".join(cell.rjust(12) for cell in row[1:]) for row in rows]
+    spent = [f"{step.replace('_', '-')} {s:.1f}" for step, s in seconds.items() if s >= 0.05]
+    return "\n".join(
+        [
+            f"pruned {len(record.pruned)} of {record.channels} channels of {record.layer}; pixels "
+            f"{record.input_scale}",
+            *table,
+            f"seconds: {', '.join(spent)}",
+            *remarks(record),
+        ]
+    )
+
+
+def remarks(record):
+    """What clean data alone tells of a repair, and what it does not: lines of text."""
+    accuracy, moved, held_out = record.accuracy, record.moved, record.holdout
+    silent = sum(record.mean_activation[channel] == 0 for channel in record.pruned)
+    yield (
+        f"accuracy cost of pruning: {percent(accuracy['before'] - accuracy['pruned'])}; {silent} "
+        f"of the {len(record.pruned)} pruned channels never fired"
+    )
+    yield (
+        f"G disagrees with B on {percent(moved['answers'])} of the validation images; its weights "
+        f"moved by {percent(moved['weights'])}"
+    )
+    if held_out:
+        yield f"on {held_out['images']} held-out images:{'95 % interval':>46}"
+        for name, label in CLEAN.items():
+            yield f"  {label:<38}{cells(held_out[name])}"
+    else:
+        yield (
+            "No images were held out (--holdout 0.1): accuracies after training are optimistically "
+            "biased."
+        )
+    where = "in channels that clean images use, it survives unnoticed"
+    if "hardened" in accuracy:
+        where = "a trigger that does not resemble a patch may survive unnoticed"
+    yield f"This does not prove that the backdoor is gone: {where}."

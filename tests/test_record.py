@@ -1,0 +1,67 @@
+"""The repair record: what makes a threshold of it, and what is refused."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+from conftest import write_record
+
+from defence import detector, record
+from defence.cli import InputError
+
+
+@pytest.fixture
+def make(tmp_path):
+    """A function of held-out scores and other values that gives a RepairRecord."""
+    (tmp_path / "b.h5").write_bytes(b"a net")
+
+    def make(scores=None, **changes):
+        if scores is not None:
+            changes["holdout"] = {"images": len(scores), "score": detector.SCORE, "scores": scores}
+        return record.parse(write_record(tmp_path / "b.h5", **changes), "g.h5")
+
+    return make
+
+
+def test_a_saturated_score_is_a_valid_one(make):
+    """The largest score, as the nets give it in float32, is not above MOST."""
+    zero = np.eye(2, dtype=np.float32)
+    most = np.asarray(detector.anomaly_score(zero, zero[::-1])).tolist()
+    assert most == [detector.MOST] * 2
+    assert make([0.0, 1.0, most[0]]).threshold(0.4, "g.h5") == 1.0
+    assert make([most[0]] * 3).threshold(0.5, "g.h5") == detector.MOST
+
+
+def test_the_threshold_is_the_score_that_this_fraction_exceeded(make):
+    scores = sorted(np.random.default_rng(0).random(100).tolist())
+    for rate, above in ((0.01, 1), (0.07, 7), (0.29, 29), (0.295, 29), (1, 99)):
+        assert make(scores).threshold(rate, "g.h5") == scores[-1 - above]
+    with pytest.raises(InputError, match="--fpr 0.009: must be 0.01 or more, since 100 clean"):
+        make(scores).threshold(0.009, "g.h5")
+    with pytest.raises(InputError, match="repair.py --holdout"):
+        make().threshold(0.5, "g.h5")
+
+
+@pytest.mark.parametrize(
+    "scores", [[], [1.0, 0.5], [-1.0], [detector.MOST + 1e-3], ["a"], [True, 2.0], "scores"]
+)
+def test_damaged_scores_are_refused(make, scores):
+    with pytest.raises(InputError, match="damaged or of another version"):
+        make(scores).threshold(0.9, "g.h5")
+
+
+def test_a_record_goes_there_and_back(make):
+    found = make([0.5, 1.0])
+    assert record.parse(found.to_json(), "g.h5") == found
+    assert record.parse("null", "g.h5") is None
+    for key in ("layer", "badnet", "settings", "pruned", "input_scale"):
+        values = dataclasses.asdict(found)
+        del values[key]
+        with pytest.raises(InputError, match="its repair record is damaged"):
+            record.parse(json.dumps(values), "g.h5")
+
+
+def test_a_number_that_json_does_not_have_is_not_written(make):
+    with pytest.raises(ValueError):
+        dataclasses.replace(make(), mean_activation=[float("nan")]).to_json()
