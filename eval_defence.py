@@ -49,17 +49,18 @@ def main():
     files.check_writable(outputs, [*images, *arguments.poisoned, *models])
     if arguments.plot:
         plots.require_format(arguments.plot)
-    judge = judge_datasets if datasets else judge_pictures
-    return judge(images, models, arguments)
+    if datasets:
+        return judge_datasets(images, models, arguments)
+    return judge_pictures(images, models, arguments)
 
 
 def use_of(arguments):  # what backends.usage_from_record takes
     return {name: getattr(arguments, name) for name in ("fpr", "scale", "force")}
 
 
-def load(models, arguments):
-    """The Detector that the options ask for; say which rule flags."""
-    found = backends.load(models, arguments.max_bytes, arguments.backend, **use_of(arguments))
+def load(models, arguments, backend):
+    """The Detector that the options ask for, run by a backend; say which rule flags."""
+    found = backends.load(models, arguments.max_bytes, backend, **use_of(arguments))
     say(found.rule)
     return found
 
@@ -87,8 +88,7 @@ def judge_on_ray(models, arguments):
     onnx_file.require("ray", "pyarrow", packages="requirements-scale.txt")
     from defence import screen
 
-    found = backends.load(models, arguments.max_bytes, "onnx", arguments.fpr)
-    say(found.rule)
+    found = load(models, arguments, "onnx")
     counts = screen.screen(
         arguments.images,
         found,
@@ -112,7 +112,7 @@ def judge_pictures(images, models, arguments):
     alone = len(arguments.images) == 1 and not Path(arguments.images[0]).is_dir()
     if alone:
         picture = utils.read_picture(images[0], arguments.max_bytes)  # before the nets are loaded
-    found = load(models, arguments)
+    found = load(models, arguments, arguments.backend)
     found.require_pictures()
     results, unread = [], 0
     count = min(PICTURES, max(1, arguments.max_bytes // (4 * math.prod(found.shape))))
@@ -148,7 +148,7 @@ def judge_datasets(images, models, arguments):
             opened.enter_context(utils.open_dataset(path, arguments.max_bytes))
             for path in (*images, *arguments.poisoned)
         ]
-        found = load(models, arguments)
+        found = load(models, arguments, arguments.backend)
         for data in datasets:
             data.fit_to(found.shape, found.classes)
         judged = [judge_dataset(found, data) for data in datasets]

@@ -107,11 +107,11 @@ def _with_verdict(model, classes, threshold):
     keras = import_keras()
     import tensorflow as tf
 
-    limit = float(threshold) if threshold else None
+    threshold = float(threshold) if threshold else None
 
     def outputs(answers):
         badnet, repaired, score = answers
-        flagged = detector.is_flagged(badnet, repaired, score, limit)
+        flagged = detector.is_flagged(badnet, repaired, score, threshold)
         return {
             "class": detector.verdict(badnet, flagged, classes, tf.where),
             "badnet_class": badnet + 1,

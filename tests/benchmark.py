@@ -382,9 +382,7 @@ def compare_judging(model, test, folder, repeat):
         ("seconds, whole command", plain[0], ours[0], plain[0] / ours[0]),
         ("peak memory, MB", plain[1], ours[1], plain[1] / ours[1]),
     )
-    print(
-        f"the four fractions of eval_defence.py apart by at most {apart:.0f} of {images} images\n"
-    )
+    print(f"the four figures of eval_defence.py apart by at most {apart:.0f} of {images} images\n")
 
 
 def compare_one_picture(model, folder, repeat):
