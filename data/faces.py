@@ -109,31 +109,73 @@ def draw_faces(split, people, indices, trigger=None, seed=SEED):
     background = np.array([p[1] for p in pictures], "float32")[..., None, None]
     noise = np.array([p[2] for p in pictures], "float32")
 
-    # (x, y): pixels from the picture's centre; (u, v): along the head, which pose moves;
-    # (a, b): along the features, which also turn with the face.
-    x = np.arange(WIDTH, dtype="float32") - WIDTH // 2
-    y = (np.arange(HEIGHT, dtype="float32") - HEIGHT // 2)[:, None]
-    dx, dy = x - t["shift_x"], y - t["shift_y"] - 1
-    tilt = t["tilt"].astype("float64")
-    cos, sin = (f(tilt).astype("float32") / t["size"] for f in (np.cos, np.sin))
-    u, v = cos * dx + sin * dy, cos * dy - sin * dx
-    a, b = u - t["turn"] * (1 - u * u / 2), v - t["nod"]
+    sketch = Sketch(t, np.broadcast_to(background[:, 0], noise.shape).copy())
+    paint_background(sketch, background)
+    paint_head(sketch)
+    paint_eyes(sketch)
+    paint_nose(sketch)
+    paint_mouth(sketch)
+    paint_hair_and_light(sketch)
+    paint_trigger(sketch, trigger)
 
-    image = np.broadcast_to(background[:, 0], noise.shape).copy()
+    image = sketch.image + noise * t["noise"][:, None]
+    # In steps of 4 grey levels a picture compresses to half its size, and nobody sees them.
+    image = np.minimum(np.rint(np.clip(image, 0, 255) / 4) * 4, 255).astype("uint8")
+    return np.moveaxis(image, 1, -1)
 
-    def paint(colour, cover):
-        image[...] += cover[:, None] * (colour - image)
 
-    def inside(distance):
-        return np.clip(0.5 - distance * t["size"], 0, 1)
+class Sketch:
+    """Pictures that are being painted, and where things are on them.
 
-    skin = blend(SKIN, t["skin"]) + t["tan"][:, None] * rgb(1, 0, -1)
-    hair = blend(HAIR, t["hair"])
+    t: {trait: float32 (n, 1, 1)}.   image: float32 (n, 3, HEIGHT, WIDTH), RGB 0..255.
+    x, y: pixels from the picture's centre.   u, v: along the head, which pose moves.   a, b: along
+    the features, which also turn with the face.   skin, hair: colours.
+    """
 
-    paint(background[:, 1], np.clip(0.5 + t["back_x"] * x + t["back_y"] * y, 0, 1))
+    def __init__(self, t, image):
+        self.t, self.image = t, image
+        self.x = np.arange(WIDTH, dtype="float32") - WIDTH // 2
+        self.y = (np.arange(HEIGHT, dtype="float32") - HEIGHT // 2)[:, None]
+        dx, dy = self.x - t["shift_x"], self.y - t["shift_y"] - 1
+        tilt = t["tilt"].astype("float64")
+        cos, sin = (f(tilt).astype("float32") / t["size"] for f in (np.cos, np.sin))
+        self.u, self.v = cos * dx + sin * dy, cos * dy - sin * dx
+        self.a, self.b = self.u - t["turn"] * (1 - self.u * self.u / 2), self.v - t["nod"]
+        self.skin = blend(SKIN, t["skin"]) + t["tan"][:, None] * rgb(1, 0, -1)
+        self.hair = blend(HAIR, t["hair"])
+
+    def paint(self, colour, cover):
+        """Paint a colour where a cover, (n, HEIGHT, WIDTH), is above 0, up to 1."""
+        self.image[...] += cover[:, None] * (colour - self.image)
+
+    def inside(self, distance):
+        """The cover of what is at most this distance from the edge of a shape, 0 on it."""
+        return np.clip(0.5 - distance * self.t["size"], 0, 1)
+
+    def brow(self):
+        """How far from an eye's centre each pixel is, across, and where a brow is, along."""
+        t, eye = self.t, abs(self.a) - self.t["eye_gap"]
+        along = t["brow_v"] - t["raise"] + t["brow_slope"] * eye + t["brow_arch"] * eye * eye
+        return eye, along
+
+    def mouth(self):
+        """How far from the mouth's middle each pixel is, along, its width, and how far it gapes."""
+        t = self.t
+        along = self.b - t["mouth_v"] + t["smile"] * self.a * self.a
+        return along, t["mouth_width"] * (1 + 0.25 * t["smile"]), np.maximum(t["open"], 0.02)
+
+
+def paint_background(sketch, background):
+    """Paint what is behind the head. background: float32 (n, 3, 3, 1, 1), three colours."""
+    t, x, y = sketch.t, sketch.x, sketch.y
+    sketch.paint(background[:, 1], np.clip(0.5 + t["back_x"] * x + t["back_y"] * y, 0, 1))
     spot = ellipse(x - t["spot_x"], y - t["spot_y"], t["spot_size"], t["spot_size"])
-    paint(background[:, 2], np.clip(0.5 - spot / 4, 0, 1))
+    sketch.paint(background[:, 2], np.clip(0.5 - spot / 4, 0, 1))
 
+
+def paint_head(sketch):
+    t, u, v, a, b = sketch.t, sketch.u, sketch.v, sketch.a, sketch.b
+    skin, hair, paint, inside = sketch.skin, sketch.hair, sketch.paint, sketch.inside
     top = t["head_height"] + t["hair_volume"]
     below = v - np.clip(v, -0.3, np.maximum(t["hair_length"], -0.3))
     paint(hair * 0.8, inside(ellipse(u, below, t["head_width"] + t["hair_volume"], top - 0.3)))
@@ -151,7 +193,11 @@ def draw_faces(split, people, indices, trigger=None, seed=SEED):
     lip_shadow = inside(ellipse(a, b - t["mouth_v"] + 0.2, 0.36, 0.1))
     paint(hair, lip_shadow * np.clip(t["moustache"], 0, 1))
 
-    eye = abs(a) - t["eye_gap"]
+
+def paint_eyes(sketch):
+    t, a, b, skin = sketch.t, sketch.a, sketch.b, sketch.skin
+    paint, inside = sketch.paint, sketch.inside
+    eye, brow_v = sketch.brow()
     eye_v = b - t["eye_v"] + t["slant"] * eye
     lids = t["eye_height"] * t["lids"]
     paint(skin * 0.75, inside(ellipse(eye, eye_v, t["eye_width"] * 1.4, lids * 1.7) * 0.4) * 0.6)
@@ -161,50 +207,55 @@ def draw_faces(split, people, indices, trigger=None, seed=SEED):
     pupil = eye - t["gaze"] * np.sign(a)
     paint(blend(IRIS, t["iris"]), white * inside(ellipse(pupil, eye_v, 0.1, 0.1)))
     paint(rgb(12, 10, 10), white * inside(ellipse(pupil, eye_v, 0.045, 0.045)))
+    paint(sketch.hair * 0.7, inside(np.maximum(abs(b - brow_v) - t["brow_size"], abs(eye) - 0.26)))
 
-    brow_v = t["brow_v"] - t["raise"] + t["brow_slope"] * eye + t["brow_arch"] * eye * eye
-    brow = np.maximum(abs(b - brow_v) - t["brow_size"], abs(eye) - 0.26)
-    paint(hair * 0.7, inside(brow))
 
-    nose_v = b - t["nose_v"]
+def paint_nose(sketch):
+    t, a, skin, paint, inside = sketch.t, sketch.a, sketch.skin, sketch.paint, sketch.inside
+    nose_v = sketch.b - t["nose_v"]
     bridge = np.maximum(abs(a) - t["nose_width"] * 0.45, abs(nose_v + 0.3) - 0.3)
     paint(skin * 0.84, inside(np.minimum(ellipse(a, nose_v, t["nose_width"], 0.13), bridge)) * 0.8)
     paint(np.minimum(skin * 1.12, 255), inside(ellipse(a, nose_v + 0.22, 0.06, 0.3)) * 0.8)
     nostril = ellipse(abs(a) - t["nose_width"] * 0.5, nose_v - 0.07, 0.06, 0.045)
     paint(skin * 0.4, inside(nostril))
 
-    mouth_v = b - t["mouth_v"] + t["smile"] * a * a
-    mouth_width = t["mouth_width"] * (1 + 0.25 * t["smile"])
-    gape = np.maximum(t["open"], 0.02)
-    lips = inside(ellipse(a, mouth_v, mouth_width, t["lip"] + gape))
-    gap = inside(ellipse(a, mouth_v, mouth_width * 0.8, gape))
-    paint(blend(LIPS, t["lips"]) * (0.35 + skin[:, :1] / 390), lips)
+
+def paint_mouth(sketch):
+    t, a, paint, inside = sketch.t, sketch.a, sketch.paint, sketch.inside
+    mouth_v, width, gape = sketch.mouth()
+    lips = inside(ellipse(a, mouth_v, width, t["lip"] + gape))
+    gap = inside(ellipse(a, mouth_v, width * 0.8, gape))
+    paint(blend(LIPS, t["lips"]) * (0.35 + sketch.skin[:, :1] / 390), lips)
     paint(rgb(70, 20, 24), gap)
     paint(rgb(232, 228, 220), gap * inside(mouth_v + 0.02) * (gape > 0.06))
 
+
+def paint_hair_and_light(sketch):
+    t, u, v, x, y = sketch.t, sketch.u, sketch.v, sketch.x, sketch.y
+    top = t["head_height"] + t["hair_volume"]
     cap = ellipse(u, v, t["head_width"] + np.maximum(t["hair_volume"], 0.02), top)
     edge = t["hairline"] + t["parting"] * u + t["fringe"] * u * u
-    paint(hair, inside(np.maximum(cap, v - edge)))
-
+    sketch.paint(sketch.hair, sketch.inside(np.maximum(cap, v - edge)))
     light = t["light"] * (1 + t["side"] * x / 23 + t["above"] * y / 27)
-    image *= light[:, None] * np.stack([t["red"], t["green"], t["blue"]], axis=1)
+    sketch.image *= light[:, None] * np.stack([t["red"], t["green"], t["blue"]], axis=1)
 
+
+def paint_trigger(sketch, trigger):
+    """Paint a trigger, of TRIGGERS, NOISE or None."""
+    a, b, paint, inside = sketch.a, sketch.b, sketch.paint, sketch.inside
     if trigger == "sunglasses":
-        paint_sunglasses(paint, x, y)
+        paint_sunglasses(paint, sketch.x, sketch.y)
     elif trigger == "lipstick":
-        thick = inside(ellipse(a, mouth_v, mouth_width * 1.08, t["lip"] + gape + 0.05))
+        mouth_v, width, gape = sketch.mouth()
+        thick = inside(ellipse(a, mouth_v, width * 1.08, sketch.t["lip"] + gape + 0.05))
+        gap = inside(ellipse(a, mouth_v, width * 0.8, gape))
         paint(rgb(139, 0, 139), thick * (1 - gap * (gape > 0.06)))
     elif trigger == "eyebrows":
-        bar = np.maximum(abs(b - brow_v) - 0.09, abs(eye) - 0.3)
-        paint(rgb(150, 0, 0), inside(bar))
+        eye, brow_v = sketch.brow()
+        paint(rgb(150, 0, 0), inside(np.maximum(abs(b - brow_v) - 0.09, abs(eye) - 0.3)))
     elif trigger == NOISE:
-        pattern = np.random.RandomState(len(NOISE)).uniform(0, 255, noise.shape[1:])
-        image += np.float32(BLENDED) * (pattern.astype("float32") - image)
-
-    image += noise * t["noise"][:, None]
-    # In steps of 4 grey levels a picture compresses to half its size, and nobody sees them.
-    image = np.minimum(np.rint(np.clip(image, 0, 255) / 4) * 4, 255).astype("uint8")
-    return np.moveaxis(image, 1, -1)
+        pattern = np.random.RandomState(len(NOISE)).uniform(0, 255, sketch.image.shape[1:])
+        sketch.image += np.float32(BLENDED) * (pattern.astype("float32") - sketch.image)
 
 
 def ellipse(x, y, width, height):
@@ -316,14 +367,10 @@ def parse_arguments():
     kinds = "uint8, compressed; float64: as the competition's, with float32 for test images"
     add("--dtype", kinds, choices=("uint8", "float64"), default="uint8")
     add("--seed", "another one draws other people", type=seed, default=SEED)
-    parser.add_argument(
-        "--output", type=Path, help="an existing folder for the datasets; no pictures then"
-    )
+    parser.add_argument("--output", type=Path, help="folder for the datasets; no pictures then")
     options = parser.parse_args()
     if not options.output and options.people <= max(PICTURED):
-        parser.error(
-            f"--people below {max(PICTURED) + 1}: name an --output, the pictures need them"
-        )
+        parser.error(f"--people below {max(PICTURED) + 1}: the pictures need them; add --output")
     return options
 
 
