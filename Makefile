@@ -1,5 +1,6 @@
 # make demo: set up and repair the demo's BadNet, then judge clean and poisoned pictures.
-# make test: set up and run the tests.   make lint: check the style.
+# make test: set up and run the tests.   make test-all: the slow ones as well.
+# make lint: check the style.
 # make results: train the zoo of BadNets, repair and judge it, write README's table. SIZE=competition
 # for the other table.
 PYTHON ?= python3
@@ -11,9 +12,12 @@ demo: .venv/ready
 	$(PY) eval_defence.py img/demo/clean_*.png img/demo/sunglasses_*.png demo_bd_net
 
 results: .venv/ready
-	$(PY) tests/results.py --size $(SIZE)
+	$(PY) tests/tools/results.py --size $(SIZE)
 
 test: .venv/ready-for-tests
+	$(PY) -m pytest -n 2 -m "not slow"
+
+test-all: .venv/ready-for-tests
 	$(PY) -m pytest -n 2
 
 lint: .venv/ready-for-tests
@@ -29,4 +33,4 @@ lint: .venv/ready-for-tests
 	$(PY) -m pip install --quiet -r tests/requirements.txt
 	touch $@
 
-.PHONY: demo results test lint
+.PHONY: demo results test test-all lint

@@ -131,7 +131,7 @@ def anomaly_score(of_badnet, of_repaired):
     of_badnet, of_repaired: float32 (n, N), as `probabilities` gives them.
     Returns a float32 tensor (n,), from 0 for the same answers to MOST: their Jeffreys divergence,
     in nats, probabilities below LEAST counting as that much. MOST where a net gave NaN.
-    Source: H. Jeffreys, Proc. R. Soc. A 186, 1946; tests/tried.py compares others.
+    Source: H. Jeffreys, Proc. R. Soc. A 186, 1946; tests/tools/tried.py compares others.
     """
     import tensorflow as tf
 

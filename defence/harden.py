@@ -4,7 +4,7 @@ Not the report's: a step of ours, for the backdoors that its three steps leave i
 the untouched picture and the true label say what G should answer, and every picture is painted on
 at random: a net that has learned that patches do not change who somebody is cannot be told by a
 patch who it is. No trigger is known or searched for. README says whose ideas are in it;
-tests/tried.py tries others.
+tests/tools/tried.py tries others.
 """
 
 import dataclasses

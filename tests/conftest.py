@@ -1,12 +1,18 @@
-"""What several tests need: small nets and data made on the spot, the commands as subprocesses."""
+"""What several tests need: small nets and data made on the spot, and the commands."""
 
+import contextlib
 import dataclasses
+import io
 import json
 import os
+import runpy
+import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import filelock
 import h5py
 import numpy as np
 import pytest
@@ -107,15 +113,34 @@ NETS = {
 }
 
 
+def once(tmp_path_factory, name, make):
+    """A folder that `make(folder)` fills once a run, whichever worker comes first.
+
+    Returns its Path; a test that changes something in it works on a copy.
+    """
+    run = tmp_path_factory.getbasetemp()
+    root = run.parent if "PYTEST_XDIST_WORKER" in os.environ else run
+    folder = root / name
+    with filelock.FileLock(root / f"{name}.lock"):
+        if not folder.exists():
+            unfinished = root / f"{name}.unfinished"
+            shutil.rmtree(unfinished, ignore_errors=True)
+            unfinished.mkdir()
+            make(unfinished)
+            unfinished.rename(folder)
+    return folder
+
+
 @pytest.fixture(scope="session", params=NETS)
 def world(request, tmp_path_factory):
     """A trained net, saved, and a validation set for it: once as a DeepID, once as a Sequential."""
-    return make_world(request.param, tmp_path_factory.mktemp(request.param))
+    name = request.param
+    return once(tmp_path_factory, f"world of {name}", lambda folder: make_world(name, folder))
 
 
 @pytest.fixture(scope="session")
 def deepid_world(tmp_path_factory):
-    return make_world("deepid", tmp_path_factory.mktemp("deepid"))
+    return once(tmp_path_factory, "world of deepid", lambda folder: make_world("deepid", folder))
 
 
 def make_world(name, folder):
@@ -130,8 +155,34 @@ def make_world(name, folder):
     return folder
 
 
-def command(script, *arguments, cwd=ROOT, **options):
-    """Run one of the project's scripts as a user does. Returns the finished process, text."""
+def command(script, *arguments, cwd=ROOT):
+    """Run one of the project's scripts as its command line does, but in this process.
+
+    That saves the seconds of importing TensorFlow. Returns a CompletedProcess, its output text.
+    """
+    out = io.TextIOWrapper(io.BytesIO(), "utf-8")
+    err = io.TextIOWrapper(io.BytesIO(), "utf-8", "backslashreplace")
+    argv, folder = sys.argv, Path.cwd()
+    handlers = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
+    sys.argv = [str(ROOT / script), *map(str, arguments)]
+    os.chdir(cwd)
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            runpy.run_path(sys.argv[0], run_name="__main__")
+        status = 0
+    except SystemExit as end:
+        status = end.code or 0
+    finally:
+        sys.argv = argv
+        os.chdir(folder)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    said = [stream.detach().getvalue().decode("utf-8", "surrogateescape") for stream in (out, err)]
+    return subprocess.CompletedProcess([script, *arguments], status, *said)
+
+
+def apart(script, *arguments, cwd=ROOT, **options):
+    """Run one of the project's scripts in a process of its own. Returns it, finished, text."""
     return subprocess.run(
         [sys.executable, ROOT / script, *map(str, arguments)],
         cwd=cwd,

@@ -15,7 +15,16 @@ import h5py
 import keras
 import numpy as np
 import pytest
-from conftest import ROOT, assert_refused, command, draw_images, read_record, start, write_data
+from conftest import (
+    ROOT,
+    apart,
+    assert_refused,
+    command,
+    draw_images,
+    read_record,
+    start,
+    write_data,
+)
 from PIL import Image
 
 import utils
@@ -281,10 +290,10 @@ def test_a_net_without_a_record_is_judged_by_the_scale_that_is_named(done, tmp_p
 def test_help_and_wrong_calls_need_no_tensorflow(script, tmp_path):
     (tmp_path / "tensorflow.py").write_text("raise SystemExit('imported')")
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    shown = command(script, "--help", env=environment)
+    shown = apart(script, "--help", env=environment)
     assert shown.returncode == 0 and "MODEL" in shown.stdout
-    assert_refused(command(script, env=environment), "--help")
-    assert_refused(command(script, "absent.h5", "absent.h5", env=environment), "no such file")
+    assert_refused(apart(script, env=environment), "--help")
+    assert_refused(apart(script, "absent.h5", "absent.h5", env=environment), "no such file")
 
 
 GROUPS = {

@@ -6,7 +6,7 @@ import faces
 import h5py
 import numpy as np
 import pytest
-from conftest import ROOT, command
+from conftest import ROOT, apart, command
 from PIL import Image
 
 MODEL, DATA = ROOT / "models" / "demo_bd_net.h5", ROOT / "data" / "demo_clean_validation_data.h5"
@@ -99,8 +99,9 @@ def test_the_demo_is_repaired_as_readme_says(tmp_path):
     assert process.stdout.splitlines() == [f"{path}\t41" for path in pictures]
 
 
+@pytest.mark.slow
 def test_the_benchmark_finds_the_plain_script_and_ours_to_agree():
-    process = command("tests/benchmark.py", "--quick", "--model", MODEL, "--data", DATA)
+    process = apart("tests/tools/benchmark.py", "--quick", "--model", MODEL, "--data", DATA)
     assert process.returncode == 0, process.stderr
     assert process.stdout.count(": yes\n") == 2 and ": NO" not in process.stdout
     assert process.stdout.count("apart by at most 0 of 600 images") == 2

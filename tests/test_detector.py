@@ -11,7 +11,7 @@ import sys
 import keras
 import numpy as np
 import pytest
-from conftest import ROOT, assert_refused, command, draw_images, read_record, write_data
+from conftest import ROOT, apart, assert_refused, command, draw_images, read_record, write_data
 from PIL import Image
 from scipy import stats
 from test_files import every_layer
@@ -68,11 +68,11 @@ def read_models(*paths):
     return [utils.read_model(path) for path in paths]
 
 
-def judged_by(backend, folder, *options, **how):
+def judged_by(backend, folder, *options, run=command, **how):
     """The rows that eval_defence.py writes of every image, and what it prints."""
     call = ("test.h5", "small_bd_net", "--poisoned", "poisoned.h5", "--backend", backend)
     call += ("--csv", "rows.csv", "--json", "table.json", *options)
-    process = command("eval_defence.py", *call, cwd=folder, **how)
+    process = run("eval_defence.py", *call, cwd=folder, **how)
     assert process.returncode == 0, process.stderr
     table = json.loads((folder / "table.json").read_text())
     figures = [each["figures"] for each in (table["clean"], *table["poisoned"])]
@@ -112,7 +112,9 @@ def assert_same_figures(ours, theirs, same_order):
 @pytest.mark.parametrize("options", [[], ["--fpr", "0.1"]])
 def test_both_backends_say_the_same(served, without_tensorflow, options):
     of_keras, figures, limit = judged_by("keras", served, *options)
-    of_onnx, same_figures, same_limit = judged_by("onnx", served, *options, env=without_tensorflow)
+    of_onnx, same_figures, same_limit = judged_by(
+        "onnx", served, *options, run=apart, env=without_tensorflow
+    )
     assert limit == same_limit and (limit is None) == (not options)
     assert [row["dataset"] for row in of_keras] == ["test.h5"] * 200 + ["poisoned.h5"] * 20
     for ours, theirs in zip(of_onnx, of_keras, strict=True):
@@ -132,7 +134,7 @@ def test_a_picture_is_judged_without_tensorflow(served, without_tensorflow, tmp_
         keras_says = command(
             "eval_defence.py", tmp_path, "small_bd_net", "--backend", "keras", cwd=served
         )
-        onnx_says = command("eval_defence.py", *call, cwd=served, env=without_tensorflow)
+        onnx_says = apart("eval_defence.py", *call, cwd=served, env=without_tensorflow)
         assert onnx_says.returncode == 0, onnx_says.stderr
         assert onnx_says.stdout == keras_says.stdout != ""
         assert onnx_says.stderr == keras_says.stderr == WHERE_THEY_DISAGREE

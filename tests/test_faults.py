@@ -16,7 +16,16 @@ import time
 import h5py
 import numpy as np
 import pytest
-from conftest import ROOT, assert_refused, command, draw_images, read_record, start, write_data
+from conftest import (
+    ROOT,
+    apart,
+    assert_refused,
+    command,
+    draw_images,
+    read_record,
+    start,
+    write_data,
+)
 
 import utils
 from defence import files
@@ -61,6 +70,7 @@ def assert_next_run_succeeds(folder):
     utils.load_badnet(folder / G)
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments(folder):
     """20 times SIGKILL, at moments over all of a run."""
     began = time.monotonic()
@@ -103,7 +113,7 @@ def test_no_room_for_the_output(folder, size):
 def test_no_room_for_the_copy_of_the_weights_that_is_loaded(folder):
     """The model is as it should be, so it is no wrong input but a failure."""
     old = (folder / G).read_bytes()
-    process = command(
+    process = apart(
         *QUICK_REPAIR,
         cwd=folder,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)),

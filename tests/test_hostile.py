@@ -1,16 +1,18 @@
 """Hostile files: each kind is made here and given to the real commands, which must refuse it.
 
-Refused is: status 2, one line on stderr that names what was found, nothing on stdout. Every command
-runs with 2 GB of address space beyond what a good run takes. A payload that ran would leave a
-file, the canary; the tests at the top show that the same payloads do their work where nothing
-guards.
+Refused is: status 2, one line on stderr that names what was found, nothing on stdout. The commands
+run in one other process, with 2 GB of address space beyond what a good run takes. A payload that
+ran would leave a file, the canary; the tests at the top show that the same payloads do their work
+where nothing guards.
 """
 
 import contextlib
 import copy
 import functools
 import json
+import multiprocessing
 import os
+import re
 import resource
 import shutil
 import stat
@@ -20,6 +22,8 @@ import sys
 import types
 import zipfile
 import zlib
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
 
 import h5py
 import keras
@@ -27,6 +31,7 @@ import numpy as np
 import pytest
 from conftest import (
     ROOT,
+    apart,
     assert_refused,
     command,
     draw_images,
@@ -61,38 +66,35 @@ def good(tmp_path_factory):
     return folder
 
 
+def limit_memory(folder):
+    """Make a good repair and a good verdict, and allow this process 2 GB beyond what they took."""
+    for call in (
+        ("repair.py", "b.h5", "data.h5", "--rounds", 1, "--threshold", 0, "--output", "x.h5"),
+        ("eval_defence.py", "face.png", "b.h5", "--repaired", "g.h5"),
+    ):
+        process = command(*call, cwd=folder)
+        assert process.returncode == 0, process.stderr
+    if sys.platform == "linux":
+        status = Path("/proc/self/status").read_text()
+        most = 1024 * int(re.search(r"VmPeak:\s+(\d+)", status)[1]) + 2 * 2**30
+        resource.setrlimit(resource.RLIMIT_AS, (most, most))
+
+
 @pytest.fixture(scope="module")
-def most(good):
-    """The address space that a command may take: a good run's, and 2 GB more."""
-    code = (
-        "import sys, utils, repair; sys.argv = ['repair.py', 'b.h5', 'data.h5', '--rounds', '1', "
-        "'--threshold', '0', '--output', 'x.h5']; repair.main(); "
-        "print([line.split()[1] for line in open('/proc/self/status') if 'VmPeak' in line][0])"
-    )
-    process = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=good,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-    )
-    if not process.stdout:
-        return None if sys.platform != "linux" else pytest.fail(process.stderr)
-    return int(process.stdout.split()[-1]) * 1024 + 2 * 2**30
+def worker(good):
+    """A function like conftest.command, that runs in another process with limited memory.
+
+    A file that crashes it ends the tests that follow, too.
+    """
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, spawn, initializer=limit_memory, initargs=[good]) as pool:
+        yield lambda *call, cwd: pool.submit(command, *call, cwd=cwd).result(timeout=120)
 
 
 @pytest.fixture
-def run(good, most, tmp_path):
-    """Run a command in tmp_path on the files of `good` or others, its address space limited."""
-
-    def limit():
-        if most:
-            resource.setrlimit(resource.RLIMIT_AS, (most, most))
-
-    def run(script, *arguments):
-        return command(script, *arguments, cwd=tmp_path, preexec_fn=limit)
-
-    return run
+def run(worker, tmp_path):
+    """Run a command in tmp_path on the files of `good` or others."""
+    return functools.partial(worker, cwd=tmp_path)
 
 
 @pytest.fixture
@@ -310,14 +312,6 @@ CODE = {
         },
         "calls a layer on something other than a tensor",
     ),
-    "an optimizer of a nested model": (
-        {
-            "class_name": "Sequential",
-            "config": {"layers": []},
-            "compile_config": {"optimizer": {"class_name": "Lambda"}},
-        },
-        "",
-    ),
     "a policy": (
         {
             "class_name": "Activation",
@@ -337,6 +331,25 @@ CODE = {
 def test_what_could_run_code_or_is_no_part_of_a_classifier(kind, suffix, good, refused, tmp_path):
     changes, words = CODE[kind]
     refused(with_layer(copied(good, tmp_path, suffix), **changes), words)
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_what_a_nested_model_was_compiled_with_is_never_read(suffix, good, run, tmp_path):
+    layers = [
+        {"class_name": "InputLayer", "config": {"batch_shape": [None, 160], "name": "inside"}},
+        {"class_name": "ReLU", "config": {"name": "relu"}},
+    ]
+    evil = {"optimizer": {"class_name": "__lambda__", "config": {"value": "open('canary', 'w')"}}}
+    path = with_layer(
+        copied(good, tmp_path, suffix),
+        class_name="Sequential",
+        module="keras",
+        config={"layers": layers},
+        compile_config=evil,
+    )
+    process = run("repair.py", path, good / "data.h5", "--threshold", 0, "--output", "out.h5")
+    assert process.returncode == 0, process.stderr
+    assert {path.name, "out.h5"} == set(os.listdir(tmp_path)) - {"inside.h5"}
 
 
 # ----------------------------------------------------------------------------- no other file
@@ -431,7 +444,10 @@ CONFIGS = {
     ),
     "an input that is too large": (
         lambda path: with_value(path, "input", "batch_shape", [None, 20_000, 20_000, 3]),
-        "",
+        {
+            ".h5": "weights up to layer 'fc_1' would take 223.16 GB",
+            ".keras": "expected axis -1 of input shape",
+        },
     ),
     "a window of a million pixels": (
         lambda path: with_value(path, "pool_1", "pool_size", [10**6, 10**6]),
@@ -475,6 +491,7 @@ CONFIGS = {
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_a_config_that_asks_for_too_much(kind, suffix, good, refused, tmp_path):
     change, words = CONFIGS[kind]
+    words = words[suffix] if isinstance(words, dict) else words
     refused(change(copied(good, tmp_path, suffix)), words)
 
 
@@ -715,6 +732,9 @@ def filled(value):
     return put
 
 
+OTHER_SHAPES = "the shapes of its weights do not match its config"
+
+
 def reshaped(group, key):
     group[key] = np.zeros((3, 3, 60, 40), "f4")
 
@@ -724,33 +744,63 @@ def test_weights_of_another_shape_or_no_numbers(suffix, good, refused, tmp_path)
     for put, words in (
         (filled(np.nan), "layer 'conv_3' has weights that are NaN or infinite"),
         (filled(np.inf), "layer 'conv_3' has weights that are NaN or infinite"),
-        (reshaped, "conv_3" if suffix == ".h5" else "shapes"),
+        (
+            reshaped,
+            "[(3, 3, 60, 40), (60,)], but its config says" if suffix == ".h5" else OTHER_SHAPES,
+        ),
     ):
         refused(replace(copied(good, tmp_path, suffix), put), words)
     path = copied(good, tmp_path, suffix)
-    refused(edited(path, lambda file: file.__delitem__(KERNELS[suffix])), "")
+    words = (
+        "damaged or of another format: 'model_weights/conv_3" if suffix == ".h5" else OTHER_SHAPES
+    )
+    refused(edited(path, lambda file: file.__delitem__(KERNELS[suffix])), words)
 
 
 NAMES = {
-    "out of the group": ("weight_names", [b"../conv_1/conv_1/kernel", b"conv_3/bias"]),
-    "absolute": ("weight_names", [b"/model_weights/conv_3/conv_3/kernel", b"conv_3/bias"]),
-    "the same twice": ("weight_names", [b"conv_3/kernel", b"conv_3/kernel"]),
-    "often": ("weight_names", [b"conv_3/kernel"] * 4_000),
-    "numbers": ("weight_names", [1, 2]),
-    "a table": ("weight_names", [[b"conv_3/kernel", b"conv_3/bias"]]),
-    "no bytes of text": ("weight_names", [b"\xff\xfe", b"conv_3/bias"]),
-    "too few layers": ("layer_names", [b"conv_1"]),
+    "out of the group": (
+        "weight_names",
+        [b"../conv_1/conv_1/kernel", b"conv_3/bias"],
+        "'model_weights/conv_3/../conv_1/conv_1/kernel'",
+    ),
+    "absolute": (
+        "weight_names",
+        [b"/model_weights/conv_3/conv_3/kernel", b"conv_3/bias"],
+        "'model_weights/conv_3//model_weights/conv_3/conv_3/kernel'",
+    ),
+    "the same twice": (
+        "weight_names",
+        [b"conv_3/kernel", b"conv_3/kernel"],
+        "[(3, 3, 40, 60), (3, 3, 40, 60)], but its config says [(3, 3, 40, 60), (60,)]",
+    ),
+    "often": (
+        "weight_names",
+        [b"conv_3/kernel"] * 4_000,
+        "the weights of layer 'conv_3' are of shape",
+    ),
+    "numbers": ("weight_names", [1, 2], "the attribute 'weight_names' is not text"),
+    "a table": ("weight_names", [[b"conv_3/kernel", b"conv_3/bias"]], "is not a row of texts"),
+    "no bytes of text": (
+        "weight_names",
+        [b"\xff\xfe", b"conv_3/bias"],
+        r"'model_weights/conv_3/\udcff\udcfe'",
+    ),
+    "too few layers": (
+        "layer_names",
+        [b"conv_1"],
+        "has weights of 1 layers, but its config describes 7",
+    ),
 }
 
 
 @pytest.mark.parametrize("kind", NAMES)
 def test_names_of_weights_that_lead_astray(kind, good, refused, tmp_path):
-    attribute, value = NAMES[kind]
+    attribute, value, words = NAMES[kind]
     path = copied(good, tmp_path)
     with h5py.File(path, "r+") as file:
         group = file["model_weights"]
         (group["conv_3"] if attribute == "weight_names" else group).attrs[attribute] = value
-    refused(path)
+    refused(path, words)
 
 
 def test_an_attribute_of_an_array_that_is_no_text(good, refused, tmp_path):
@@ -853,7 +903,7 @@ def test_scores_that_are_no_numbers_are_flagged(good, run, tmp_path):
 # ------------------------------------------------------------------------------------- output
 
 
-def test_the_output_replaces_a_link_and_follows_none(good, run, tmp_path):
+def test_the_output_replaces_a_link_and_follows_none(good, tmp_path):
     names = ["out.h5", "out.json", "out.png"]
     victims = [tmp_path / f"victim of {name}" for name in names]
     for name, victim in zip(names, victims):
@@ -861,9 +911,10 @@ def test_the_output_replaces_a_link_and_follows_none(good, run, tmp_path):
         (tmp_path / name).symlink_to(victim)
     old = os.umask(0o027)
     try:
-        process = run(
+        process = apart(
             *("repair.py", good / "b.h5", good / "data.h5", "--rounds", 0, "--threshold", 0),
             *("--output", "out.h5", "--json", "out.json", "--plot", "out.png"),
+            cwd=tmp_path,
         )
     finally:
         os.umask(old)
@@ -885,16 +936,56 @@ def test_nobody_else_can_reach_a_file_while_it_is_written(tmp_path):
     assert os.listdir(tmp_path) == ["out.h5"]
 
 
+# ------------------------------------------------------------------------------- by a user's hand
+
+BY_HAND = {
+    "a lambda": (lambda path: with_layer(path, class_name="Lambda"), "it could run code"),
+    "a pickle": (
+        lambda path: with_layer(path, class_name="TorchModuleWrapper"),
+        "contains a TorchModuleWrapper layer",
+    ),
+    "a link": (lambda path: replace(path, external_link), ELSEWHERE[external_link]),
+    "storage": (lambda path: replace(path, external_storage), ELSEWHERE[external_storage]),
+    "a loop": (lambda path: replace(path, loop), ELSEWHERE[loop]),
+    "not there": (lambda path: replace(path, unstored), STORED[unstored]),
+    "a bomb": (lambda path: replace(path, inflating), STORED[inflating]),
+    "NaN": (lambda path: replace(path, filled(np.nan)), "weights that are NaN or infinite"),
+    "a shape": (lambda path: replace(path, reshaped), "but its config says"),
+    **{kind: CONFIGS[kind] for kind in ("a layer of 25 million units", "deeper nesting")},
+}
+
+
+@pytest.mark.parametrize("kind", BY_HAND)
+def test_a_dozen_of_these_in_a_process_of_their_own(kind, good, tmp_path):
+    change, words = BY_HAND[kind]
+    path = change(copied(good, tmp_path))
+    before = os.listdir(tmp_path)
+    process = apart("repair.py", path, good / "data.h5", "--output", "out.h5", cwd=tmp_path)
+    assert_refused(process, str(path), words)
+    assert os.listdir(tmp_path) == before
+
+
+def test_a_picture_that_unfolds_in_a_process_of_its_own(good, tmp_path):
+    Image.new("1", (30_000, 30_000)).save(path := tmp_path / "evil.png")
+    call = ("eval_defence.py", path, good / "b.h5", "--repaired", good / "g.h5")
+    assert_refused(apart(*call, cwd=tmp_path), "30000×30000 pixels would take")
+
+
 # --------------------------------------------------------------------------------------- fuzz
 
 
-def test_a_short_run_of_the_fuzzer_finds_nothing(tmp_path):
+@pytest.mark.parametrize(
+    "mutants, commands", [(100, 1), pytest.param(2000, 40, marks=pytest.mark.slow)]
+)
+def test_the_fuzzer_finds_nothing(mutants, commands, tmp_path):
     process = subprocess.run(
-        [sys.executable, ROOT / "tests" / "fuzz.py", "--mutants", "200", "--commands", "6"],
+        [sys.executable, ROOT / "tests" / "tools" / "fuzz.py"]
+        + ["--mutants", str(mutants), "--commands", str(commands)],
         capture_output=True,
         text=True,
         env={**os.environ, "TMPDIR": str(tmp_path)},
     )
     assert process.returncode == 0, process.stderr
-    assert "loading: 200 mutants: " in process.stdout and "commands: 6 mutants" in process.stdout
+    assert f"loading: {mutants} mutants: " in process.stdout
+    assert f"commands: {commands} mutants" in process.stdout
     assert os.listdir(tmp_path) == []

@@ -12,7 +12,7 @@ import keras
 import numpy as np
 import psutil
 import pytest
-from conftest import assert_refused, command, draw_images, start
+from conftest import apart, assert_refused, draw_images, start
 from PIL import Image
 
 for package in ("onnx", "onnxruntime", "tf2onnx", "ray"):
@@ -126,7 +126,7 @@ def test_verdicts_are_those_without_ray(folder):
     draw(folder, 1, "deep")
     (inside / "deep00000.png").rename(inside / "deeper" / "d.JPG")
     (inside / "notes.txt").write_text("no picture")
-    process = command(*CALL, cwd=folder)
+    process = apart(*CALL, cwd=folder)
     assert process.returncode == 2, process.stderr
     rows = verdicts(folder)
     assert set(rows) == {str(path) for path in inside.rglob("*") if path.suffix in (".png", ".JPG")}
@@ -135,7 +135,7 @@ def test_verdicts_are_those_without_ray(folder):
     assert all(
         row["class"] is row["badnet_class"] is row["score"] is None for row in unread.values()
     )
-    command("eval_defence.py", inside, NAME, "--json", "plain.json", cwd=folder)
+    apart("eval_defence.py", inside, NAME, "--json", "plain.json", cwd=folder)
     for row in json.loads((folder / "plain.json").read_text()):
         ours = rows[row["path"]]
         assert (ours["class"], ours["badnet_class"]) == (row["class"], row["badnet_class"])
@@ -147,16 +147,17 @@ def test_verdicts_are_those_without_ray(folder):
     # Once more: what is new is done, and nothing again.
     before = written(folder)
     draw(folder, 7, "new")
-    assert command(*CALL, cwd=folder).stdout.startswith(f"{OUTPUT}: 308 pictures")
+    assert apart(*CALL, cwd=folder).stdout.startswith(f"{OUTPUT}: 308 pictures")
     after = written(folder)
     assert before.items() < after.items() and len(verdicts(folder)) == 308
     new = pyarrow.dataset.dataset([*(after.keys() - before.keys())], format="parquet")
     assert new.count_rows() == 7
     # With a threshold, or of another detector, they would be other verdicts.
     call = ("eval_defence.py", "--ray", "pictures", export(folder, "0..255"), "--output", OUTPUT)
-    assert_refused(command(*call, cwd=folder), OUTPUT, "another detector")
+    assert_refused(apart(*call, cwd=folder), OUTPUT, "another detector")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("victim", ["worker", "driver"])
 def test_what_is_killed_is_done_again_and_nothing_twice(folder, victim):
     """kill -9 when a part is written: the slow pictures are still to come then."""
@@ -176,7 +177,7 @@ def test_what_is_killed_is_done_again_and_nothing_twice(folder, victim):
         while any("Agent" not in line for each in raylets for line, _ in workers(each).values()):
             time.sleep(0.1)  # its workers end some seconds later
         before = written(folder)
-        process = command(*CALL, cwd=folder)
+        process = apart(*CALL, cwd=folder)
         assert process.returncode == 0, process.stderr
         after = written(folder)
         whole = before.keys() & after.keys()  # what was half-written is removed
@@ -231,23 +232,23 @@ def test_calls_that_do_not_fit_are_refused(folder):
         (("pictures", NAME, "--ray-address", "10.0.0.1:6379"), "go with --ray"),
         (("--ray", "--output", OUTPUT, NAME), "give an IMAGE"),
     ):
-        process = command("eval_defence.py", *call, cwd=folder)
+        process = apart("eval_defence.py", *call, cwd=folder)
         assert_refused(process, words)
     draw(folder, 1)
-    process = command("eval_defence.py", *start, "--output", "full", cwd=folder)
+    process = apart("eval_defence.py", *start, "--output", "full", cwd=folder)
     assert_refused(process, "full: has other files in it")
     assert [path.name for path in (folder / "full").iterdir()] == ["letter.txt"]
-    process = command(*CALL, "--ray-address", "127.0.0.1:1", cwd=folder)
+    process = apart(*CALL, "--ray-address", "127.0.0.1:1", cwd=folder)
     assert_refused(process, "--ray-address 127.0.0.1:1: cannot be reached")
     (folder / "models" / FILE).unlink()
-    process = command("eval_defence.py", *start, "--output", OUTPUT, cwd=folder)
+    process = apart("eval_defence.py", *start, "--output", OUTPUT, cwd=folder)
     assert_refused(process, "_detector.onnx: no such file", "--export")
 
 
 @pytest.mark.parametrize("name", ["auto", "local"])
 def test_a_folder_named_as_an_address_of_ray_is_a_folder(folder, name):
     inside = draw(folder, 3).rename(folder / name)
-    process = command("eval_defence.py", "--ray", name, NAME, "--output", OUTPUT, cwd=folder)
+    process = apart("eval_defence.py", "--ray", name, NAME, "--output", OUTPUT, cwd=folder)
     assert process.returncode == 0, process.stderr
     assert process.stdout.startswith(f"{OUTPUT}: 3 pictures, ")
     assert set(verdicts(folder)) == {str(path) for path in inside.iterdir()}

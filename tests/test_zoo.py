@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import results
 import tried
-from conftest import ROOT, assert_refused, command, start
+from conftest import ROOT, apart, assert_refused, command, start
 
 TINY = ["--people", 4, "--pictures", 10, "--validation", 6, "--test", 3, "--epochs", 3]
 NAMES = ["sunglasses-brief", "all-to-all-from-start"]
@@ -63,11 +63,12 @@ def test_what_is_there_is_not_made_again_nor_mistaken_for_another(zoo):
     assert {path: path.stat().st_mtime_ns for path in zoo.iterdir()} == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["clean", "sunglasses-dormant"])
 def test_an_interrupted_training_goes_on_and_gives_the_same_net(name, tmp_path):
     sizes = ["--people", 4, "--pictures", 30, "--validation", 1, "--test", 1, "--epochs", 4]
     folders = [tmp_path / "whole", tmp_path / "parts"]
-    whole = command("models/badnet.py", name, *sizes, "--output", folders[0])
+    whole = apart("models/badnet.py", name, *sizes, "--output", folders[0])
     assert whole.returncode == 0, whole.stderr
     process = start("models/badnet.py", name, *sizes, "--output", folders[1], cwd=tmp_path)
     while not (progress := list(folders[1].glob(".*-training-*.npz"))) and process.poll() is None:
@@ -76,7 +77,7 @@ def test_an_interrupted_training_goes_on_and_gives_the_same_net(name, tmp_path):
     _, said = process.communicate(timeout=120)
     assert process.returncode == 130 and "Traceback" not in said
     assert progress[0].exists() and not (folders[1] / f"{name}_bd_net.h5").exists()
-    rest = command("models/badnet.py", name, *sizes, "--output", folders[1])
+    rest = apart("models/badnet.py", name, *sizes, "--output", folders[1])
     assert rest.returncode == 0, rest.stderr
     assert "training, epoch 1 of 4" not in rest.stderr
     assert not list(folders[1].glob(".*"))
@@ -85,6 +86,7 @@ def test_an_interrupted_training_goes_on_and_gives_the_same_net(name, tmp_path):
         np.testing.assert_allclose(one, other, rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_results_of_a_zoo(zoo, monkeypatch):
     """The whole chain: nets, repair, judging, a row of the table."""
     monkeypatch.setattr(results, "HARDEN", (*results.HARDEN, "--harden-steps", "5"))
@@ -105,6 +107,7 @@ def test_results_of_a_zoo(zoo, monkeypatch):
         assert needed["pruned"] == len(pruned & set(needed["channels"]))
 
 
+@pytest.mark.slow
 def test_other_ways_to_harden_are_tried(zoo, monkeypatch):
     """A row for each, whichever part of the step it changes; each starts where the first did."""
     chosen = [

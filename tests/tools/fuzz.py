@@ -1,6 +1,6 @@
 """Change valid files at random and load them: each must work or be refused with one line.
 
-    python tests/fuzz.py --mutants 2000 --commands 100
+    python tests/tools/fuzz.py --mutants 2000 --commands 100
 
 Mutants of a small net (.h5, .keras), a dataset and pictures go through the functions that load
 them, in one process, and some through the commands. A mutant that ends otherwise (another
@@ -31,7 +31,7 @@ import h5py
 import numpy as np
 from PIL import Image
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 import utils

@@ -1,10 +1,10 @@
 """How fast the commands are: beside a plain script for the same, and beside what the machine can.
 
-    python tests/benchmark.py            the competition's size: 11,547 and 12,830 images
-    python tests/benchmark.py --quick    a tenth of it, in two minutes
-    python tests/benchmark.py --model B.h5 --data CLEAN.h5 [--test TEST.h5]    on files of yours
-    python tests/benchmark.py --serve    judging with Keras beside judging with the ONNX file
-    python tests/benchmark.py --scale    judging pictures on Ray beside a plain loop
+    python tests/tools/benchmark.py            the competition's size: 11,547 and 12,830 images
+    python tests/tools/benchmark.py --quick    a tenth of it, in two minutes
+    python tests/tools/benchmark.py --model B.h5 --data CLEAN.h5 [--test TEST.h5]    your files
+    python tests/tools/benchmark.py --serve    judging with Keras beside judging with the ONNX file
+    python tests/tools/benchmark.py --scale    judging pictures on Ray beside a plain loop
 
 Prints tables of seconds and peak memory of tests/reference.py, the plain script, and of repair.py
 and eval_defence.py, each in a process of its own and in turn; whether both came to the same
@@ -31,7 +31,7 @@ import h5py
 import numpy as np
 import psutil
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 PEOPLE, VALIDATION, TEST = 1283, 9, 10  # the competition's; pictures of each person

@@ -1,7 +1,7 @@
 """Repair every BadNet of a zoo, judge it on test data, and write the results into README.
 
-    python tests/results.py                       the zoo of the demo's size
-    python tests/results.py --size competition    some of it at the competition's size
+    python tests/tools/results.py                       the zoo of the demo's size
+    python tests/tools/results.py --size competition    some of it at the competition's size
 
 has models/badnet.py make the nets that are not there yet, and runs repair.py and eval_defence.py on
 each as a user does: with their defaults, and hardened, with a threshold from held-out images.
@@ -15,7 +15,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "models"), str(ROOT / "data")]
 
 import badnet

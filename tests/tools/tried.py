@@ -2,7 +2,7 @@
 
     python models/badnet.py --seed 1 --output FOLDER three-to-one-from-start three-to-one-brief \\
         blended-from-start
-    python tests/tried.py FOLDER
+    python tests/tools/tried.py FOLDER
 
 These BadNets are in none of README's tables. Each is repaired by the report's steps once, and from
 there hardened anew in every way. The table goes to tests/results/tried.md.
@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 from unittest import mock
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "models"), str(ROOT / "data")]
 
 import badnet
@@ -274,7 +274,7 @@ def main():
     logging.getLogger("tensorflow").setLevel(logging.ERROR)  # it warns that there are many nets
     cases = [Case(name, options.folder, options.seed) for name in NETS]
     lines = try_all(cases, options.steps)
-    made_by = f"`python tests/tried.py FOLDER --steps {options.steps} --seed {options.seed}`"
+    made_by = f"`python tests/tools/tried.py FOLDER --steps {options.steps} --seed {options.seed}`"
     text = HEAD.format(command=made_by) + "\n".join(lines)
     with files.replacing(TABLE) as beside:
         beside.write_text(text + "\n")
