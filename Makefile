@@ -1,8 +1,8 @@
 # make demo: set up and repair the demo's BadNet, then judge clean and poisoned pictures.
 # make test: set up and run the tests.   make test-all: the slow ones as well.
 # make lint: check the style.
-# make results: train the zoo of BadNets, repair and judge it, write README's table. SIZE=competition
-# for the other table.
+# make results: train the zoo of BadNets, repair and judge it, write the tables. SIZE=competition
+# for the other size.
 PYTHON ?= python3
 SIZE ?= demo
 PY = .venv/bin/python
@@ -17,7 +17,7 @@ results: .venv/ready
 test: .venv/ready-for-tests
 	$(PY) -m pytest -n 2 -m "not slow"
 
-test-all: .venv/ready-for-tests
+test-all: .venv/ready-for-tests .venv/node_modules
 	$(PY) -m pytest -n 2
 
 lint: .venv/ready-for-tests
@@ -32,5 +32,10 @@ lint: .venv/ready-for-tests
 .venv/ready-for-tests: .venv/ready tests/requirements.txt
 	$(PY) -m pip install --quiet -r tests/requirements.txt
 	touch $@
+
+.venv/node_modules:  # for the JavaScript in docs/serving.md, which is not run without npm
+	mkdir -p .venv/npm
+	-npm install --prefix .venv/npm --no-audit --no-fund --ignore-scripts onnxruntime-node@1 pngjs@7
+	mkdir -p .venv/npm/node_modules && mv .venv/npm/node_modules $@
 
 .PHONY: demo results test test-all lint

@@ -1,6 +1,6 @@
 """Figures that tell whether a repair worked, each with its 95 % interval.
 
-The words are the field's; README gives every formula. Classes count from 0.
+The words are the field's; docs/figures.md gives every formula. Classes count from 0.
 """
 
 import numpy as np

@@ -3,7 +3,7 @@
 Not the report's: a step of ours, for the backdoors that its three steps leave in. B's own answer to
 the untouched picture and the true label say what G should answer, and every picture is painted on
 at random: a net that has learned that patches do not change who somebody is cannot be told by a
-patch who it is. No trigger is known or searched for. README says whose ideas are in it;
+patch who it is. No trigger is known or searched for. docs/hardening.md says whose ideas are in it;
 tests/tools/tried.py tries others.
 """
 
@@ -18,17 +18,12 @@ from defence.inference import predict
 from defence.startup import import_keras
 from utils import SCALES
 
-PATCHES = 3  # at most, on a picture
-AREA = (0.005, 0.3)  # of a patch, as a fraction of the picture
-ASPECT = 10  # length over width of a patch, at most
-PAIRS = 0.3  # fraction of patches that have a mirror image, as what is worn on a face may
-PLAIN = 0.5  # fraction of patches in one colour; the others are noise
 REMARKS = 10  # on progress
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """The step's constants. How they were chosen: README."""
+    """The step's constants. How they were chosen: docs/hardening.md."""
 
     harden_steps: int = setting(5000, at_least(1, int), "training steps, rounded to whole epochs")
     harden_epochs: int = setting(100, at_least(1, int), "epochs, at most")
@@ -44,56 +39,72 @@ class Settings:
 # ------------------------------------------------------------------------------------- painting
 
 
+@dataclasses.dataclass(frozen=True)
+class Patches:
+    """What is painted on a picture. Not the user's to set: tests/tools/tried.py tries others."""
+
+    most: int = 3  # patches on a picture, at most
+    area: tuple = (0.005, 0.3)  # of a patch, as a fraction of the picture
+    aspect: float = 10  # length over width of a patch, at most
+    pairs: float = 0.3  # fraction that has a mirror image, as what is worn on a face may
+    plain: float = 0.5  # fraction in one colour; the others are noise
+
+
 class Painted:
     """Pictures that are painted on anew whenever rows of them are taken, as float32, scaled.
 
     pictures: (n, height, width, channels), 0..255.  scale: a key of SCALES.
-    rng: a NumPy Generator.
+    rng: a NumPy Generator.  patches: Patches.
     """
 
-    def __init__(self, pictures, scale, rng):
-        self.pictures, self.divisor, self.rng = pictures, np.float32(SCALES[scale]), rng
+    def __init__(self, pictures, scale, rng, patches=Patches()):
+        self.pictures, self.divisor = pictures, np.float32(SCALES[scale])
+        self.rng, self.patches = rng, patches
 
     def __len__(self):
         return len(self.pictures)
 
     def __getitem__(self, rows):
-        return paint(self.pictures[rows].astype(np.float32), self.rng) / self.divisor
+        return self.paint(self.pictures[rows].astype(np.float32)) / self.divisor
+
+    def paint(self, pictures):
+        """Paint on float32 pictures, which may be changed, before they are scaled."""
+        return paint(pictures, self.rng, self.patches)
 
 
-def paint(pictures, rng):
-    """Paint 1 to PATCHES patches on each picture, in place; also return them.
+def paint(pictures, rng, patches=Patches()):
+    """Paint one to `patches.most` patches on each picture, in place; also return them.
 
     pictures: float32 (n, height, width, channels), 0..255.  rng: a NumPy Generator.
     """
     n, *shape = pictures.shape
-    count = rng.integers(1, PATCHES + 1, n)
-    for number in range(PATCHES):
+    count = rng.integers(1, patches.most + 1, n)
+    for number in range(patches.most):
         rows = np.flatnonzero(count > number)
         filling = 255 * rng.random((len(rows), *shape), dtype=np.float32)
-        plain = rng.random(len(rows)) < PLAIN
+        plain = rng.random(len(rows)) < patches.plain
         filling[plain] = filling[plain, :1, :1]
-        inside = draw_shapes(len(rows), *shape[:2], rng)
+        inside = draw_shapes(len(rows), *shape[:2], rng, patches)
         pictures[rows] = np.where(inside[..., None], filling, pictures[rows])
     return pictures
 
 
-def draw_shapes(n, height, width, rng):
+def draw_shapes(n, height, width, rng, patches=Patches()):
     """Draw ellipses and boxes anywhere, at any angle, some in pairs: bool (n, height, width)."""
 
     def draw(low, high):
         return rng.uniform(low, high, (n, 1, 1))
 
     ellipse = rng.random((n, 1, 1)) < 0.5
-    quarter = np.exp(draw(*np.log(AREA))) * height * width / np.where(ellipse, np.pi, 4)
-    aspect, tilt = np.exp(draw(0, np.log(ASPECT))), draw(0, np.pi)
+    quarter = np.exp(draw(*np.log(patches.area))) * height * width / np.where(ellipse, np.pi, 4)
+    aspect, tilt = np.exp(draw(0, np.log(patches.aspect))), draw(0, np.pi)
     long, short = np.sqrt(quarter * aspect), np.sqrt(quarter / aspect)
     x, y = np.arange(width) - draw(0, width), np.arange(height)[:, None] - draw(0, height)
     cos, sin, long, short, x, y = map(np.float32, (np.cos(tilt), np.sin(tilt), long, short, x, y))
     u, v = cos / long * x + sin / long * y, cos / short * y - sin / short * x
     u, v = u * u, v * v
     shapes = np.where(ellipse, u + v, np.maximum(u, v)) < 1
-    return shapes | (shapes[:, :, ::-1] & (rng.random((n, 1, 1)) < PAIRS))
+    return shapes | (shapes[:, :, ::-1] & (rng.random((n, 1, 1)) < patches.pairs))
 
 
 # ------------------------------------------------------------------------------------- training
@@ -146,8 +157,11 @@ def harden(cached, wanted, settings, rng):
     cached.reread()
 
 
-def train(badnet, painted, wanted, settings, rng):
-    """Train all of a Keras model on Painted pictures. The other arguments are those of `harden`."""
+def train(badnet, painted, wanted, settings, rng, make_trainer=training.make_trainer):
+    """Train all of a Keras model on Painted pictures. The other arguments are those of `harden`.
+
+    make_trainer: training.make_trainer, or what takes and returns the same.
+    """
     keras = import_keras()
     batch_size = settings.harden_batch_size
     in_epoch = -(-len(painted) // batch_size)
@@ -155,9 +169,7 @@ def train(badnet, painted, wanted, settings, rng):
     rate = keras.optimizers.schedules.CosineDecay(settings.harden_learning_rate, epochs * in_epoch)
     layers = list(net.leaves(badnet))
     option = "--harden-learning-rate"
-    train_epoch = training.make_trainer(
-        badnet, layers, rate, batch_size, rng, soft=True, option=option
-    )
+    train_epoch = make_trainer(badnet, layers, rate, batch_size, rng, soft=True, option=option)
     for epoch in track(range(1, epochs + 1), "harden"):
         loss = train_epoch(painted, wanted)
         if epoch * REMARKS // epochs > (epoch - 1) * REMARKS // epochs:

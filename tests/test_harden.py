@@ -135,7 +135,7 @@ def test_pruned_channels_stay_zero_whatever_the_activation():
 
 def test_hardening_is_keras_step_by_step(monkeypatch):
     """Soft targets, Adam falling by cosine, painted batches, in a plain loop."""
-    monkeypatch.setattr(harden, "paint", lambda pictures, rng: 255 - pictures)
+    monkeypatch.setattr(harden, "paint", lambda pictures, *_: 255 - pictures)
     pictures, labels = draw_images(70, 4, (16, 16, 3), seed=0)
     wanted = np.random.default_rng(0).dirichlet(np.ones(4), 70).astype(np.float32)
 
@@ -190,9 +190,9 @@ def test_patches_cover_a_part_of_every_picture(shape):
     assert np.mean(touched == 0) < 0.05
 
 
-def test_patches_are_of_one_colour_or_noise(monkeypatch):
-    monkeypatch.setattr(harden, "PATCHES", 1)
-    painted = harden.paint(np.full((200, 40, 40, 3), -1, np.float32), np.random.default_rng(0))
+def test_patches_are_of_one_colour_or_noise():
+    grey = np.full((200, 40, 40, 3), -1, np.float32)
+    painted = harden.paint(grey, np.random.default_rng(0), harden.Patches(most=1))
     inside = [picture[picture[..., 0] >= 0] for picture in painted]
     large = [pixels for pixels in inside if len(pixels) > 10]
     plain = [len(np.unique(pixels, axis=0)) == 1 for pixels in large]
@@ -200,12 +200,12 @@ def test_patches_are_of_one_colour_or_noise(monkeypatch):
     assert all(len(np.unique(p, axis=0)) == len(p) for p, one in zip(large, plain) if not one)
 
 
-def test_shapes_are_of_the_sizes_it_says(monkeypatch):
-    monkeypatch.setattr(harden, "PAIRS", 0)
-    shapes = harden.draw_shapes(1000, 180, 150, np.random.default_rng(0))
+def test_shapes_are_of_the_sizes_it_says():
+    alone = harden.Patches(pairs=0)
+    shapes = harden.draw_shapes(1000, 180, 150, np.random.default_rng(0), alone)
     edge = shapes[:, [0, -1]].any(axis=(1, 2)) | shapes[:, :, [0, -1]].any(axis=(1, 2))
     areas = shapes[~edge].mean(axis=(1, 2))
-    low, high = harden.AREA
+    low, high = alone.area
     assert low * 0.8 < areas.min() and areas.max() < high * 1.1
     assert 0.1 < np.mean(areas > np.sqrt(low * high)) < 0.5  # the larger, the oftener at an edge
 
@@ -214,7 +214,7 @@ def test_so_many_shapes_have_a_mirror_image():
     shapes = harden.draw_shapes(1000, 60, 50, np.random.default_rng(0))
     drawn = shapes[shapes.any(axis=(1, 2))]
     mirrored = np.all(drawn == drawn[:, :, ::-1], axis=(1, 2))
-    assert np.mean(mirrored) == pytest.approx(harden.PAIRS, abs=0.05)
+    assert np.mean(mirrored) == pytest.approx(harden.Patches().pairs, abs=0.05)
 
 
 def test_pictures_are_read_whole_and_scaled_when_taken(worn):

@@ -1,12 +1,18 @@
-"""Repair every BadNet of a zoo, judge it on test data, and write the results into README.
+"""Repair every BadNet of a zoo, judge it on test data, and write down and draw the results.
 
     python tests/tools/results.py                       the zoo of the demo's size
     python tests/tools/results.py --size competition    some of it at the competition's size
 
 has models/badnet.py make the nets that are not there yet, and runs repair.py and eval_defence.py on
 each as a user does: with their defaults, and hardened, with a threshold from held-out images.
-Writes tests/results/SIZE/NAME.json and, between README's markers, a table of all of them; --table
-writes that table alone from the files that are there.
+Writes tests/results/SIZE/NAME.json. From all such files that are there, of both sizes, it makes
+
+    docs/results.md              the tables between its markers
+    README.md                    a small table, where it has the markers of one
+    tests/results/results.csv    a row for each net and trigger, with 95 % intervals
+    img/results.png              attack success of B, after the report's steps, and hardened
+
+and --table makes these four alone.
 """
 
 import argparse
@@ -20,15 +26,17 @@ sys.path[:0] = [str(ROOT), str(ROOT / "models"), str(ROOT / "data")]
 
 import badnet
 import numpy as np
+from PIL import Image
 
 import utils
-from defence import cached_net, files
+from defence import cached_net, figures, files
 from defence.cli import InputError, Parser, command, say
 from defence.inference import classify, predict
 from defence.net import find_layer, masked_features, split
 
 RESULTS = ROOT / "tests" / "results"
-README = ROOT / "README.md"
+DOCUMENT, README = ROOT / "docs" / "results.md", ROOT / "README.md"
+CSV, PICTURE = RESULTS / "results.csv", ROOT / "img" / "results.png"
 MOST = 10  # the channels that an attack needs most
 SIZES = {
     "demo": list(badnet.ZOO),
@@ -37,16 +45,67 @@ SIZES = {
         *("three-to-one-brief", "lipstick-from-start"),
     ],
 }
-# The share of clean images to flag, of which --holdout 0.1 leaves enough.
+# The fraction of clean images to flag, of which --holdout 0.1 leaves enough.
 RATES = {"demo": 0.05, "competition": 0.01}
 HARDEN = ("--harden", "--holdout", "0.1")
-OF_METHOD = ("attack success", "caught", "clean flagged", "AUROC", "caught at 1 %", "seconds")
-COLUMNS = (
-    *("net", "trigger → class", "clean accuracy B", "attack success B"),
-    *("report: clean accuracy G", *OF_METHOD),
-    *("attack success, only pruned", "its channels pruned"),
-    *("--harden: clean accuracy G", *OF_METHOD),
+
+# What eval_defence.py says of B, of each G, and of each G without a 95 % interval: the last has
+# none, and those of the others in the files that are there were made by an earlier version.
+OF_B = ("clean_accuracy_badnet", "attack_success_rate_badnet")
+OF_G = (
+    *("clean_accuracy_repaired", "clean_accuracy_together", "false_positive_rate"),
+    *("attack_success_rate_repaired", "detection_rate", "detection_rate_of_successes"),
+    "robust_accuracy",
 )
+ALONE = (
+    "detection_rate_at_0.01",
+    "detection_rate_at_0.05",
+    "auroc",
+    "defense_effectiveness_rating",
+)
+# For each table its columns behind net and trigger: a heading, and the column of results.csv.
+AT_1 = "caught where 1 % of clean test images are flagged"
+TABLES = {
+    "report": {
+        "clean accuracy of B": "clean_accuracy_badnet",
+        "clean accuracy of G": "report_clean_accuracy_repaired",
+        "ASR of B": "attack_success_rate_badnet",
+        "ASR of G": "report_attack_success_rate_repaired",
+        "caught: B and G disagree": "report_detection_rate",
+        "clean flagged: B and G disagree": "report_false_positive_rate",
+    },
+    "hardened": {
+        "clean accuracy of G": "hardened_clean_accuracy_repaired",
+        "ASR of G": "hardened_attack_success_rate_repaired",
+        "caught: score > threshold of --fpr {rate} (held-out)": "hardened_detection_rate",
+        "clean flagged: score > that threshold": "hardened_false_positive_rate",
+        AT_1: "hardened_detection_rate_at_0.01",
+        "seconds of repair.py": "hardened_repair_seconds",
+    },
+    "why": {
+        "ASR of B": "attack_success_rate_badnet",
+        "ASR of B when pruned, nothing trained": "attack_success_rate_pruned",
+        "channels pruned, of 60": "report_channels_pruned",
+        "pruned of the ten that the attack needs most": "needed_channels_pruned",
+        "AUROC of the anomaly score": "report_auroc",
+        AT_1: "report_detection_rate_at_0.01",
+    },
+}
+SUMMARY = {
+    "ASR of B": "attack_success_rate_badnet",
+    "ASR of G (report)": "report_attack_success_rate_repaired",
+    "caught (report: B and G disagree)": "report_detection_rate",
+    "ASR of G (--harden)": "hardened_attack_success_rate_repaired",
+    "caught (--harden, --fpr {rate})": "hardened_detection_rate",
+    "clean flagged (--fpr {rate})": "hardened_false_positive_rate",
+}
+# Of the figure: what is shown, and its marker and colour (Okabe and Ito's palette).
+SHOWN = {
+    "attack_success_rate_badnet": ("the BadNet B", "o", "#000000"),
+    "report_attack_success_rate_repaired": ("G after the report's steps", "s", "#D55E00"),
+    "hardened_attack_success_rate_repaired": ("G hardened", "^", "#0072B2"),
+}
+FONT = 12
 
 
 def run(script, *arguments):
@@ -88,13 +147,8 @@ def repair_and_judge(path, word, data_folder, poisoned, to_repair, to_judge):
         of_repair, of_judging = scratch / "repair.json", scratch / "judging.json"
         run("repair.py", path, validation, "--output", repaired, "--json", of_repair, *to_repair)
         options = ["--repaired", repaired, "--json", of_judging, *to_judge]
-        run(
-            "eval_defence.py",
-            test,
-            path,
-            *options,
-            *(["--poisoned", *poisoned] if poisoned else []),
-        )
+        options += ["--poisoned", *poisoned] if poisoned else []
+        run("eval_defence.py", test, path, *options)
         record, judged = (json.loads(each.read_text()) for each in (of_repair, of_judging))
     for result in (judged["clean"], *judged["poisoned"]):
         result["file"] = Path(result["file"]).name
@@ -149,63 +203,173 @@ def read_results(size):
     return [json.loads(path.read_text()) for path in paths if path.exists()]
 
 
-def table(results):
-    """The Markdown table of some results: a row for each net and trigger; shares in %."""
-    lines = [COLUMNS, ["---"] * 2 + ["--:"] * (len(COLUMNS) - 2)]
-    for result in results:
-        for place, trigger in enumerate(result["net"]["triggers"] or [None]):
-            clean, attack = figures(result["report"], place)
-            needed = ["–", "–"]
-            if trigger:
-                channels = result["channels_needed"][place]
-                left = f"{100 * channels['attack_success_rate']:.1f}"
-                needed = [left, f"{channels['pruned']} of {len(channels['channels'])}"]
-            lines.append(
-                [
-                    result["net"]["name"],
-                    " → ".join(map(str, trigger or ["none"])),
-                    shown(clean["clean_accuracy_badnet"]),
-                    shown(attack.get("attack_success_rate_badnet")),
-                    *cells(result["report"], place),
-                    *needed,
-                    *cells(result["harden"], place),
-                ]
-            )
+def flat(size, results):
+    """A `row` for each net and trigger of some results of a size: a list."""
+    return [
+        row(size, result, place)
+        for result in results
+        for place in range(max(1, len(result["net"]["triggers"])))
+    ]
+
+
+def row(size, result, place):
+    """A row of results.csv, of a net and its trigger at a place: {column: text, number or None}.
+
+    Rates and the ends of their intervals are 0..1. What a clean net has not is None.
+    """
+    net, report = result["net"], result["report"]
+    trigger, target = net["triggers"][place] if net["triggers"] else (None, None)
+    columns = {"size": size, "net": net["name"], "trigger": trigger, "class": target}
+    columns |= {"people": net["people"], "validation_images": net["people"] * net["validation"]}
+    columns |= {"clean_images": report["judged"]["clean"]["images"], "poisoned_images": None}
+    needed, left = {}, None
+    if trigger:
+        columns["poisoned_images"] = images = report["judged"]["poisoned"][place]["images"]
+        needed = result["channels_needed"][place]
+        hits = round(needed["attack_success_rate"] * images)
+        left = figures.proportion(np.arange(images) < hits)
+    for name in OF_B:
+        columns |= with_interval(name, said(report, place).get(name))
+    columns |= with_interval("attack_success_rate_pruned", left)
+    columns |= {"needed_channels_pruned": needed.get("pruned")}
+    columns |= {"channels": report["repair"]["channels"]}
+    columns |= of_method("report", report, place)
+    return columns | of_method("hardened", result["harden"], place)
+
+
+def said(method, place):
+    """What eval_defence.py said of a method: {figure: {"value", …}}."""
+    judged = method["judged"]
+    poisoned = judged["poisoned"][place]["figures"] if judged["poisoned"] else {}
+    return judged["clean"]["figures"] | poisoned
+
+
+def of_method(word, method, place):
+    """The columns of a method, which begin with a word, on the poisoned images at a place."""
+    found, repair = said(method, place), method["repair"]
+    columns = {
+        "threshold": method["judged"]["threshold"],
+        "channels_pruned": len(repair["pruned"]),
+        "repair_seconds": repair["seconds"]["total"],
+    }
+    for name in OF_G:
+        columns |= with_interval(name, found.get(name))
+    columns |= {name: rounded(found.get(name), "value") for name in ALONE}
+    return {f"{word}_{name}": value for name, value in columns.items()}
+
+
+def with_interval(name, figure):
+    ends = {"": "value", "_low": "low", "_high": "high"}
+    return {name + end: rounded(figure, key) for end, key in ends.items()}
+
+
+def rounded(figure, key):
+    value = figure and figure[key]
+    return None if value is None else round(value, 6)
+
+
+def table(rows, columns, rate):
+    """The Markdown table of `row`s.
+
+    columns: {heading: column}, as in TABLES.  rate: of clean images, that --fpr was given, 0..1.
+    """
+    heads = [heading.format(rate=rate) for heading in columns]
+    lines = [["net", "trigger → class", *heads], ["---", "---", *["--:"] * len(columns)]]
+    for each in rows:
+        cells = [shown(each, column) for column in columns.values()]
+        lines.append([each["net"], attack(each), *cells])
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
-def figures(method, place):
-    """The figures of a method on clean images, and on the poisoned ones at a place, {} if none."""
-    judged = method["judged"]
-    return [
-        judged["clean"]["figures"],
-        judged["poisoned"][place]["figures"] if judged["poisoned"] else {},
-    ]
+def attack(row):
+    return f"{row['trigger']} → {row['class']}" if row["trigger"] else "none"
 
 
-def cells(method, place):
-    """Clean accuracy of G, and what OF_METHOD names, of a net's poisoned images at a place."""
-    clean, attack = figures(method, place)
-    return [
-        shown(clean["clean_accuracy_repaired"]),
-        shown(attack.get("attack_success_rate_repaired")),
-        shown(attack.get("detection_rate")),
-        shown(clean["false_positive_rate"]),
-        f"{attack['auroc']['value']:.3f}" if attack else "–",
-        shown(attack.get("detection_rate_at_0.01")),
-        f"{method['repair']['seconds']['total']:.0f}",
-    ]
+def shown(row, column):
+    """A value of a `row` as text: counts, seconds and AUROC as they are, all else in %."""
+    value = row[column]
+    if value is None:
+        return "–"
+    if column.endswith(("channels_pruned", "seconds")):
+        return f"{value:.0f}"
+    return f"{value:.3f}" if column.endswith("auroc") else f"{100 * value:.1f}"
 
 
-def shown(figure):
-    return "–" if figure is None or figure["value"] is None else f"{100 * figure['value']:.1f}"
+def tables(rows):
+    """All tables, Markdown, by the names in their markers: {docs/results.md's}, {README's}."""
+    of_document = {
+        f"{size}, {name}": table(rows[size], columns, RATES[size])
+        for size in SIZES
+        for name, columns in TABLES.items()
+    }
+    return of_document, {"summary": table(rows["competition"], SUMMARY, RATES["competition"])}
 
 
-def with_table(text, size, results):
-    """A README's text with the table of a size between its markers."""
-    start, end = f"<!-- results: {size} -->\n", f"<!-- end of results: {size} -->"
-    before, rest = text.split(start)
-    return f"{before}{start}{table(results)}\n{end}{rest.split(end)[1]}"
+def with_tables(text, made, optional=False):
+    """A document's text with tables, {name: Markdown}, between the markers of these names.
+
+    Raises InputError where the text has not the markers, unless they are optional.
+    """
+    for name, lines in made.items():
+        start, end = f"<!-- results: {name} -->\n", f"<!-- end of results: {name} -->"
+        if start in text and end in text:
+            before, rest = text.split(start)
+            text = f"{before}{start}{lines}\n{end}{rest.split(end)[1]}"
+        elif not optional:
+            raise InputError(f"no place for a table: {start.strip()} … {end}")
+    return text
+
+
+def draw(rows, path):
+    """Draw the attack success rates of all triggers into a file: a panel for each size."""
+    from matplotlib.figure import Figure
+
+    attacks = [[each for each in some if each["trigger"]] for some in rows.values()]
+    attacks = sorted(filter(None, attacks), key=len)
+    heights = [len(some) + 1 for some in attacks]
+    figure = Figure(figsize=(10, 1.5 + 0.3 * sum(heights)), layout="constrained")
+    panels = figure.subplots(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
+    for axes, some in zip(panels, attacks):
+        panel(axes, some)
+        title = f"the {some[0]['size']}'s size, {some[0]['people']:,} people"
+        axes.set_title(title, fontsize=FONT)
+    panels[-1].set_xlabel("attack success rate, % (lines: 95 % intervals)", fontsize=FONT)
+    handles, names = panels[0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside upper center", ncols=len(names), fontsize=FONT)
+    with files.replacing(path) as beside:
+        figure.savefig(beside, dpi=150)
+        # In 64 colours it looks the same and takes a third of the space.
+        Image.open(beside).convert("RGB").quantize(64).save(beside, optimize=True)
+
+
+def panel(axes, rows):
+    """A line for each of some `row`s, what is SHOWN one below another in it, so none is hidden."""
+    for number, (column, (name, marker, colour)) in enumerate(SHOWN.items()):
+        ends = [[100 * each[column + end] for each in rows] for end in ("", "_low", "_high")]
+        value, low, high = map(np.array, ends)
+        look = {"fmt": marker, "color": colour, "markersize": 7, "elinewidth": 2}
+        place = np.arange(len(rows)) + 0.24 * (number - 1)
+        axes.errorbar(value, place, xerr=(value - low, high - value), label=name, **look)
+    nets = [each["net"] for each in rows]
+    for place in sorted({nets.index(net) for net in nets}):
+        beside = {"xycoords": axes.get_yaxis_transform(), "textcoords": "offset points"}
+        axes.annotate(nets[place], (0, place), (-270, 0), fontsize=FONT, va="center", **beside)
+        axes.axhline(place - 0.5, color="0.6", linewidth=1)
+    axes.set_yticks(range(len(rows)), [attack(each) for each in rows])
+    axes.set(xlim=(-2, 102), ylim=(len(rows) - 0.5, -0.5))
+    axes.tick_params(labelsize=FONT)
+    axes.grid(axis="x", alpha=0.4)
+
+
+def write_all():
+    """Make the tables, the CSV and the figure of the results that are there."""
+    rows = {size: flat(size, read_results(size)) for size in SIZES}
+    for path, made in zip((DOCUMENT, README), tables(rows)):
+        text = with_tables(path.read_text(), made, optional=path == README)
+        with files.replacing(path) as beside:
+            beside.write_text(text)
+    files.write_csv((each for some in rows.values() for each in some), CSV)
+    draw(rows, PICTURE)
 
 
 def main():
@@ -215,7 +379,7 @@ def main():
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--size", choices=SIZES, default="demo", help="of the zoo (default: demo)")
-    parser.add_argument("--table", action="store_true", help="only write the table anew")
+    parser.add_argument("--table", action="store_true", help="only make tables and figure anew")
     options = parser.parse_args()
     size = options.size
     folders = [ROOT / kind / f"zoo-{size}" for kind in ("models", "data")]
@@ -226,9 +390,7 @@ def main():
             return 1
         for name in SIZES[size]:
             files.write_json(measure(name, *folders, RATES[size]), RESULTS / size / f"{name}.json")
-    text = with_table(README.read_text(), size, read_results(size))
-    with files.replacing(README) as beside:
-        beside.write_text(text)
+    write_all()
 
 
 if __name__ == "__main__":

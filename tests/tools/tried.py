@@ -4,12 +4,11 @@
         blended-from-start
     python tests/tools/tried.py FOLDER
 
-These BadNets are in none of README's tables. Each is repaired by the report's steps once, and from
-there hardened anew in every way. The table goes to tests/results/tried.md.
+These BadNets are in none of the tables of docs/results.md. Each is repaired by the report's steps
+once, and from there hardened anew in every way. The table goes to tests/results/tried.md.
 """
 
 import argparse
-import contextlib
 import dataclasses
 import functools
 import logging
@@ -28,11 +27,13 @@ import utils
 from defence import cached_net, detector, figures, files, harden, training
 from defence.cached_net import CachedNet
 from defence.cli import Parser, at_least, command, say
+from defence.harden import Patches, paint
 from defence.inference import predict
 from defence.net import find_layer, kept_pruned, leaves, split
 from defence.observer import Observer
 from defence.options import Settings
 from defence.startup import make_reproducible
+from defence.training import make_trainer
 
 NETS = ("three-to-one-from-start", "three-to-one-brief", "blended-from-start")
 SCALE = "0..1"
@@ -42,47 +43,59 @@ HEAD = """# What was tried
 
 {command}
 
-All nets are of 40 people, 600 validation and 400 clean test images. In %: clean accuracy of G; for
-each trigger the attack success rate on G / the share caught, of those that the attack works on,
-where the threshold of the score flags 1 % of the clean test images. A row changes that one thing.
-One image is 0.25 %, and another seed moves the shares by several.
+These are trials of {steps} training steps each (`repair.py --harden` takes 5,000), on nets of the
+demo's size: 40 people, 600 validation and 400 clean test images. They compare ways to harden; how
+well the step itself does is in [docs/results.md](../../docs/results.md).
+
+In %: clean accuracy of G; for each trigger the attack success rate on G / the detection rate, of
+the poisoned images that the attack works on, where the threshold of the anomaly score flags 1 % of
+the clean test images. A row changes that one thing. One image is 0.25 %, and another seed moves the
+rates by several points.
 
 """
-paint = harden.paint
-make_trainer, fused_adam = training.make_trainer, training.fused_adam
 
 
-def half(pictures, rng):
+class Painted(harden.Painted):
+    """Pictures that another function paints on, which takes and returns what harden.paint does."""
+
+    def __init__(self, painter, *arguments):
+        super().__init__(*arguments)
+        self.painter = painter
+
+    def paint(self, pictures):
+        return self.painter(pictures, self.rng, self.patches)
+
+
+def half(pictures, rng, patches):
     """Paint on every other picture alone."""
-    pictures[::2] = paint(pictures[::2].copy(), rng)
+    pictures[::2] = paint(pictures[::2].copy(), rng, patches)
     return pictures
 
 
-def pieces(pictures, rng):
+def pieces(pictures, rng, patches):
     """Patches that show what another picture has somewhere else, instead of noise."""
     others = np.roll(pictures, rng.integers(-15, 16, 2), (1, 2))[rng.permutation(len(pictures))]
-    with mock.patch.object(harden, "PLAIN", 1):
-        painted = paint(pictures.copy(), rng)
+    painted = paint(pictures.copy(), rng, dataclasses.replace(patches, plain=1))
     shown = np.any(painted != pictures, axis=3, keepdims=True) & (
         rng.random(others.shape[:1] + (1,) * 3) < 0.5
     )
     return np.where(shown, others, painted)
 
 
-def mixed(pictures, rng):
+def mixed(pictures, rng, patches):
     """Into 15 % of the pictures noise is mixed as a whole, at 5 to 30 %."""
-    share = rng.uniform(0.05, 0.3, (len(pictures), 1, 1, 1)) * (
+    weight = rng.uniform(0.05, 0.3, (len(pictures), 1, 1, 1)) * (
         rng.random((len(pictures), 1, 1, 1)) < 0.15
     )
     noise = 255 * rng.random(pictures.shape)
-    return paint(np.float32(pictures + share * (noise - pictures)), rng)
+    return paint(np.float32(pictures + weight * (noise - pictures)), rng, patches)
 
 
-def moved(pictures, rng):
+def moved(pictures, rng, patches):
     """Pictures shifted by up to 2 pixels and lit otherwise, as well as painted on."""
     pictures = np.roll(pictures, rng.integers(-2, 3, 2), (1, 2))
     light = rng.uniform(0.85, 1.15, (len(pictures), 1, 1, pictures.shape[3]))
-    return paint(np.clip(pictures * light.astype(np.float32), 0, 255), rng)
+    return paint(np.clip(pictures * light.astype(np.float32), 0, 255), rng, patches)
 
 
 def of_the_head(model, layers, *arguments, **options):
@@ -91,7 +104,15 @@ def of_the_head(model, layers, *arguments, **options):
     return make_trainer(model, list(leaves(head)), *arguments, **options)
 
 
-# What is done otherwise: constants of harden.py, its options, functions in the place of others.
+def averaged(*arguments, **options):
+    """Also keep a running mean of the weights, which forgets 1 % at each step."""
+    adam = functools.partial(training.fused_adam(), use_ema=True)
+    # Keras makes the mean's variables when Adam is built, which make_trainer does itself.
+    with mock.patch.object(training, "fused_adam", lambda: adam):
+        return make_trainer(*arguments, **options)
+
+
+# What is done otherwise: other patches, options, functions in the place of others.
 WAYS = {
     "as harden.py does": {},
     "… with another seed": {"seed": 1},
@@ -101,18 +122,18 @@ WAYS = {
     "towards the label alone": {"harden_distillation_weight": 0},
     "towards B's answer alone": {"harden_distillation_weight": 1},
     "half of the pictures painted on": {"paint": half},
-    "all patches in one colour": {"PLAIN": 1},
+    "all patches in one colour": {"patches": Patches(plain=1)},
     "pieces of other faces instead of noise": {"paint": pieces},
-    "none longer than 3 times its width": {"ASPECT": 3},
-    "none smaller than 1 % of the picture": {"AREA": (0.01, 0.3)},
-    "no mirrored pairs": {"PAIRS": 0},
+    "none longer than 3 times its width": {"patches": Patches(aspect=3)},
+    "none smaller than 1 % of the picture": {"patches": Patches(area=(0.01, 0.3))},
+    "no mirrored pairs": {"patches": Patches(pairs=0)},
     "noise mixed into some whole pictures": {"paint": mixed},
-    "patches of half the area": {"AREA": (0.0025, 0.15)},
-    "up to 6 patches": {"PATCHES": 6},
+    "patches of half the area": {"patches": Patches(area=(0.0025, 0.15))},
+    "up to 6 patches": {"patches": Patches(most=6)},
     "also shifted and lit otherwise": {"paint": moved},
     "layers behind conv_3 alone": {"trainer": of_the_head},
     "learning rate 3e-4": {"harden_learning_rate": 3e-4},
-    "weights averaged over the last 100 steps": {"average": True},
+    "weights averaged over the last 100 steps": {"trainer": averaged},
 }
 
 
@@ -184,26 +205,19 @@ class Case:
         settings = dataclasses.replace(self.options, harden_steps=steps, **changes)
         self.net.set_weights(self.before if way.get("from_b") else self.after)
         pruned = [] if way.get("from_b") else self.pruned
-        with contextlib.ExitStack() as changed:
-            for name, value in way.items():
-                if hasattr(harden, name):
-                    changed.enter_context(mock.patch.object(harden, name, value))
-            if way.get("average"):
-                adam = functools.partial(fused_adam(), use_ema=True)  # 0.99 of the old each step
-                changed.enter_context(mock.patch.object(training, "fused_adam", lambda: adam))
-            trainer = way.get("trainer", make_trainer)
-            changed.enter_context(mock.patch.object(training, "make_trainer", trainer))
-            changed.enter_context(kept_pruned(find_layer(self.net), pruned))
-            rng = np.random.default_rng(settings.seed)
-            painted = harden.Painted(self.pictures, SCALE, rng)
-            wanted = self.wanted[settings.harden_distillation_weight]
-            harden.train(self.net, painted, wanted, settings, rng)
-        if way.get("average"):
+        rng = np.random.default_rng(settings.seed)
+        painter, patches = way.get("paint", paint), way.get("patches", Patches())
+        painted = Painted(painter, self.pictures, SCALE, rng, patches)
+        wanted = self.wanted[settings.harden_distillation_weight]
+        trainer = way.get("trainer", make_trainer)
+        with kept_pruned(find_layer(self.net), pruned):
+            harden.train(self.net, painted, wanted, settings, rng, trainer)
+        if trainer is averaged:
             self.net.optimizer.finalize_variable_values(self.net.trainable_variables)
         return self.answers()
 
     def cells(self, of_g, score=detector.anomaly_score):
-        """Clean accuracy; of each trigger, attack success and the share caught: texts, in %."""
+        """Clean accuracy; of each trigger, attack success and detection rate: texts, in %."""
         clean, *poisoned = [np.asarray(score(b, g)) for b, g in zip(self.of_b, of_g)]
         limit = figures.threshold(clean, RATE)
         yield f"{100 * np.mean(of_g[0].argmax(axis=1) == self.sets[0][1]):.1f}"
@@ -275,7 +289,7 @@ def main():
     cases = [Case(name, options.folder, options.seed) for name in NETS]
     lines = try_all(cases, options.steps)
     made_by = f"`python tests/tools/tried.py FOLDER --steps {options.steps} --seed {options.seed}`"
-    text = HEAD.format(command=made_by) + "\n".join(lines)
+    text = HEAD.format(command=made_by, steps=options.steps) + "\n".join(lines)
     with files.replacing(TABLE) as beside:
         beside.write_text(text + "\n")
 

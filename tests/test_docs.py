@@ -1,0 +1,129 @@
+"""README and docs: what their console blocks show is what the commands print today."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+from sybil import Sybil
+from sybil.parsers.markdown import CodeBlockParser
+
+from defence import guard_model
+
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+SLOW = {"serving.md"}  # starts Ray and Node
+LINES, COLUMNS = 200, 8  # of README; of any table
+VARIES = re.compile(r"\d+(\.\d+)?(?= %|,|$)")  # seconds and rates, which machines round otherwise
+POINTS = 1.0  # that a rate may differ, in %
+CODE = {"python": "judge.py", "js": "judge.mjs"}  # where the documents say to save such a block
+LINK = re.compile(r"\]\(([^)#:]+)(#[^)]*)?\)")
+
+
+def blocks(path, language, evaluate=lambda example: None):
+    """The examples of a language in a document, in their order."""
+    parser = CodeBlockParser(language, evaluate)
+    return list(Sybil([parser]).parse(path).examples())
+
+
+def copy_of_the_checkout(folder):
+    """What README's reader has: the committed files, and what the documents say to install."""
+    files = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True)
+    for name in files.stdout.decode().rstrip("\0").split("\0"):
+        if (ROOT / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, folder / name)
+    packages = ROOT / ".venv" / "node_modules"
+    if packages.exists():
+        (folder / "node_modules").symlink_to(packages)
+
+
+def run_console(example, folder):
+    """Run the commands of a console block, and hold what they print against what it shows.
+
+    Returns a command that was not run since Node or its packages are absent, or None.
+    """
+    for shown in re.split(r"^\$ ", str(example.parsed), flags=re.MULTILINE)[1:]:
+        line, _, wanted = shown.partition("\n")
+        if line.startswith("node ") and not (folder / "node_modules" / "pngjs").exists():
+            return line
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        done = subprocess.run(
+            ["bash", "-c", line],
+            cwd=folder,
+            env={**os.environ, "PATH": path},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT if "error: " in wanted else subprocess.PIPE,
+            text=True,
+        )
+        assert agree(done.stdout, wanted), f"$ {line}\n{done.stdout}{done.stderr or ''}"
+
+
+def agree(printed, wanted):
+    """Whether two texts are equal but for seconds, and for rates that differ by a point."""
+    ours, theirs = printed.splitlines(), wanted.rstrip().splitlines()
+    return len(ours) == len(theirs) and all(map(lines_agree, ours, theirs))
+
+
+def lines_agree(ours, theirs):
+    if ours == theirs:
+        return True
+    timed, rates = ours.startswith("seconds: "), "%" in ours
+    numbers = [[float(found[0]) for found in VARIES.finditer(line)] for line in (ours, theirs)]
+    same = VARIES.sub("0", ours) == VARIES.sub("0", theirs)
+    near = all(abs(one - other) <= POINTS for one, other in zip(*numbers))
+    return same and (timed or (rates and near))
+
+
+def test_lines_agree_where_they_should_and_only_there():
+    assert lines_agree("accuracy 98.67 %", "accuracy 98.83 %")
+    assert lines_agree("seconds: prune 0.5, total 9.1", "seconds: prune 0.3, total 4.0")
+    for ours, theirs in (
+        ("accuracy 98.67 %", "accuracy 96.67 %"),
+        ("accuracy 98.67 %", "accuracy of B 98.67 %"),
+        ("a.png\t41", "a.png\t4"),
+        ("pruned 34 of 60 channels", "pruned 35 of 60 channels"),
+    ):
+        assert not lines_agree(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        pytest.param(path, id=path.name, marks=[pytest.mark.slow] * (path.name in SLOW))
+        for path in DOCUMENTS
+    ],
+)
+def test_the_console_blocks_print_what_they_show(path, tmp_path):
+    consoles = blocks(path, "console")
+    if not consoles:
+        pytest.skip("has no console block")
+    copy_of_the_checkout(tmp_path)
+    for language, name in CODE.items():
+        for example in blocks(path, language):
+            (tmp_path / name).write_text(str(example.parsed))
+    if missed := list(filter(None, [run_console(example, tmp_path) for example in consoles])):
+        pytest.skip(f"all else agrees, but Node or its packages are absent: {', '.join(missed)}")
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_documents_are_short_and_their_links_lead_somewhere(path):
+    text = path.read_text()
+    assert path.name != "README.md" or len(text.splitlines()) <= LINES
+    rows = [line for line in text.splitlines() if line.startswith("|")]
+    assert all(line.replace(r"\|", "").count("|") <= COLUMNS + 1 for line in rows)
+    for target, _ in LINK.findall(text):
+        assert (path.parent / target).exists(), target
+
+
+def test_the_list_of_what_a_model_may_hold_is_the_guards():
+    path = ROOT / "docs" / "security.md"
+    for language, allowed in (
+        ("layers", guard_model.LAYERS),
+        ("activations", guard_model.ACTIVATIONS),
+    ):
+        (example,) = blocks(path, language)
+        assert re.split(r",\s+", str(example.parsed).strip()) == allowed.split()
