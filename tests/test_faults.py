@@ -4,21 +4,26 @@ Whatever happens, the repaired net of before is left intact or replaced by a who
 half-written bears its name, and the next run succeeds.
 """
 
+import errno
+import functools
+import multiprocessing
 import os
 import random
 import resource
+import runpy
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from multiprocessing import forkserver
 
 import h5py
 import numpy as np
 import pytest
 from conftest import (
     ROOT,
-    apart,
     assert_refused,
     command,
     draw_images,
@@ -28,11 +33,14 @@ from conftest import (
 )
 
 import utils
-from defence import files
+from defence import startup
+from defence.observer import Observer
 
 B, G = "models/small_bd_net.h5", "models/small_bd_net_defence.h5"
-QUICK = ("--rounds", 1, "--epochs", 1, "--threshold", 0.99)
-QUICK_REPAIR = ("repair.py", B, "clean.h5", *QUICK)
+NAMES = ["small_bd_net.h5", "small_bd_net_defence.h5"]
+REPAIR = ("repair.py", B, "clean.h5", "--threshold", 0.99)
+QUICK_REPAIR = (*REPAIR, "--rounds", 0, "--retrain-epochs", 0)
+HALF = 100_000  # bytes; G has four times as many
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +49,7 @@ def repaired(deepid_world, tmp_path_factory):
     folder = shutil.copytree(deepid_world, tmp_path_factory.mktemp("repaired") / "world")
     process = command(*QUICK_REPAIR, cwd=folder)
     assert process.returncode == 0, process.stderr
+    assert (folder / G).stat().st_size > 3 * HALF
     return folder
 
 
@@ -54,38 +63,96 @@ def left(folder):
     return sorted(name for name in os.listdir(folder / "models") if not name.startswith("."))
 
 
-def read_until(process, words):
-    """Read the stderr of a started process up to the line with these words."""
-    seen = ""
-    while words not in seen:
-        seen = process.stderr.readline()
-        assert seen, "the process ended before that step"
+@pytest.fixture(scope="module")
+def forks():
+    """What starts processes that have TensorFlow imported already, as that takes the most time."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("PYTHONPATH", os.pathsep.join(map(str, (ROOT, ROOT / "tests"))))
+        forkserver.ensure_running()
+    return context
+
+
+def repair_with_fault(forks, folder, event, fault, inside="models"):
+    """Run the repair, with another seed than before, in a process of its own with a fault.
+
+    event: of those that Python tells sys.addaudithook of; at each of that name that concerns
+    something hidden in the folder `inside`, `fault` is called.
+    Returns the process, finished, its output text.
+    """
+    process = forks.Process(target=meet, args=(folder, event, fault, f"{inside}/."))
+    process.start()
+    process.join(120)
+    process.kill()  # where it still runs
+    said = [(folder / name).read_text() for name in ("stdout", "stderr")]
+    return subprocess.CompletedProcess(QUICK_REPAIR, process.exitcode, *said)
+
+
+def meet(folder, event, fault, hidden):
+    """What that process does."""
+
+    def hook(name, arguments):
+        if name == event and hidden in str(arguments):
+            fault()
+
+    os.chdir(folder)
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT), number)
+    sys.argv = [str(ROOT / "repair.py"), *map(str, QUICK_REPAIR[1:]), "--seed", "1"]
+    sys.addaudithook(hook)
+    runpy.run_path(sys.argv[0], run_name="__main__")
+
+
+def kill():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def limit(size):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+
+def kill_at_half():
+    """The kernel ends the process in the middle of its writing. No core file besides."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    limit(HALF)
+
+
+def assert_failed(process, problem):
+    """The process ended with status 1 and one line on stderr that begins with `problem`."""
+    assert process.returncode == 1 and process.stdout == "", process.stderr
+    assert "Traceback" not in process.stderr
+    (error,) = [line for line in process.stderr.splitlines() if ": error: " in line]
+    assert error.startswith(f"repair.py: error: {problem}")
 
 
 def assert_next_run_succeeds(folder):
+    before = (folder / G).stat().st_ino
     process = command(*QUICK_REPAIR, cwd=folder)
     assert process.returncode == 0, process.stderr
-    assert left(folder) == ["small_bd_net.h5", "small_bd_net_defence.h5"]
+    assert left(folder) == NAMES and (folder / G).stat().st_ino != before
     assert read_record(folder / G)["layer"] == "conv_3"
     utils.load_badnet(folder / G)
 
 
 @pytest.mark.slow
 def test_killed_at_random_moments(folder):
-    """20 times SIGKILL, at moments over all of a run."""
+    """8 times SIGKILL, at moments over all of a run."""
+    call = (*REPAIR, "--rounds", 1, "--epochs", 1)
     began = time.monotonic()
-    start(*QUICK_REPAIR, cwd=folder).communicate()
+    start(*call, cwd=folder).communicate()
     length = time.monotonic() - began
     rng = random.Random(0)
     old = (folder / G).read_bytes()
-    for i in range(20):
-        process = start(*QUICK_REPAIR, cwd=folder)
+    for i in range(8):
+        process = start(*call, "--seed", i + 1, cwd=folder)
         # Every other one in the last part, where the net is saved.
         share = rng.uniform(0, 0.85) if i % 2 else rng.uniform(0.85, 1)
         time.sleep(share * length)
         process.kill()
         process.communicate()
-        assert left(folder) == ["small_bd_net.h5", "small_bd_net_defence.h5"]
+        assert left(folder) == NAMES
         now = (folder / G).read_bytes()
         if now != old:  # then it is a whole one
             utils.load_badnet(folder / G)
@@ -93,35 +160,83 @@ def test_killed_at_random_moments(folder):
     assert_next_run_succeeds(folder)
 
 
-@pytest.mark.parametrize("size", [1_000, 100_000])
-def test_no_room_for_the_output(folder, size):
-    """As on a full disk: a file may have `size` bytes from when B is loaded, G has 400,000."""
-    old = (folder / G).read_bytes()
-    process = start(*QUICK_REPAIR, cwd=folder)
-    read_until(process, "prune 1:")
-    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (size, size))
-    output, rest = process.communicate(timeout=120)
-    assert process.returncode == 1 and output == ""
-    errors = [line for line in rest.splitlines() if ": error: " in line]
-    assert len(errors) == 1 and "Traceback" not in rest, rest
-    assert errors[0] == f"repair.py: error: [Errno 27] File too large: '{G}'"
-    assert (folder / G).read_bytes() == old
-    assert sorted(os.listdir(folder / "models")) == ["small_bd_net.h5", "small_bd_net_defence.h5"]
+@pytest.mark.parametrize(
+    "event, fault, number",
+    [
+        ("tempfile.mkdtemp", kill_at_half, signal.SIGXFSZ),
+        ("os.rename", kill, signal.SIGKILL),
+        ("shutil.rmtree", kill, signal.SIGKILL),
+    ],
+    ids=["half-written", "before the rename", "after the rename"],
+)
+def test_killed_while_the_net_is_saved(folder, forks, event, fault, number):
+    """Only a hidden folder is left behind; G is the one of before until the very rename."""
+    old, whole = (folder / G).read_bytes(), event != "tempfile.mkdtemp"
+    process = repair_with_fault(forks, folder, event, fault)
+    assert process.returncode == -number, process.stderr
+    assert left(folder) == NAMES
+    (hidden,) = set(os.listdir(folder / "models")) - set(NAMES)
+    assert hidden.startswith(".") and hidden.endswith(".unfinished")
+    inside = list((folder / "models" / hidden).iterdir())
+    if event == "shutil.rmtree":
+        assert inside == [] and (folder / G).read_bytes() != old
+    else:
+        (beside,) = inside
+        assert (folder / G).read_bytes() == old
+        assert whole or beside.stat().st_size == HALF
+    if whole:
+        new = folder / G if inside == [] else beside
+        assert read_record(new)["settings"]["seed"] == 1
+        utils.load_badnet(new)
     assert_next_run_succeeds(folder)
 
 
-def test_no_room_for_the_copy_of_the_weights_that_is_loaded(folder):
-    """The model is as it should be, so it is no wrong input but a failure."""
+@pytest.mark.parametrize("size", [10_000, HALF])
+def test_no_room_for_the_output(folder, forks, size):
+    """As on a full disk: a file may have `size` bytes when G is saved (stderr has fewer)."""
     old = (folder / G).read_bytes()
-    process = apart(
-        *QUICK_REPAIR,
-        cwd=folder,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)),
-    )
+    fault = functools.partial(limit, size)
+    process = repair_with_fault(forks, folder, "tempfile.mkdtemp", fault)
+    assert_failed(process, f"[Errno 27] File too large: '{G}'")
     assert (folder / G).read_bytes() == old
-    assert process.returncode == 1 and process.stdout == "" and "Traceback" not in process.stderr
-    (error,) = [line for line in process.stderr.splitlines() if ": error: " in line]
-    assert error.startswith("repair.py: error: [Errno 27] File too large")
+    assert sorted(os.listdir(folder / "models")) == NAMES
+    assert_next_run_succeeds(folder)
+
+
+@pytest.mark.parametrize(
+    "step",
+    [(tempfile, "mkdtemp"), (os, "fsync"), (os, "replace")],
+    ids=lambda step: step[1],
+)
+def test_no_room_at_a_step_of_saving(folder, monkeypatch, step):
+    """What else a full disk may refuse besides the writing itself."""
+    module, name = step
+    works, refused = getattr(module, name), []
+
+    def fails(*arguments, **options):
+        if name != "fsync" and "models" not in str((arguments, options)):
+            return works(*arguments, **options)
+        refused.append(arguments)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    old = (folder / G).read_bytes()
+    with monkeypatch.context() as patched:
+        patched.setattr(module, name, fails)
+        process = command(*QUICK_REPAIR, "--seed", 1, cwd=folder)
+    assert len(refused) == 1
+    assert_failed(process, f"[Errno 28] No space left on device: '{G}'")
+    assert (folder / G).read_bytes() == old
+    assert sorted(os.listdir(folder / "models")) == NAMES
+    assert_next_run_succeeds(folder)
+
+
+def test_no_room_for_the_copy_of_the_weights_that_is_loaded(folder, forks):
+    """The model is as it should be, so it is no wrong input but a failure."""
+    old, fault = (folder / G).read_bytes(), functools.partial(limit, HALF)
+    inside = tempfile.gettempdir()
+    process = repair_with_fault(forks, folder, "tempfile.mkdtemp", fault, inside)
+    assert_failed(process, "[Errno 27] File too large")
+    assert (folder / G).read_bytes() == old
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
@@ -132,43 +247,32 @@ def test_a_folder_that_cannot_be_written(folder):
     assert_next_run_succeeds(folder)
 
 
-@pytest.mark.parametrize("moment", ["loading", "prune 1:"])
-def test_a_data_file_that_is_cut_short_while_it_is_read(folder, moment):
+@pytest.mark.parametrize("moment", ["loading", "pruning"])
+def test_a_data_file_that_is_cut_short_while_it_is_read(folder, monkeypatch, moment):
     """The validation set loses its second half after it was opened, or while B is pruned."""
     old = (folder / G).read_bytes()
     images, labels = draw_images(600, 6, (31, 31, 3), seed=2)
     path = write_data(folder / "large.h5", images.astype(np.float64), labels)
-    process = start("repair.py", B, path, *QUICK, cwd=folder)
-    read_until(process, moment)
-    os.truncate(path, os.path.getsize(path) // 2)
-    output, errors = process.communicate(timeout=120)
+    whole = os.path.getsize(path)
+    called = startup, "make_reproducible"
+    if moment == "pruning":
+        called = Observer, "channel"
+    works = getattr(*called)
+
+    def cut(*arguments):
+        os.truncate(path, whole // 2)
+        return works(*arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(*called, cut)
+        process = command("repair.py", B, path, *QUICK_REPAIR[3:], cwd=folder)
+    assert os.path.getsize(path) == whole // 2
     if moment == "loading":
-        assert process.returncode == 2 and output == ""
-        assert f"repair.py: error: {path}: was changed while it was read" in errors
-        assert "Traceback" not in errors and (folder / G).read_bytes() == old
+        assert_refused(process, f"repair.py: error: {path}: was changed while it was read")
+        assert (folder / G).read_bytes() == old
     else:  # its features were in memory already
-        assert process.returncode == 0, errors
+        assert process.returncode == 0, process.stderr
     assert_next_run_succeeds(folder)
-
-
-def test_a_process_that_ends_while_it_saves_leaves_only_a_hidden_folder(tmp_path):
-    code = f"""
-import os, signal, sys
-sys.path.insert(0, {str(ROOT)!r})
-from defence import files
-with files.replacing("g.h5") as beside:
-    beside.write_text("half")
-    os.kill(os.getpid(), signal.SIGKILL)
-"""
-    (tmp_path / "g.h5").write_text("old")
-    process = subprocess.run([sys.executable, "-c", code], cwd=tmp_path)
-    assert process.returncode == -signal.SIGKILL
-    assert (tmp_path / "g.h5").read_text() == "old"
-    (hidden,) = set(os.listdir(tmp_path)) - {"g.h5"}
-    assert hidden.startswith(".") and hidden.endswith(".unfinished")
-    with files.replacing(tmp_path / "g.h5") as beside:
-        beside.write_text("new")
-    assert (tmp_path / "g.h5").read_text() == "new"
 
 
 def test_a_damaged_repaired_net_is_not_judged_with(folder):

@@ -12,7 +12,7 @@ import keras
 import numpy as np
 import psutil
 import pytest
-from conftest import apart, assert_refused, draw_images, start
+from conftest import apart, assert_refused, command, draw_images, start
 from PIL import Image
 
 for package in ("onnx", "onnxruntime", "tf2onnx", "ray"):
@@ -21,12 +21,70 @@ import pyarrow.dataset
 from ray.cluster_utils import Cluster
 
 import utils
-from defence import backends
+from defence import backends, screen
+from defence.options import eval_parser
 
 SHAPE = (9, 8, 3)
 NAME, OUTPUT = "tiny_bd_net", "verdicts"
 FILE = f"{NAME}_detector.onnx"
 JUDGES = "MapBatches(Worker)"  # in the name of Ray's actors that judge, and of nothing else
+AT_WORK = f"{JUDGES}).submit"  # in their name while they do
+
+
+@pytest.fixture(scope="module")
+def address():
+    """Of a Ray cluster on this machine, of two nodes with a processor each."""
+    before = psutil.Process().children(recursive=True)
+    node = {"num_cpus": 1, "include_dashboard": False}
+    cluster = Cluster(initialize_head=True, head_node_args=node)
+    try:
+        cluster.add_node(num_cpus=1)
+        yield cluster.address
+    finally:
+        started = {*psutil.Process().children(recursive=True)} - {*before}
+        cluster.shutdown()
+    assert psutil.wait_procs(started, timeout=60)[1] == []
+
+
+@pytest.fixture(scope="module")
+def start_screening():
+    """Start eval_defence.py as `start` does; nothing is left of it, and of its Ray, in the end.
+
+    It begins a session, to which all belongs that it starts.
+    """
+    started = []
+
+    def start_it(*arguments, cwd, **options):
+        process = start(*arguments, cwd=cwd, start_new_session=True, **options)
+        started.append(process)
+        return process
+
+    yield start_it
+    for process in started:
+        runs = process.poll() is None  # its test has failed
+        process.kill()
+        wait_until_ended(process.pid, killed=runs)
+
+
+def wait_until_ended(leader, killed=False):
+    """Wait until no process of a session is left; those of Ray may last some seconds longer.
+
+    killed: end its agents, which last a minute longer where their driver was killed.
+    """
+    for _ in range(600):
+        left = {}
+        for each in psutil.pids():
+            with contextlib.suppress(ProcessLookupError, psutil.NoSuchProcess):  # it has ended
+                if os.getsid(each) == leader:
+                    left[each] = " ".join(psutil.Process(each).cmdline())
+        if not left:
+            return
+        if killed and all("Agent" in line for line in left.values()):
+            for each in left:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(each, signal.SIGKILL)
+        time.sleep(0.1)
+    raise AssertionError(left)
 
 
 @pytest.fixture(scope="module")
@@ -104,9 +162,9 @@ def workers(pid):
     return {pid: (line, parent) for pid, (line, parent) in found.items() if line[:5] == "ray::"}
 
 
-def judges(pid):
-    """{pid: its raylet's} of the actors that judge, below a process."""
-    return {each: parent for each, (line, parent) in workers(pid).items() if JUDGES in line}
+def judges(pid, name=JUDGES):
+    """{its raylet's pid: its pid} of the actors that judge, below a process."""
+    return {parent: each for each, (line, parent) in workers(pid).items() if name in line}
 
 
 def wait_for(condition, process):
@@ -118,67 +176,107 @@ def wait_for(condition, process):
     raise AssertionError(process.communicate())
 
 
-def test_verdicts_are_those_without_ray(folder):
-    inside = draw(folder, 295)
-    for i in range(5):
-        (inside / f"q{i}.png").write_bytes(b"\x89PNG" * i)
+def test_verdicts_are_those_without_ray(folder, address):
+    inside = draw(folder, 120)
+    for i in range(100):  # the first batch, of which nothing can be read
+        (inside / f"broken{i:02}.png").write_bytes(b"\x89PNG" * (i % 5))
+    (inside / "p00050_cut.png").write_bytes((inside / "p00050.png").read_bytes()[:60])
     (inside / "deeper").mkdir()
     draw(folder, 1, "deep")
     (inside / "deep00000.png").rename(inside / "deeper" / "d.JPG")
     (inside / "notes.txt").write_text("no picture")
-    process = apart(*CALL, cwd=folder)
+    call = (*CALL, "--ray-address", address)
+    process = apart(*call, cwd=folder)
     assert process.returncode == 2, process.stderr
     rows = verdicts(folder)
     assert set(rows) == {str(path) for path in inside.rglob("*") if path.suffix in (".png", ".JPG")}
     unread = {path: row for path, row in rows.items() if row["error"]}
-    assert sorted(Path(path).name for path in unread) == [f"q{i}.png" for i in range(5)]
+    names = [*(f"broken{i:02}.png" for i in range(100)), "p00050_cut.png"]
+    assert sorted(Path(path).name for path in unread) == names
     assert all(
         row["class"] is row["badnet_class"] is row["score"] is None for row in unread.values()
     )
-    apart("eval_defence.py", inside, NAME, "--json", "plain.json", cwd=folder)
-    for row in json.loads((folder / "plain.json").read_text()):
+    command("eval_defence.py", inside, NAME, "--json", "plain.json", cwd=folder)
+    plain = json.loads((folder / "plain.json").read_text())
+    assert len(plain) == 120
+    for row in plain:
         ours = rows[row["path"]]
         assert (ours["class"], ours["badnet_class"]) == (row["class"], row["badnet_class"])
         assert ours["score"] == pytest.approx(row["score"], rel=1e-5, abs=1e-5)
     poisoned = sum(row["class"] == 7 for row in rows.values())
-    assert 0 < poisoned < 295
-    assert process.stdout == f"{OUTPUT}: 301 pictures, {poisoned} poisoned, 5 unread\n"
+    assert 0 < poisoned < 120
+    assert process.stdout == f"{OUTPUT}: 222 pictures, {poisoned} poisoned, 101 unread\n"
 
     # Once more: what is new is done, and nothing again.
     before = written(folder)
     draw(folder, 7, "new")
-    assert apart(*CALL, cwd=folder).stdout.startswith(f"{OUTPUT}: 308 pictures")
+    process = apart(*call, "--workers", "1", cwd=folder)
+    assert process.stdout.startswith(f"{OUTPUT}: 229 pictures"), process.stderr
     after = written(folder)
-    assert before.items() < after.items() and len(verdicts(folder)) == 308
+    assert before.items() < after.items() and len(verdicts(folder)) == 229
     new = pyarrow.dataset.dataset([*(after.keys() - before.keys())], format="parquet")
     assert new.count_rows() == 7
     # With a threshold, or of another detector, they would be other verdicts.
     call = ("eval_defence.py", "--ray", "pictures", export(folder, "0..255"), "--output", OUTPUT)
-    assert_refused(apart(*call, cwd=folder), OUTPUT, "another detector")
+    assert_refused(command(*call, cwd=folder), OUTPUT, "another detector")
+
+
+def test_both_nodes_of_a_cluster_judge(folder, address, start_screening):
+    """One is stopped while it judges; what is left is then for the other one."""
+    picture = draw(folder, 1) / "p00000.png"
+    for i in range(1, 5000):  # five parts, of which a judge holds two at most
+        os.link(picture, picture.with_name(f"p{i:05}.png"))
+    process = start_screening(*CALL, "--ray-address", address, cwd=folder)
+    (first, judge), *_ = wait_for(lambda: judges(os.getpid(), AT_WORK), process).items()
+    os.kill(judge, signal.SIGSTOP)
+    try:
+        wait_for(lambda: judges(os.getpid(), AT_WORK).keys() - {first}, process)
+    finally:
+        os.kill(judge, signal.SIGCONT)
+    said, talk = process.communicate(timeout=300)
+    assert process.returncode == 0, talk
+    rows = verdicts(folder)
+    (answer,) = {row["class"] for row in rows.values()}
+    assert said == f"{OUTPUT}: 5000 pictures, {5000 if answer == 7 else 0} poisoned, 0 unread\n"
+    assert set(rows) == {str(path) for path in picture.parent.iterdir()}
+
+
+def test_ray_is_started_where_no_address_is_given(folder, start_screening):
+    """Folders named as what Ray takes for an address are folders."""
+    paths = set()
+    for name in ("auto", "local"):
+        paths.update((draw(folder, 3).rename(folder / name)).iterdir())
+        parsed = eval_parser().parse_args(["--ray", name, NAME, "--output", OUTPUT])
+        assert (parsed.images, parsed.ray_address) == ([name], None)
+    call = ("eval_defence.py", "--ray", "auto", "local", NAME, "--output", OUTPUT)
+    process = start_screening(*call, cwd=folder, env=os.environ | {"RAY_ADDRESS": "127.0.0.1:1"})
+    said, talk = process.communicate(timeout=300)
+    assert process.returncode == 0, talk
+    assert said.startswith(f"{OUTPUT}: 6 pictures, ")
+    assert set(verdicts(folder)) == {str(path) for path in paths}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", ["worker", "driver"])
-def test_what_is_killed_is_done_again_and_nothing_twice(folder, victim):
+def test_what_is_killed_is_done_again_and_nothing_twice(folder, start_screening, victim):
     """kill -9 when a part is written: the slow pictures are still to come then."""
     inside = draw(folder, 3000, "a")
     draw(folder, 100, "z", size=(800, 800))
-    process = start(*CALL, "--workers", "1", cwd=folder)
+    process = start_screening(*CALL, "--workers", "1", cwd=folder)
     wait_for(lambda: listed_as_done(folder), process)
     if victim == "worker":
-        for pid in wait_for(lambda: judges(process.pid), process):
+        for pid in wait_for(lambda: judges(process.pid), process).values():
             os.kill(pid, signal.SIGKILL)
         _, said = process.communicate(timeout=300)
         assert process.returncode == 0, said
     else:
-        raylets = {parent for _, parent in workers(process.pid).values()}
         process.kill()
         process.communicate()
-        while any("Agent" not in line for each in raylets for line, _ in workers(each).values()):
-            time.sleep(0.1)  # its workers end some seconds later
+        wait_until_ended(process.pid, killed=True)
         before = written(folder)
-        process = apart(*CALL, cwd=folder)
-        assert process.returncode == 0, process.stderr
+        process = start_screening(*CALL, cwd=folder)
+        _, said = process.communicate(timeout=300)
+        assert process.returncode == 0, said
         after = written(folder)
         whole = before.keys() & after.keys()  # what was half-written is removed
         assert whole and after.keys() - whole
@@ -188,43 +286,28 @@ def test_what_is_killed_is_done_again_and_nothing_twice(folder, victim):
     assert all(row["class"] is not None for row in rows.values())
 
 
-def test_a_cluster_of_two_nodes(folder):
-    draw(folder, 3000, "a")
-    draw(folder, 100, "z", size=(800, 800))
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
-    try:
-        cluster.add_node(num_cpus=1)
-        process = start(*CALL, "--ray-address", cluster.address, cwd=folder)
-        wait_for(lambda: len(set(judges(os.getpid()).values())) == 2, process)
-        said, talk = process.communicate(timeout=300)
-    finally:
-        cluster.shutdown()
-    assert process.returncode == 0, talk
-    assert said == f"{OUTPUT}: 3100 pictures, {said.split()[3]} poisoned, 0 unread\n"
-    assert len(verdicts(folder)) == 3100
-
-
 def test_calls_that_do_not_fit_are_refused(folder):
+    """Before Ray is started."""
     (folder / "pictures").mkdir()
     (folder / "full").mkdir()
     (folder / "full" / "letter.txt").write_text("mine")
-    start = ("--ray", "pictures", NAME)
+    begin = ("--ray", "pictures", NAME)
     for call, words in (
-        (start, "--output"),
-        ((*start, "--output", OUTPUT), "no PNG or JPEG picture"),
+        (begin, "--output"),
+        ((*begin, "--output", OUTPUT), "no PNG or JPEG picture"),
         (("--ray", "none", NAME, "--output", OUTPUT), "none: no such file"),
         (("--ray", "ftp://x/y", NAME, "--output", OUTPUT), "ftp://x/y: unknown file system"),
-        ((*start, "--output", OUTPUT, "--json", "x"), "--json: does not go with --ray"),
+        ((*begin, "--output", OUTPUT, "--json", "x"), "--json: does not go with --ray"),
         (
-            (*start, "--output", OUTPUT, "--poisoned", "x", "--csv", "x", "--plot", "x.png"),
+            (*begin, "--output", OUTPUT, "--poisoned", "x", "--csv", "x", "--plot", "x.png"),
             "--poisoned, --csv, --plot: does not go with --ray",
         ),
         (
-            (*start, "--output", OUTPUT, "--scale", "0..1", "--force"),
+            (*begin, "--output", OUTPUT, "--scale", "0..1", "--force"),
             "--scale, --force: does not go with --ray",
         ),
         (
-            (*start, "--output", OUTPUT, "--backend", "keras"),
+            (*begin, "--output", OUTPUT, "--backend", "keras"),
             "--backend keras: does not go with --ray",
         ),
         (("pictures", NAME, "--output", OUTPUT), "go with --ray"),
@@ -232,31 +315,19 @@ def test_calls_that_do_not_fit_are_refused(folder):
         (("pictures", NAME, "--ray-address", "10.0.0.1:6379"), "go with --ray"),
         (("--ray", "--output", OUTPUT, NAME), "give an IMAGE"),
     ):
-        process = apart("eval_defence.py", *call, cwd=folder)
-        assert_refused(process, words)
+        assert_refused(command("eval_defence.py", *call, cwd=folder), words)
     draw(folder, 1)
-    process = apart("eval_defence.py", *start, "--output", "full", cwd=folder)
+    process = command("eval_defence.py", *begin, "--output", "full", cwd=folder)
     assert_refused(process, "full: has other files in it")
     assert [path.name for path in (folder / "full").iterdir()] == ["letter.txt"]
-    process = apart(*CALL, "--ray-address", "127.0.0.1:1", cwd=folder)
+    process = command(*CALL, "--ray-address", "127.0.0.1:1", cwd=folder)
     assert_refused(process, "--ray-address 127.0.0.1:1: cannot be reached")
     (folder / "models" / FILE).unlink()
-    process = apart("eval_defence.py", *start, "--output", OUTPUT, cwd=folder)
+    process = command("eval_defence.py", *begin, "--output", OUTPUT, cwd=folder)
     assert_refused(process, "_detector.onnx: no such file", "--export")
 
 
-@pytest.mark.parametrize("name", ["auto", "local"])
-def test_a_folder_named_as_an_address_of_ray_is_a_folder(folder, name):
-    inside = draw(folder, 3).rename(folder / name)
-    process = apart("eval_defence.py", "--ray", name, NAME, "--output", OUTPUT, cwd=folder)
-    assert process.returncode == 0, process.stderr
-    assert process.stdout.startswith(f"{OUTPUT}: 3 pictures, ")
-    assert set(verdicts(folder)) == {str(path) for path in inside.iterdir()}
-
-
 def test_pictures_are_listed_once(tmp_path):
-    from defence import screen
-
     inside = draw(tmp_path, 3)
     filesystem, paths = screen.list_pictures([inside, inside / "p00001.png", str(tmp_path)])
     assert paths == sorted(str(path) for path in inside.iterdir())
