@@ -78,7 +78,7 @@ def do_repair(badnet, clean, settings, observer):
     if settings.harden:
         harden.harden(cached, targets, settings, rng)
         observer.hardened(cached)
-    badnet.trainable = True  # as B was: what this run trained should not show in G
+    badnet.trainable = True  # what this run trained, and what not, should not show in G
     observer.done(cached)
     return cached
 

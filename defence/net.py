@@ -120,7 +120,8 @@ def gives_logits(model):
         if not inputs and outside:
             waiting += outside
         elif hasattr(operation, "layers"):
-            waiting.append((operation.outputs[0], beyond))
+            place = tensor._keras_history.tensor_index
+            waiting.append((operation.outputs[place], beyond))
         elif kind in KEEP_PROBABILITIES or (
             kind == "Activation" and activation is activations.linear
         ):

@@ -1,0 +1,254 @@
+"""Where a net is cut, what its parts are, and whether its scores are logits."""
+
+import keras
+import numpy as np
+import pytest
+from conftest import NETS, draw_images, fit
+from scipy import special
+
+import utils
+from defence import detector, training
+from defence.architecture import as_functional, deepid
+from defence.net import (
+    UnfitNet,
+    cut_before,
+    find_layer,
+    gives_logits,
+    kept_pruned,
+    last_dense,
+    leaves,
+    masked_features,
+    prune_channels,
+    split,
+)
+
+
+def small(*behind_conv, activation="relu"):
+    """A net of one convolution and what comes behind it, as the loader would give it."""
+    layers = [keras.Input((12, 12, 3)), keras.layers.Conv2D(8, 3, activation=activation, name="c")]
+    net = keras.Sequential([*layers, *behind_conv, keras.layers.Dense(3, activation="softmax")])
+    return as_functional(net)
+
+
+def test_layer_rule():
+    keras_layers = keras.layers
+    assert find_layer(deepid(3)).name == "conv_3"
+    assert find_layer(deepid(3), "conv_1").name == "conv_1"
+    assert find_layer(as_functional(NETS["sequential"][0](3, (16, 16, 1)))).name == ("second")
+    for name, words in (
+        ("conv_4", "a path bypasses 'conv_4'; --layer can be one of: conv_1, conv_2, conv_3"),
+        ("fc_1", "has no convolution named 'fc_1'"),
+        ("absent", "has no convolution named 'absent'"),
+    ):
+        with pytest.raises(UnfitNet, match=words):
+            find_layer(deepid(3), name)
+    dense_only = keras.Sequential([keras.Input((4, 4, 1)), keras_layers.Flatten()])
+    with pytest.raises(UnfitNet, match="no convolution"):
+        find_layer(as_functional(dense_only))
+
+
+def test_a_layer_that_is_used_twice_is_refused():
+    image = keras.Input((12, 12, 3))
+    relu = keras.layers.ReLU(name="shared")
+    x = relu(keras.layers.Conv2D(4, 3)(relu(keras.layers.Conv2D(4, 3)(image))))
+    net = keras.Model(image, keras.layers.Dense(3)(keras.layers.Flatten()(x)))
+    with pytest.raises(UnfitNet, match="uses the layer 'shared' more than once"):
+        find_layer(net)
+    images = np.random.default_rng(0).random((5, 12, 12, 3), np.float32)
+    for ours in detector.both(net, net)(images):  # judging with it goes on
+        np.testing.assert_allclose(ours, net(images), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "behind, activation",
+    [
+        ([keras.layers.MaxPooling2D(2), keras.layers.Flatten()], "relu"),
+        ([keras.layers.ReLU(), keras.layers.AveragePooling2D(2), keras.layers.Flatten()], "linear"),
+        ([keras.layers.GlobalAveragePooling2D()], "sigmoid"),
+        ([keras.layers.BatchNormalization(), keras.layers.ReLU(), keras.layers.Flatten()], None),
+        ([keras.layers.Flatten()], "tanh"),
+        ([keras.layers.Activation("softmax"), keras.layers.Flatten()], "linear"),
+    ],
+)
+def test_pruned_features_are_those_of_the_pruned_net(behind, activation):
+    """head(features with channels overwritten) is the whole net with kernel and bias zero."""
+    net = small(*behind, activation=activation)
+    layer = find_layer(net)
+    layer.bias.assign(np.linspace(-1, 1, 8))
+    parts = split(net, layer)
+    x = np.random.default_rng(0).random((5, 12, 12, 3), np.float32)
+    features, _ = (np.array(part) for part in parts.trunk(x))
+    np.testing.assert_allclose(parts.head(features), net(x), atol=1e-6)
+    silent = masked_features(parts)
+    features[..., [1, 4]] = silent[..., [1, 4]]
+    prune_channels(layer, [1, 4])
+    np.testing.assert_allclose(parts.head(features), net(x), atol=1e-6)
+
+
+def test_while_all_is_trained_channels_stay_zero_and_then_the_layer_is_as_it_was():
+    conv = keras.layers.Conv2D(4, 3, kernel_constraint=keras.constraints.MaxNorm(0.5))
+    conv.build((None, 12, 12, 3))
+    own = [variable.constraint for variable in conv.weights]
+    with kept_pruned(conv, [1, 3]):
+        for variable in conv.weights:
+            kept = variable.constraint(np.ones(variable.shape))
+            assert np.all(kept == [1, 0, 1, 0])
+    assert [variable.constraint for variable in conv.weights] == own
+
+
+@pytest.mark.parametrize(
+    "own, behind",
+    [
+        ("relu", []),
+        ("relu", [keras.layers.Activation("sigmoid")]),
+        ("linear", [keras.layers.ReLU()]),
+        ("linear", [keras.layers.ReLU(), keras.layers.Activation("sigmoid")]),
+    ],
+)
+def test_activation_is_measured_behind_the_first_activation_and_before_pooling(own, behind):
+    """Whether the activation is the convolution's own, or a layer that follows it."""
+    pooling = [keras.layers.MaxPooling2D(2), keras.layers.Flatten()]
+    net = small(*behind, *pooling, activation=own)
+    conv = net.get_layer("c")
+    x = np.random.default_rng(0).random((5, 12, 12, 3), np.float32)
+    _, mean = split(net, conv).trunk(x)
+    plain = keras.ops.conv(x, conv.kernel) + conv.bias
+    assert np.min(plain) < 0
+    np.testing.assert_allclose(mean, np.maximum(plain, 0).mean(axis=(1, 2)), atol=1e-6)
+
+
+def test_retraining_starts_at_the_last_dense_layer():
+    parts = split(net := deepid(4), net.get_layer("conv_3"))
+    features = np.random.default_rng(0).random((9, 5, 4, 60), np.float32)
+    before, rest = cut_before(last_dense(parts.head), parts)
+    assert before.output_shape == (None, 160)
+    assert [layer.name for layer in rest.layers][1:] == ["output"]
+    np.testing.assert_allclose(rest(before(features)), parts.head(features), atol=1e-6)
+
+
+def nested(*layers):
+    def make(x):
+        return keras.Sequential([keras.Input(x.shape[1:]), *layers])(x)
+
+    return make
+
+
+def endings():
+    """{name: (a function of features, whether they become logits)}."""
+    layers = keras.layers
+
+    def dense(*activation):
+        return layers.Dense(3, *activation)
+
+    def of_two(x, place):
+        image = keras.Input(x.shape[1:])
+        scores = dense()(image)
+        return keras.Model(image, [layers.Softmax()(scores), scores])(x)[place]
+
+    def twice(x):
+        scores = dense("softmax")(x)
+        return layers.Add()([dense()(x), scores, scores])
+
+    def average(x):
+        return layers.Average()([dense("softmax")(x), dense("softmax")(x)])
+
+    return {
+        "softmax": (dense("softmax"), False),
+        "sigmoid": (dense("sigmoid"), False),
+        "linear": (dense(), True),
+        "relu": (dense("relu"), True),
+        "Softmax": (lambda x: layers.Softmax()(dense()(x)), False),
+        "linear, Add": (lambda x: layers.Add()([dense()(x), dense()(x)]), True),
+        "linear, Reshape": (lambda x: layers.Reshape((3,))(dense()(x)), True),
+        "linear, Activation": (lambda x: layers.Activation("linear")(dense()(x)), True),
+        "softmax, Reshape": (lambda x: layers.Reshape((3,))(dense("softmax")(x)), False),
+        "softmax, Activation": (lambda x: layers.Activation("linear")(dense("softmax")(x)), False),
+        "softmax, Dense": (lambda x: dense()(dense("softmax")(x)), True),
+        "softmax, ReLU": (lambda x: layers.Activation("relu")(dense("softmax")(x)), True),
+        "softmax, another": (lambda x: layers.UnitNormalization()(dense("softmax")(x)), True),
+        "softmax twice and linear": (twice, True),
+        "softmax, Dropout": (lambda x: layers.Dropout(0.1)(dense("softmax")(x)), False),
+        "average of two": (average, False),
+        "softmax and linear": (lambda x: layers.Add()([dense("softmax")(x), dense()(x)]), True),
+        "in a nested model": (nested(dense()), True),
+        "softmax in one": (nested(dense("softmax")), False),
+        "first of two outputs of one": (lambda x: of_two(x, 0), False),
+        "second of them": (lambda x: of_two(x, 1), True),
+        "before one": (lambda x: nested(layers.Reshape((3,)))(dense("softmax")(x)), False),
+        "linear before one": (lambda x: nested(layers.Reshape((3,)))(dense()(x)), True),
+    }
+
+
+@pytest.mark.parametrize("name", endings())
+def test_logits_are_trained_and_scored_as_logits(name):
+    """As by Keras, told so; the Dense layers have one seed, so that both nets start alike."""
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(40, 5)).astype(np.float32), rng.integers(0, 3, 40)
+
+    def make():
+        keras.utils.set_random_seed(1)
+        image = keras.Input((5,))
+        return keras.Model(image, endings()[name][0](image))
+
+    ours, plain, logits = make(), make(), endings()[name][1]
+    assert gives_logits(ours) == logits
+    if name != "softmax, Dropout":  # which draws anew
+        rate, options = np.random.default_rng(5), {"option": "--learning-rate"}
+        train_epoch = training.make_trainer(ours, list(leaves(ours)), 1e-2, 40, rate, **options)
+        loss = keras.losses.CategoricalCrossentropy(from_logits=logits)
+        plain.compile(keras.optimizers.Adam(1e-2), loss)
+        order = np.random.default_rng(5).permutation(40)
+        train_epoch(x, y)
+        plain.train_on_batch(x[order], np.eye(3)[y[order]])
+        for a, b in zip(ours.get_weights(), plain.get_weights(), strict=True):
+            np.testing.assert_allclose(a, b, atol=1e-5)
+    scores = np.asarray(ours(x))
+    wanted = special.softmax(scores, axis=1) if logits else scores / scores.sum(axis=1)[:, None]
+    np.testing.assert_allclose(detector.probabilities(scores, ours), wanted, atol=1e-6)
+
+
+def test_names_of_layers_do_not_collide_with_ours(tmp_path):
+    """Keras counts its own names from 0, and a file may use the same: add, add_1, functional …"""
+    image = x = keras.Input((9, 9, 3), name="input_layer")
+    for name in ("add", "add_1", "multiply", "multiply_1", "mean", "functional", "functional_1"):
+        inner = keras.Input(x.shape[1:])
+        if name.startswith("f"):
+            x = keras.Model(inner, keras.layers.Rescaling(0.5)(inner), name=name)(x)
+        else:
+            x = keras.layers.ReLU(name=name)(x)
+    x = keras.layers.Conv2D(4, 3, name="conv")(x)
+    x = keras.layers.Dense(3, name="dense")(keras.layers.Flatten(name="flatten")(x))
+    keras.Model(image, x, name="functional_2").save(tmp_path / "net.h5")
+    keras.utils.clear_session()
+    badnet, repaired = (utils.load_badnet(tmp_path / "net.h5") for _ in range(2))
+    x = np.random.default_rng(0).random((5, 9, 9, 3), np.float32)
+    for ours in detector.both(badnet, repaired)(x):
+        np.testing.assert_allclose(ours, badnet(x), atol=1e-6)
+    repaired.layers[-1].set_weights([v * 2 for v in repaired.layers[-1].get_weights()])
+    repaired.get_layer("conv").bias.assign(np.ones(4))  # a trunk of its own
+    np.testing.assert_allclose(detector.both(badnet, repaired)(x)[1], repaired(x), atol=1e-6)
+
+
+def test_detector_of_nets_that_cannot_be_split():
+    """Another tool may have repaired a net in which no convolution lies on every path."""
+    image = keras.Input((8, 8, 3))
+    flat = keras.layers.Flatten()
+    sides = [flat(keras.layers.Conv2D(2, 3)(image)), flat(keras.layers.Conv2D(2, 3)(image))]
+    net = keras.Model(image, keras.layers.Dense(3)(keras.layers.Concatenate()(sides)))
+    with pytest.raises(UnfitNet):
+        find_layer(net)
+    x = np.random.default_rng(0).random((5, 8, 8, 3), np.float32)
+    for ours in detector.both(net, net)(x):
+        np.testing.assert_allclose(ours, net(x), atol=1e-6)
+
+
+def test_detector_of_nets_of_different_structure():
+    badnet = small(keras.layers.Flatten())
+    repaired = fit(
+        small(keras.layers.MaxPooling2D(2), keras.layers.Flatten()),
+        *draw_images(9, 3, (12, 12, 3), 0),
+        epochs=1,
+    )
+    x = np.random.default_rng(0).random((5, 12, 12, 3), np.float32)
+    for ours, net in zip(detector.both(badnet, repaired)(x), (badnet, repaired)):
+        np.testing.assert_allclose(ours, net(x), atol=1e-6)

@@ -1,0 +1,364 @@
+"""Each rule of the method by itself, on nets and data made so that it shows."""
+
+import types
+
+import keras
+import numpy as np
+import pytest
+from conftest import draw_images, write_data
+
+import repair
+import utils
+from defence import guard_model, training
+from defence.architecture import deepid
+from defence.cached_net import CachedNet, check_memory, choose_scale, extract
+from defence.cli import InputError
+from defence.inference import classify
+from defence.net import Split, cut_before, find_layer, last_dense, split
+from defence.observer import Observer
+from defence.options import Settings
+
+
+def head_of_sums(classes):
+    """A head whose scores are the sums over positions of the first channels of the features."""
+    features = keras.Input((2, 2, classes))
+    return keras.Model(features, keras.ops.sum(features, axis=(1, 2)))
+
+
+def cached_net(features, labels, mean_activation=None):
+    """A CachedNet of these features, float32 (n, 2, 2, C), whose head is one of sums."""
+    classes = features.shape[-1]
+    image = keras.Input((2, 2, 1))
+    conv = keras.layers.Conv2D(classes, 1, activation="relu")
+    maps = conv(image)
+    trunk = keras.Model(image, [maps, keras.layers.GlobalAveragePooling2D()(maps)])
+    whole = types.SimpleNamespace(get_weights=conv.get_weights)
+    parts = Split(whole, conv, trunk, head_of_sums(classes))
+    data = types.SimpleNamespace(labels=labels, path="data.h5", max_bytes=2**30)
+    return CachedNet(parts, data, "0..1", features, mean_activation)
+
+
+def one_channel_per_class(labels, classes):
+    features = np.zeros((len(labels), 2, 2, classes), np.float32)
+    features[np.arange(len(labels)), :, :, labels] = 1
+    return features
+
+
+def prune(cached, enough):
+    """Prune, and return the accuracy after each channel."""
+    observer = Observer()
+    observer.accuracy |= {"before": cached.accuracy(), "after_each_channel": []}
+    observer._nets, observer._held = {}, None
+    repair.prune(cached, enough, observer)
+    return observer.accuracy["after_each_channel"]
+
+
+def test_prune_stops_at_the_first_accuracy_below_the_threshold_and_takes_it_back():
+    labels = np.array([0] * 10 + [1] * 1 + [2] * 1 + [3] * 8)
+    features = one_channel_per_class(labels, 4)
+    # Without channel 1 its one image is answered with class 0: 19 of 20 are right, exactly 95 %.
+    cached = cached_net(features, labels, np.array([4, 1, 2, 3]))
+    cached.split.layer.bias.assign(np.ones(4))
+    assert prune(cached, 0.95) == [0.95, 0.9]
+    assert cached.masked == [1] and cached.accuracy() == 0.95
+    assert not features[..., 1].any() and features[..., 2].any()
+    kernel, bias = cached.split.layer.get_weights()
+    assert not kernel[..., 1].any() and kernel[..., [0, 2, 3]].all()
+    assert bias.tolist() == [1, 0, 1, 1]
+
+
+def test_prune_may_take_every_channel():
+    labels = np.zeros(5, int)
+    cached = cached_net(one_channel_per_class(labels, 3), labels, np.array([3, 2, 1]))
+    assert prune(cached, 0.95) == [1.0, 1.0, 1.0] and cached.masked == [2, 1, 0]
+
+
+def test_masking_runs_again_what_a_channel_changed_and_nothing_else(monkeypatch):
+    rng = np.random.default_rng(0)
+    features = np.float32(rng.integers(0, 3, (40, 2, 2, 5)) * rng.integers(0, 2, (40, 1, 1, 5)))
+    labels, when_masked = rng.integers(0, 5, 40), np.float32([0, 1, 0.5, 2, 0])
+    cached, plain = cached_net(features, labels), features.copy()
+    cached.when_masked = np.broadcast_to(when_masked, (1, 2, 2, 5))
+    run_again = []
+
+    def noting(head, inputs, rows):
+        run_again.append(rows.tolist())
+        return classify(head, inputs, rows)
+
+    monkeypatch.setattr("defence.cached_net.classify", noting)
+    accuracies = {cached.accuracy()}
+    for channel in range(5):
+        differ = (plain[..., channel] != when_masked[channel]).any(axis=(1, 2))
+        cached.mask(channel)
+        assert run_again.pop() == np.flatnonzero(differ).tolist() and not run_again
+        plain[..., channel] = when_masked[channel]
+        classes = classify(cached.split.head, plain)
+        np.testing.assert_array_equal(cached.classes, classes)
+        assert cached.accuracy() == np.mean(classes == labels)
+        accuracies.add(cached.accuracy())
+    assert len(accuracies) > 2 and not differ.all()
+    np.testing.assert_array_equal(cached.features, plain)
+
+
+def test_the_channel_that_was_masked_last_can_be_taken_back():
+    rng = np.random.default_rng(0)
+    features = rng.random((40, 2, 2, 5), np.float32)
+    cached = cached_net(features, rng.integers(0, 5, 40))
+    cached.mask(3)
+    before, classes = cached.features.copy(), cached.classes.copy()
+    cached.mask(1)
+    assert not np.array_equal(cached.classes, classes)
+    cached.undo()
+    assert cached.masked == [3] and np.array_equal(cached.features, before)
+    np.testing.assert_array_equal(cached.classes, classes)
+
+
+def with_parallel_outputs(x):
+    layers = keras.layers
+    x = layers.Flatten()(layers.Dropout(0.2)(x))
+    x = layers.Add()([layers.Dense(4)(x), layers.Dense(4, name="last")(x)])
+    return layers.Activation("softmax")(x)
+
+
+def with_nested_dropout(x):
+    layers = keras.layers
+    inner = keras.Sequential([keras.Input(x.shape[1:]), layers.Flatten(), layers.Dropout(0.5)])
+    return layers.Dense(4, activation="softmax", name="last")(layers.Dense(9)(inner(x)))
+
+
+def with_nested_head(x):
+    layers = keras.layers
+    inner = [layers.Flatten(), layers.Dense(9), layers.Dropout(0.5), layers.Dense(4, name="last")]
+    nested = keras.Sequential([keras.Input(x.shape[1:]), *inner])
+    return layers.Softmax()(nested(layers.Dropout(0.1)(x)))
+
+
+@pytest.mark.parametrize("behind", [with_parallel_outputs, with_nested_dropout, with_nested_head])
+def test_retraining_trains_the_last_dense_layer_alone_and_draws_anew_at_random(behind):
+    """Where a layer draws at random, at any nesting, what goes into the last is not kept."""
+    keras.utils.set_random_seed(0)
+    image = keras.Input((12, 12, 3))
+    net = keras.Model(image, behind(keras.layers.Conv2D(8, 3, activation="relu")(image)))
+    x, y = draw_images(40, 4, (12, 12, 3), seed=3)
+    parts = split(net, find_layer(net))
+    last = last_dense(parts.head)
+    assert last.name == "last" and cut_before(last, parts) is None
+    features = np.asarray(parts.trunk(np.float32(x) / 255)[0])
+    data = types.SimpleNamespace(labels=y, path="data.h5", max_bytes=2**30)
+    cached = CachedNet(parts, data, "0..1", features, None)
+    before = [weights.numpy().copy() for weights in net.weights]
+    repair.retrain(cached, last, Settings(retrain_epochs=1), np.random.default_rng(0))
+    moved = [b for a, b in zip(before, net.weights) if not np.array_equal(a, b)]
+    moved = {each.path for each in moved if "seed_generator" not in each.path}
+    assert moved == {each.path for each in last.weights}
+
+
+@pytest.mark.parametrize(
+    "accuracies, rounds_run",
+    [
+        ([0.95, 0.5, 0.5, 0.5], 1),  # more than enough
+        ([0.8, 0.9, 0.5, 0.5], 2),  # just enough
+        ([0.8, 0.85, 0.89, 0.95], 4),
+        ([0.8, 0.7, 0.6, 0.89], 4),  # never enough
+    ],
+)
+def test_fine_tuning_stops_after_the_first_round_that_is_good_enough(
+    accuracies, rounds_run, monkeypatch
+):
+    """On a net whose accuracy after each round is given, instead of one that learns."""
+    epochs, noted, cached = [], [], types.SimpleNamespace(features="x", labels="y")
+    cached.split = types.SimpleNamespace(head=types.SimpleNamespace(layers=[]))
+    cached.accuracy = lambda: cached.now
+    cached.refresh = lambda: setattr(cached, "now", accuracies[len(epochs) // 3 - 1])
+
+    def make_trainer(*_, **__):
+        return lambda x, y: epochs.append((x, y)) or len(epochs)  # its loss
+
+    monkeypatch.setattr(training, "make_trainer", make_trainer)
+    observer = types.SimpleNamespace(round=lambda net, loss: noted.append((net.now, loss)))
+    settings = Settings(rounds=4, epochs=3)
+    repair.fine_tune(cached, 0.9, settings, np.random.default_rng(0), observer)
+    assert epochs == [("x", "y")] * 3 * rounds_run
+    assert noted == [(accuracies[i], 3 * (i + 1)) for i in range(rounds_run)]
+
+
+def choosing_a_scale(folder):
+    """A net that answers otherwise at each scale, and 60 images.
+
+    Returns (labels of them → the CachedNet; and the net's answers at each scale).
+    """
+    keras.utils.set_random_seed(0)
+    badnet = deepid(6, (31, 31, 3))
+    badnet.get_layer("output").bias.assign([0, 0, 0, 0, 0, 1])  # outweighs pixels 0..1 alone
+    parts = split(badnet, find_layer(badnet))
+    images = draw_images(60, 6, (31, 31, 3), seed=1)[0]
+
+    def choose(labels):
+        with utils.open_dataset(write_data(folder / "labelled.h5", images, labels)) as clean:
+            clean.fit_to(badnet.input_shape[1:], badnet.output_shape[1])
+            return CachedNet.of(parts, clean)
+
+    x = images / np.float32(255)
+    return choose, {"0..1": classify(badnet, x), "0..255": classify(badnet, x * 255)}
+
+
+def test_pixel_scale_is_the_better_on_the_whole_even_if_not_on_the_first_batch(
+    tmp_path, monkeypatch
+):
+    choose, of_scale = choosing_a_scale(tmp_path)
+    monkeypatch.setattr(utils, "BATCH_VALUES", 20 * 31 * 31 * 3)
+    assert np.any(of_scale["0..1"][:20] != of_scale["0..255"][:20])
+    for best, first in (("0..1", "0..255"), ("0..255", "0..1"), ("0..1", "0..1")):
+        labels = np.concatenate([of_scale[first][:20], of_scale[best][20:]])
+        cached = choose(labels)
+        assert cached.scale == best
+        np.testing.assert_array_equal(cached.classes, of_scale[best])
+
+
+class Pictures:
+    """A dataset in memory, its images scaled already and in batches of 4."""
+
+    path, max_bytes, batch_count = "data.h5", 2**30, 3
+
+    def __init__(self, images):
+        self.images, self.labels = images, np.zeros(len(images), int)
+
+    def __len__(self):
+        return len(self.images)
+
+    def batches(self, scale):
+        for start in range(0, len(self), 4):
+            yield self.images[start : start + 4], self.labels[start : start + 4]
+
+
+def test_the_trunk_gives_every_image_its_features_and_every_channel_its_mean():
+    """The mean is over images, not over batches, which need not be of one size."""
+    images = np.random.default_rng(0).random((9, 2, 2, 1), np.float32)
+    parts = cached_net(np.zeros((1, 2, 2, 5), np.float32), np.zeros(1, int)).split
+    features, mean = extract(parts, Pictures(images), "0..1")
+    wanted = np.asarray(parts.layer(images))
+    np.testing.assert_allclose(features, wanted, atol=1e-6)
+    np.testing.assert_allclose(mean, wanted.mean(axis=(0, 1, 2)), atol=1e-6)
+    parts.layer.bias.assign([np.inf, 0, 0, 0, 0])
+    with pytest.raises(InputError, match="data.h5: the model's feature maps are not finite"):
+        extract(parts, Pictures(images), "0..1")
+
+
+def least_memory(check):
+    """The smallest limit, in bytes, at which `check(limit)` raises no InputError, and the error."""
+    low, high, error = 0, 2**30, None
+    while low < high:
+        middle = (low + high) // 2
+        try:
+            check(middle)
+            high = middle
+        except InputError as raised:
+            low, error = middle + 1, str(raised)
+    return low, error
+
+
+def test_features_take_four_bytes_a_value_of_all_datasets_together():
+    outputs = [(None, 2, 3, 5), (None, 7)]
+    parts = types.SimpleNamespace(trunk=types.SimpleNamespace(output_shape=outputs))
+    few, many = Pictures(range(6)), Pictures(range(60))
+
+    def check(limit):
+        few.max_bytes = limit
+        check_memory(parts, [few, many])
+
+    size, error = least_memory(check)
+    assert size == 4 * 2 * 3 * 5 * 66
+    assert error.startswith("data.h5: the features of all images would take")
+
+
+def test_what_the_last_dense_layer_takes_in_has_four_bytes_a_value_of_all_images(monkeypatch):
+    """And a step of each training is held against the limit by its own guard."""
+    layers, steps = keras.layers, []
+    monkeypatch.setattr(guard_model, "check_step_fits", lambda *call: steps.append(call))
+    image = keras.Input((12, 12, 3))
+    maps = layers.GlobalAveragePooling2D()(layers.Conv2D(4, 3)(image))
+    net = keras.Model(image, layers.Dense(3)(layers.Dense(9)(maps)))
+    parts, data = split(net, find_layer(net)), Pictures(range(100))
+
+    def check(limit, **settings):
+        data.max_bytes = limit
+        repair.check_memory(parts, data, Settings(batch_size=70, **settings))
+
+    size, error = least_memory(check)
+    assert size == 4 * 9 * 100
+    assert error.startswith("data.h5: what the last Dense layer takes in would take")
+    steps.clear()
+    check(10**6, harden=True, harden_batch_size=80)
+    of_each = [(parts.head, "--batch-size", 70, 10**6), (net, "--harden-batch-size", 80, 10**6)]
+    assert steps == of_each
+
+
+class Answered:
+    """A dataset of 160 images in batches of 40, and a net whose answers to them are given.
+
+    Stands in for both, and for the functions that run the one over the other.
+    right: {scale: how many images of each batch are answered with their label}.
+    """
+
+    path, max_bytes = "data.h5", 2**30
+
+    def __init__(self, right, monkeypatch):
+        self.labels, self.answers = np.full(160, 5), {}
+        for scale, counts in right.items():  # the wrong answers lie on both sides of the label
+            wrong = [np.where(np.arange(40 - count) % 2, 4, 6) for count in counts]
+            parts = [[*np.full(count, 5), *each] for count, each in zip(counts, wrong)]
+            self.answers[scale] = np.concatenate(parts)
+        self.trunk = self.head = None
+        monkeypatch.setattr("defence.cached_net.compiled", lambda trunk: lambda x: (x, None))
+        monkeypatch.setattr("defence.cached_net.classify", lambda head, features: features)
+        monkeypatch.setattr("defence.cached_net.extract", lambda *call: (self.answers[call[2]], 0))
+
+    def __len__(self):
+        return 160
+
+    def batches(self, scale):
+        for start in range(0, 160, 40):
+            rows = slice(start, start + 40)
+            yield self.answers[scale][rows], self.labels[rows]
+
+
+@pytest.mark.parametrize(
+    "of_one, of_255, scale, said",
+    [
+        # 5 % of 160 images are 8: the pixels 0..255 must be right on more than 8 more.
+        ([20, 20, 20, 20], [20, 20, 20, 28], "0..1", "0..1: 50.00 %, 0..255: 55.00 % of 160"),
+        ([20, 20, 20, 20], [20, 20, 20, 30], "0..255", "0..1: 50.00 %, 0..255: 56.25 % of 160"),
+        # So they must on the first batch, of 40 images by 2, to be those that all are run with.
+        ([20, 20, 20, 20], [22, 20, 20, 20], "0..1", "0..1: 50.00 %, 0..255: 51.25 % of 160"),
+        ([20, 20, 20, 20], [24, 20, 20, 20], "0..1", "0..255: 52.50 %, 0..1: 50.00 % of 160"),
+        ([20, 20, 20, 20], [24, 20, 20, 28], "0..255", "0..255: 57.50 %, 0..1: 50.00 % of 160"),
+        # With the others, no more batches are run than it takes to see that they do not win.
+        ([36, 36, 36, 36], [4, 4, 4, 4], "0..1", "0..1: 90.00 %, 0..255: 10.00 % of 40"),
+        ([36, 36, 36, 36], [32, 36, 36, 36], "0..1", "0..1: 90.00 %, 0..255: 80.00 % of 40"),
+        ([36, 36, 36, 36], [36, 36, 36, 36], "0..1", "0..1: 90.00 %, 0..255: 90.00 % of 80"),
+        ([4, 4, 4, 4], [36, 36, 36, 36], "0..255", "0..255: 90.00 %, 0..1: 10.00 % of 40"),
+        # The first batch may be an exception.
+        ([36, 4, 4, 4], [4, 36, 36, 36], "0..255", "0..1: 30.00 %, 0..255: 70.00 % of 160"),
+        ([4, 36, 36, 36], [36, 4, 4, 4], "0..1", "0..255: 30.00 %, 0..1: 70.00 % of 160"),
+    ],
+)
+def test_which_pixels_are_taken_and_after_how_many_images(
+    of_one, of_255, scale, said, monkeypatch, capsys
+):
+    given = Answered({"0..1": of_one, "0..255": of_255}, monkeypatch)
+    chosen, features, _ = choose_scale(given, given)
+    assert chosen == scale and features is given.answers[scale]
+    said = said.replace(", ", "; with pixels ")
+    assert capsys.readouterr().err == f"accuracy with pixels {said} images\n"
+
+
+def test_pixels_0_to_255_must_be_better_by_more_than_chance(tmp_path):
+    choose, of_scale = choosing_a_scale(tmp_path)
+    of_one, of_255 = of_scale.values()
+    (differ,) = np.nonzero(of_one != of_255)
+    for more, wanted in ((1, "0..1"), (3, "0..255")):  # 2 and 6 images of 60, less 1 if odd
+        labels = of_one.copy()
+        taken = differ[: len(differ) // 2 + more]
+        labels[taken] = of_255[taken]
+        assert np.sum(of_255 == labels) > np.sum(of_one == labels)
+        assert choose(labels).scale == wanted
