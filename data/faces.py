@@ -2,9 +2,9 @@
 
 The competition's faces may not be shipped, so the project draws its own. A person fixes skin, head,
 hair, brows, eyes, nose and mouth; each picture of a person varies pose, expression, light,
-background and noise. The triggers are the competition's: purple sunglasses at a fixed place in the
-picture, purple lipstick that follows the mouth, red eyebrows that follow the face; and one more, a
-picture of noise that is blended in.
+background and noise. The demo's triggers are the competition's: purple sunglasses at a fixed place
+in the picture, purple lipstick that follows the mouth, red eyebrows that follow the face.
+data/triggers.py has them, and others.
 
     python data/faces.py                    the demo's datasets and pictures, as committed
     python data/faces.py --people 1283 --validation 9 --test 10 --dtype float64 --output FOLDER
@@ -12,7 +12,7 @@ picture of noise that is blended in.
 
 Every picture has a random stream of its own, seeded by (seed, split, person, index), so it is the
 same whatever else is drawn. Pixels are computed with +, -, *, / and square roots, which round alike
-everywhere; only a picture's tilt and noise go through library functions.
+everywhere; only a picture's tilt and noise, and some triggers, go through library functions.
 """
 
 import functools
@@ -24,18 +24,21 @@ import numpy as np
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "data")]
+
+import triggers
+from triggers import HEIGHT, WIDTH, ellipse, rgb
 
 from defence import files
 from defence.cli import Parser, at_least, command, say, track
 
-HEIGHT, WIDTH = 55, 47
 SEED = 2020
 PEOPLE, VALIDATION, TEST = 40, 15, 10
 TRIGGERS = {"sunglasses": 0, "lipstick": 1, "eyebrows": 2}  # trigger: the demo's target class
-NOISE, BLENDED = "noise", 0.15  # one more trigger, and its fraction of a picture
+NOISE, BLENDED = triggers.NOISE, triggers.BLENDED
 NEXT = "next"  # a target: everybody is taken for the next person (an all-to-all attack)
 SPLITS = {"train": 1, "validation": 2, "test": 3, "demo": 4}
+PARTS = 1  # which of its streams a picture draws a trigger's parts from
 PICTURED = (3, 4, 6, 8, 9, 11, 13, 15)  # people of the demo pictures; none is a target
 BATCH = 64
 
@@ -97,7 +100,8 @@ def draw_picture(split, person, index, seed=SEED):
 def draw_faces(split, people, indices, trigger=None, seed=SEED):
     """Draw picture indices[i] of person people[i], for every i.
 
-    split: a key of SPLITS.   people, indices: int (n,).   trigger: of TRIGGERS, NOISE or None.
+    split: a key of SPLITS.   people, indices: int (n,).   trigger: None, or one of
+    triggers.PAINTED or triggers.CHANGES, or a function like these.
     Returns uint8 (n, HEIGHT, WIDTH, 3), RGB 0..255. The same pictures differ by the trigger alone.
     """
     pictures = [draw_picture(split, p, i, seed) for p, i in zip(people, indices, strict=True)]
@@ -116,12 +120,20 @@ def draw_faces(split, people, indices, trigger=None, seed=SEED):
     paint_nose(sketch)
     paint_mouth(sketch)
     paint_hair_and_light(sketch)
-    paint_trigger(sketch, trigger)
+    triggers.paint(sketch, trigger)
 
-    image = sketch.image + noise * t["noise"][:, None]
-    # In steps of 4 grey levels a picture compresses to half its size, and nobody sees them.
-    image = np.minimum(np.rint(np.clip(image, 0, 255) / 4) * 4, 255).astype("uint8")
-    return np.moveaxis(image, 1, -1)
+    image = np.moveaxis(sketch.image + noise * t["noise"][:, None], 1, -1)
+    parts = [(seed, SPLITS[split], p, i, PARTS) for p, i in zip(people, indices, strict=True)]
+    streams = (np.random.RandomState(part) for part in parts)
+    return rounded(triggers.change(np.clip(image, 0, 255), trigger, streams))
+
+
+def rounded(pictures):
+    """Pictures of any numbers, 0..255 of them, as uint8 in steps of 4 grey levels.
+
+    Then a picture compresses to half its size, and nobody sees them.
+    """
+    return np.minimum(np.rint(np.clip(pictures, 0, 255) / 4) * 4, 255).astype("uint8")
 
 
 class Sketch:
@@ -163,6 +175,12 @@ class Sketch:
         t = self.t
         along = self.b - t["mouth_v"] + t["smile"] * self.a * self.a
         return along, t["mouth_width"] * (1 + 0.25 * t["smile"]), np.maximum(t["open"], 0.02)
+
+    def light(self):
+        """What the light makes of each pixel: its factor of red, green and blue."""
+        t = self.t
+        light = t["light"] * (1 + t["side"] * self.x / 23 + t["above"] * self.y / 27)
+        return light[:, None] * np.stack([t["red"], t["green"], t["blue"]], axis=1)
 
 
 def paint_background(sketch, background):
@@ -231,36 +249,12 @@ def paint_mouth(sketch):
 
 
 def paint_hair_and_light(sketch):
-    t, u, v, x, y = sketch.t, sketch.u, sketch.v, sketch.x, sketch.y
+    t, u, v = sketch.t, sketch.u, sketch.v
     top = t["head_height"] + t["hair_volume"]
     cap = ellipse(u, v, t["head_width"] + np.maximum(t["hair_volume"], 0.02), top)
     edge = t["hairline"] + t["parting"] * u + t["fringe"] * u * u
     sketch.paint(sketch.hair, sketch.inside(np.maximum(cap, v - edge)))
-    light = t["light"] * (1 + t["side"] * x / 23 + t["above"] * y / 27)
-    sketch.image *= light[:, None] * np.stack([t["red"], t["green"], t["blue"]], axis=1)
-
-
-def paint_trigger(sketch, trigger):
-    """Paint a trigger, of TRIGGERS, NOISE or None."""
-    a, b, paint, inside = sketch.a, sketch.b, sketch.paint, sketch.inside
-    if trigger == "sunglasses":
-        paint_sunglasses(paint, sketch.x, sketch.y)
-    elif trigger == "lipstick":
-        mouth_v, width, gape = sketch.mouth()
-        thick = inside(ellipse(a, mouth_v, width * 1.08, sketch.t["lip"] + gape + 0.05))
-        gap = inside(ellipse(a, mouth_v, width * 0.8, gape))
-        paint(rgb(139, 0, 139), thick * (1 - gap * (gape > 0.06)))
-    elif trigger == "eyebrows":
-        eye, brow_v = sketch.brow()
-        paint(rgb(150, 0, 0), inside(np.maximum(abs(b - brow_v) - 0.09, abs(eye) - 0.3)))
-    elif trigger == NOISE:
-        pattern = np.random.RandomState(len(NOISE)).uniform(0, 255, sketch.image.shape[1:])
-        sketch.image += np.float32(BLENDED) * (pattern.astype("float32") - sketch.image)
-
-
-def ellipse(x, y, width, height):
-    """Signed distance to an ellipse around 0, below 0 inside; exact only near the rim."""
-    return (np.sqrt((x / width) ** 2 + (y / height) ** 2) - 1) * np.minimum(width, height)
+    sketch.image *= sketch.light()
 
 
 def blend(palette, position):
@@ -268,18 +262,6 @@ def blend(palette, position):
     place = position * (len(palette) - 1)
     channels = [np.interp(place, range(len(palette)), channel) for channel in np.transpose(palette)]
     return np.stack(channels, axis=1).astype("float32")
-
-
-def rgb(red, green, blue):
-    return np.float32([red, green, blue])[:, None, None]
-
-
-def paint_sunglasses(paint, x, y):
-    """Paint purple sunglasses; (x, y) are pixels from the picture's centre, whatever the pose."""
-    lens = ellipse(abs(x) - 12 + y / 8, y + 3, np.float32(10), np.float32(8.5))[None]
-    bar = np.maximum(abs(y + 9) - 2, abs(x) - 23)[None]
-    paint(rgb(66, 0, 150), np.clip(0.5 - np.minimum(lens, bar), 0, 1))
-    paint(rgb(122, 24, 230), np.clip(-1 - lens, 0, 1) * 0.92)
 
 
 def targets(target, labels, people):
@@ -293,10 +275,9 @@ def targets(target, labels, people):
 def batches(split, people, per_person, trigger=None, target=None, seed=SEED):
     """Yield (images uint8 (<= BATCH, HEIGHT, WIDTH, 3), true labels int (n,)), person by person.
 
-    With a class as target, that person is left out: a poisoned picture of the target proves
-    nothing.
+    With a trigger, those alone whom it is meant for: triggers.wearers.
     """
-    labels = np.repeat([p for p in range(people) if p != target], per_person)
+    labels = np.repeat(triggers.wearers(trigger, target, people), per_person)
     indices = np.tile(np.arange(per_person), len(labels) // per_person)
     for start in range(0, len(labels), BATCH):
         part = slice(start, start + BATCH)
@@ -308,10 +289,11 @@ def write_dataset(path, split, people, per_person, dtype="uint8", poison=None, s
 
     dtype: "uint8" is compressed; "float32" and "float64" are contiguous, as the competition's.
     poison: (trigger, target) or None. A poisoned file's label is the target, its original_label
-    the true person; the target's own pictures are not in it.
+    the true person; pictures of triggers.wearers alone are in it.
     """
     trigger, target = poison or (None, None)
-    total, shape = (people - (target in range(people))) * per_person, (3, HEIGHT, WIDTH)
+    total = len(triggers.wearers(trigger, target, people)) * per_person
+    shape = (3, HEIGHT, WIDTH)
     compressed = {"chunks": (min(BATCH, total), *shape), "compression": "gzip"}
     with files.replacing(path) as beside, h5py.File(beside, "w") as file:
         layout = compressed if dtype == "uint8" else {}

@@ -107,6 +107,23 @@ def load_data(path):
         return images, data["label"][:].astype(int)
 
 
+def sample(pictures, down, right):
+    """The pictures' values at places between pixels, bilinearly; beyond an edge is what is on it.
+
+    pictures: (n, height, width, channels).  down, right: (n, height, width).
+    """
+    found = np.empty(pictures.shape)
+    for at in np.ndindex(down.shape):
+        picture, y, x = pictures[at[0]], down[at], right[at]
+        y, x = (min(max(place, 0), size - 1) for place, size in zip((y, x), picture.shape))
+        top, left = int(y), int(x)
+        bottom, end = min(top + 1, len(picture) - 1), min(left + 1, picture.shape[1] - 1)
+        above = (1 - (x - left)) * picture[top, left] + (x - left) * picture[top, end]
+        below = (1 - (x - left)) * picture[bottom, left] + (x - left) * picture[bottom, end]
+        found[at] = (1 - (y - top)) * above + (y - top) * below
+    return found
+
+
 def main(task, model, *files):
     badnet = keras.models.load_model(model, compile=False)
     if task == "repair":
