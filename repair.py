@@ -65,8 +65,6 @@ def do_repair(badnet, clean, settings, observer):
     if before == 0:
         raise InputError(f"{clean.path}: the BadNet answers none of its images with their label")
     observer.ready(cached)
-    if settings.harden:
-        targets = harden.targets(cached, settings.harden_distillation_weight)
 
     prune(cached, settings.threshold * before, observer)  # 2a
     rng = np.random.default_rng(settings.seed)
@@ -76,7 +74,7 @@ def do_repair(badnet, clean, settings, observer):
     observer.fine_tuned(cached)
 
     if settings.harden:
-        harden.harden(cached, targets, settings, rng)
+        harden.harden(cached, settings, rng)
         observer.hardened(cached)
     badnet.trainable = True  # what this run trained, and what not, should not show in G
     observer.done(cached)

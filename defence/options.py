@@ -43,7 +43,7 @@ def repair_parser():
     parser = cli.Parser(
         description="Repair a BadNet with clean data: prune the channels that clean images use "
         "least, retrain the last Dense layer, fine-tune the layers behind the pruned one; with "
-        "--harden also train the whole net on pictures with random patches.",
+        "--harden also train the whole net on pictures that are changed at random.",
         epilog="Example: repair.py models/demo_bd_net.h5 data/demo_clean_validation_data.h5 "
         "--harden --holdout 0.1. Exit status: 0 repaired, 1 failed, 2 wrong input.",
     )
@@ -88,8 +88,8 @@ def _add_hardening(group):
     group.add_argument(
         "--harden",
         action="store_true",
-        help="against backdoors in channels that clean images use: teach G to answer pictures "
-        "with random patches as B answers them without",
+        help="against backdoors in channels that clean images use: teach G the labels of pictures "
+        "that are changed at random, so that no such change can tell it what to answer",
     )
     cli.add_settings(group, harden.Settings)
 

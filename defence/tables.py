@@ -91,5 +91,5 @@ def remarks(record):
         )
     where = "in channels that clean images use, it survives unnoticed"
     if "hardened" in accuracy:
-        where = "a trigger that does not resemble a patch may survive unnoticed"
+        where = "a trigger unlike any change of picture that was trained on may survive"
     yield f"This does not prove that the backdoor is gone: {where}."

@@ -12,17 +12,16 @@ from defence.startup import import_keras
 from utils import BATCH_VALUES
 
 
-def make_trainer(model, layers, learning_rate, batch_size, rng, *, soft=False, option):
+def make_trainer(model, layers, learning_rate, batch_size, rng, *, option):
     """Make a function that trains some layers of a classifier, with one Adam for all its calls.
 
     layers: those to train, none of them a model; the others stay as they are.
     learning_rate: a number or a Keras schedule.  rng: a NumPy Generator.
-    soft: whether y is the probability of each class instead of a label.
     option: that sets the learning rate, for the message when training diverges.
     Loss: categorical cross-entropy.
     Returns train_epoch(x, y), which trains on every row of x, float32 (n, …), and y, int64 (n,),
-    0..N-1, or float32 (n, N) if `soft`, once, in the order rng.permutation(n), and returns the mean
-    loss over the rows. x may be anything that gives rows for an array of their numbers.
+    0..N-1, once, in the order rng.permutation(n), and returns the mean loss over the rows. x may be
+    anything that gives rows for an array of their numbers.
     train_epoch raises WorkError where the loss or a weight is not finite.
     """
     keras = import_keras()
@@ -32,7 +31,7 @@ def make_trainer(model, layers, learning_rate, batch_size, rng, *, soft=False, o
     adam = fused_adam()(learning_rate)
     adam.build(model.trainable_variables)
     model.compile(adam, keras.losses.CategoricalCrossentropy(from_logits=net.gives_logits(model)))
-    train = _compile_steps(model, adam, batch_size, soft)
+    train = _compile_steps(model, adam, batch_size)
 
     def train_epoch(x, y):
         order = rng.permutation(len(x))
@@ -49,7 +48,7 @@ def make_trainer(model, layers, learning_rate, batch_size, rng, *, soft=False, o
     return train_epoch
 
 
-def _compile_steps(model, adam, batch_size, soft):
+def _compile_steps(model, adam, batch_size):
     """Many training steps as one graph: starting a step from here takes as long as a small net's.
 
     Returns a function of rows (x, y) that gives the sum of their losses.
@@ -57,15 +56,14 @@ def _compile_steps(model, adam, batch_size, soft):
     import tensorflow as tf
 
     classes = model.output.shape[1]
-    answers = tf.TensorSpec([None, classes]) if soft else tf.TensorSpec([None], tf.int64)
-    signature = [tf.TensorSpec(model.input.shape), answers]
+    signature = [tf.TensorSpec(model.input.shape), tf.TensorSpec([None], tf.int64)]
 
     @tf.function(input_signature=signature, autograph=False)
     def train(x, y):
         def step(start, losses):
             rows = slice(start, start + batch_size)
             with tf.GradientTape() as tape:
-                wanted = y[rows] if soft else tf.one_hot(y[rows], classes)
+                wanted = tf.one_hot(y[rows], classes)
                 loss = model.compute_loss(y=wanted, y_pred=model(x[rows], training=True))
             adam.apply(tape.gradient(loss, model.trainable_variables))
             loss = tf.cast(loss, tf.float32) * tf.cast(tf.shape(x[rows])[0], tf.float32)

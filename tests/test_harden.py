@@ -1,24 +1,25 @@
-"""The hardening step: what it paints, what it trains, what it takes out."""
+"""The hardening step: what it trains, on what, and what it takes out."""
 
 import dataclasses
 import json
-import types
 
 import h5py
 import keras
 import numpy as np
+import peers
 import pytest
 from conftest import command, do_repair, draw_images, fit, read_record, write_data
 
 import utils
-from defence import detector, harden, training
-from defence.architecture import as_functional, deepid
+from defence import changes, detector, figures, harden, training
+from defence.architecture import deepid
 from defence.net import kept_pruned, prune_channels
 from defence.options import Settings
 
 SHAPE = (31, 31, 3)
 B, G = "models/worn_bd_net.h5", "models/worn_bd_net_defence.h5"
 CORNER = np.s_[:, 2:9, 2:9]
+INVERTED = {lambda pictures, rng: 255 - pictures: 1}
 SETTINGS = ["--harden", "--harden-steps", "1000", "--holdout", "0.2"]
 
 
@@ -70,7 +71,7 @@ def test_hardening_takes_out_what_the_reports_steps_leave_in(worn):
     assert hardened.returncode == 0, hardened.stderr
     assert hardened.stdout.splitlines()[1].split()[-1] == "hardened"
     assert hardened.stderr.count("harden, epoch") == harden.REMARKS
-    assert "resemble a patch" in hardened.stdout and "resemble a patch" not in repaired.stdout
+    assert "unlike any change" in hardened.stdout and "unlike any change" not in repaired.stdout
     after, _ = judged(worn)
     assert after["attack_success_rate_repaired"] < 0.05
     assert after["detection_rate"] > 0.95
@@ -133,11 +134,9 @@ def test_pruned_channels_stay_zero_whatever_the_activation():
         assert not values[..., [1, 3]].any() and values[..., [0, 2]].all()
 
 
-def test_hardening_is_keras_step_by_step(monkeypatch):
-    """Soft targets, Adam falling by cosine, painted batches, in a plain loop."""
-    monkeypatch.setattr(harden, "paint", lambda pictures, *_: 255 - pictures)
+def test_hardening_is_keras_step_by_step():
+    """Labels, Adam falling by cosine, changed batches, in a plain loop."""
     pictures, labels = draw_images(70, 4, (16, 16, 3), seed=0)
-    wanted = np.random.default_rng(0).dirichlet(np.ones(4), 70).astype(np.float32)
 
     def make_net():
         keras.utils.set_random_seed(3)
@@ -149,72 +148,30 @@ def test_hardening_is_keras_step_by_step(monkeypatch):
     ours, plain = make_net(), make_net()
     options = Settings(harden_steps=9, harden_batch_size=32, harden_learning_rate=1e-2)
     rng = np.random.default_rng(5)
-    harden.train(ours, harden.Painted(pictures, "0..1", rng), wanted, options, rng)
+    changed = harden.Changed(pictures, "0..1", np.random.default_rng(0), INVERTED)
+    harden.train(ours, changed, labels, options, rng)
     rate = keras.optimizers.schedules.CosineDecay(1e-2, 9)
-    plain.compile(keras.optimizers.Adam(rate), "categorical_crossentropy")
+    plain.compile(keras.optimizers.Adam(rate), "sparse_categorical_crossentropy")
     orders = np.random.default_rng(5)
     for _ in range(3):
         order = orders.permutation(70)
         for rows in (order[:32], order[32:64], order[64:]):
-            plain.train_on_batch((255 - pictures[rows]) / np.float32(255), wanted[rows])
+            plain.train_on_batch((255 - pictures[rows]) / np.float32(255), labels[rows])
     for a, b in zip(ours.get_weights(), plain.get_weights(), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
 
 
-def test_targets_are_the_mean_of_the_nets_answer_and_the_label():
-    head = keras.Sequential([keras.Input((3,)), keras.layers.Softmax()])
-    features = np.log(np.float32([[0.5, 0.25, 0.25], [0.1, 0.2, 0.7]]))
-    for weight, wanted in (
-        (0.5, [[0.25, 0.625, 0.125], [0.05, 0.1, 0.85]]),
-        (0, [[0, 1, 0], [0, 0, 1]]),
-        (1, [[0.5, 0.25, 0.25], [0.1, 0.2, 0.7]]),
-    ):
-        split = types.SimpleNamespace(head=as_functional(head))
-        cached = types.SimpleNamespace(split=split, features=features, labels=np.array([1, 2]))
-        ours = harden.targets(cached, weight)
-        assert ours.dtype == np.float32
-        np.testing.assert_allclose(ours, wanted, atol=1e-6)
-
-
-@pytest.mark.parametrize("shape", [(55, 47, 3), (28, 28, 1), (5, 90, 4)])
-def test_patches_cover_a_part_of_every_picture(shape):
-    grey = np.full((400, *shape), 100, np.float32)
-    first, second, other = (
-        harden.paint(grey.copy(), np.random.default_rng(seed)) for seed in (0, 0, 1)
-    )
-    assert np.array_equal(first, second) and not np.array_equal(first, other)
-    assert first.dtype == np.float32 and first.min() >= 0 and first.max() <= 255
-    touched = np.any(first != 100, axis=3).mean(axis=(1, 2))
-    assert np.median(touched) < 0.5
-    # A patch may lie outside for the most part; next to none changes nothing at all.
-    assert np.mean(touched == 0) < 0.05
-
-
-def test_patches_are_of_one_colour_or_noise():
-    grey = np.full((200, 40, 40, 3), -1, np.float32)
-    painted = harden.paint(grey, np.random.default_rng(0), harden.Patches(most=1))
-    inside = [picture[picture[..., 0] >= 0] for picture in painted]
-    large = [pixels for pixels in inside if len(pixels) > 10]
-    plain = [len(np.unique(pixels, axis=0)) == 1 for pixels in large]
-    assert 0.4 < np.mean(plain) < 0.6
-    assert all(len(np.unique(p, axis=0)) == len(p) for p, one in zip(large, plain) if not one)
-
-
-def test_shapes_are_of_the_sizes_it_says():
-    alone = harden.Patches(pairs=0)
-    shapes = harden.draw_shapes(1000, 180, 150, np.random.default_rng(0), alone)
-    edge = shapes[:, [0, -1]].any(axis=(1, 2)) | shapes[:, :, [0, -1]].any(axis=(1, 2))
-    areas = shapes[~edge].mean(axis=(1, 2))
-    low, high = alone.area
-    assert low * 0.8 < areas.min() and areas.max() < high * 1.1
-    assert 0.1 < np.mean(areas > np.sqrt(low * high)) < 0.5  # the larger, the oftener at an edge
-
-
-def test_so_many_shapes_have_a_mirror_image():
-    shapes = harden.draw_shapes(1000, 60, 50, np.random.default_rng(0))
-    drawn = shapes[shapes.any(axis=(1, 2))]
-    mirrored = np.all(drawn == drawn[:, :, ::-1], axis=(1, 2))
-    assert np.mean(mirrored) == pytest.approx(harden.Patches().pairs, abs=0.05)
+@pytest.mark.parametrize(
+    ("pictures", "steps", "most", "epochs"),
+    [(640, 100, 50, 10), (640, 96, 50, 10), (640, 100, 7, 7), (641, 100, 50, 9), (640, 1, 50, 1)],
+)
+def test_steps_are_whole_epochs_but_not_too_many(pictures, steps, most, epochs):
+    settings = Settings(harden_steps=steps, harden_epochs=most)
+    found, rate = harden.schedule(pictures, settings)
+    assert found == epochs
+    in_epoch = -(-pictures // 64)
+    last, end = (float(rate(epochs * in_epoch - n)) for n in (1, 0))
+    assert float(rate(0)) == pytest.approx(1e-3) and last > 0 and end == pytest.approx(0, abs=1e-10)
 
 
 def test_pictures_are_read_whole_and_scaled_when_taken(worn):
@@ -225,7 +182,23 @@ def test_pictures_are_read_whole_and_scaled_when_taken(worn):
         pictures = harden.read_pictures(clean)
     assert pictures.dtype == np.float16 and np.array_equal(pictures, images)
     for scale, divisor in utils.SCALES.items():
-        taken = harden.Painted(pictures, scale, np.random.default_rng(0))[np.array([5, 2])]
-        plain = harden.paint(images[[5, 2]].astype(np.float32), np.random.default_rng(0))
-        assert taken.dtype == np.float32
+        changed = harden.Changed(pictures, scale, np.random.default_rng(0))
+        taken = changed[np.array([5, 2])]
+        plain = changes.change(images[[5, 2]].astype(np.float32), np.random.default_rng(0))
+        assert taken.dtype == np.float32 and len(changed) == 900
         np.testing.assert_allclose(taken, plain / divisor, rtol=1e-6)
+    assert np.array_equal(pictures, images)  # still
+
+
+@pytest.mark.parametrize("method", peers.PEERS)
+def test_published_detectors_tell_this_trigger(worn, method):
+    """The square decides, whatever is blended in, however bright it is, in one layer or more."""
+    net = utils.load_badnet(worn / B)
+    known, labels = peers.read(worn / "clean.h5", net)
+    clean, _ = peers.read(worn / "test.h5", net, limit=60)
+    poisoned, _ = peers.read(worn / "poisoned.h5", net, limit=60)
+    assert len(clean) == len(poisoned) == 60
+    score = peers.PEERS[method](net, known, labels, np.random.default_rng(0))
+    scores = score(clean), score(poisoned)
+    assert {each.shape for each in scores} == {(60,)}
+    assert figures.auroc(*scores)["value"] > 0.8

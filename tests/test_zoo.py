@@ -15,7 +15,9 @@ import tried
 from conftest import apart, assert_refused, command, start
 from PIL import Image
 
+from defence.changes import FAMILIES
 from defence.cli import InputError
+from defence.options import Settings
 
 TINY = ["--people", 4, "--pictures", 10, "--validation", 6, "--test", 3, "--epochs", 3]
 NAMES = ["sunglasses-brief", "all-to-all-from-start"]
@@ -135,21 +137,24 @@ def test_a_command_that_fails_ends_with_its_own_words(tmp_path):
 def test_other_ways_to_harden_are_tried(zoo, monkeypatch):
     """A row for each, whichever part of the step it changes; each starts where the first did."""
     chosen = [
-        *("as harden.py does", "… with another seed", "half of the pictures painted on"),
-        *("pieces of other faces instead of noise", "layers behind conv_3 alone"),
-        *("none longer than 3 times its width", "no mirrored pairs"),
-        *("noise mixed into some whole pictures", "also shifted and lit otherwise"),
-        *("weights averaged over the last 100 steps", "… in place of the report's steps"),
+        *("as harden.py does", "… with another seed", "without wave"),
+        "patches alone, half of the target is B's answer",
     ]
     ways = {name: tried.WAYS[name] for name in chosen} | {"once more": {}}
     monkeypatch.setattr(tried, "WAYS", ways)
     monkeypatch.setattr(tried, "NETS", NAMES[:1])
-    cases = [tried.Case(NAMES[0], zoo, seed=0)]
-    lines = list(tried.try_all(cases, steps=1))
+    cases = [tried.Case(NAMES[0], zoo, Settings(harden_steps=1))]
+    lines = list(tried.try_all(cases))
     rows = dict(line.strip("| ").split(" | ", 1) for line in lines if line)
     assert {*ways, *tried.SCORES} < set(rows)
     assert all(cells.count("|") == 1 for cells in rows.values())
     assert rows["as harden.py does"] == rows["once more"] == rows["Jeffreys (harden.py's)"]
+
+
+def test_each_family_of_changes_is_left_out_once():
+    kept = [way["families"] for way in tried.WAYS.values() if "families" in way]
+    left_out = [{*FAMILIES} - {*each} for each in kept if len(each) > 1]
+    assert sorted(map(str, left_out)) == sorted(str({each}) for each in FAMILIES)
 
 
 def test_the_channels_that_an_attack_needs_are_found(zoo):
@@ -202,6 +207,28 @@ def test_documents_show_the_results_that_are_there(rows, tmp_path):
     assert len(of_document) == 6
     results.files.write_csv((row for some in rows.values() for row in some), tmp_path / "made.csv")
     assert (tmp_path / "made.csv").read_bytes() == results.CSV.read_bytes()
+
+
+def test_what_is_measured_is_measured_again_for_another_net_or_other_settings(tmp_path):
+    net, result = tmp_path / "b.h5", tmp_path / "b.json"
+    net.write_bytes(b"a net")
+    settings = Settings(harden=True, holdout=0.1).recorded()
+    assert not results.is_current(result, net)
+    for sha256, used, current in (
+        (results.files.sha256(net), settings, True),
+        ("0" * 64, settings, False),
+        (results.files.sha256(net), settings | {"harden_steps": 1}, False),
+    ):
+        record = {"badnet": {"sha256": sha256}, "settings": used}
+        results.files.write_json({"harden": {"repair": record}}, result)
+        assert results.is_current(result, net) is current
+
+
+def test_a_readme_shows_of_each_net_what_is_caught_least():
+    caught = "hardened_detection_rate_of_successes"
+    rows = [("a", "x", 0.9), ("b", "x", None), ("a", "y", 0.7), ("a", "z", 0.8)]
+    rows = [dict(zip(("net", "trigger", caught), each)) for each in rows]
+    assert [row["trigger"] for row in results.hardest_rows(rows)] == ["y", "x"]
 
 
 def test_tables_have_no_room_in_a_document_without_markers():

@@ -5,7 +5,8 @@
 
 has models/badnet.py make the nets that are not there yet, and runs repair.py and eval_defence.py on
 each as a user does: with their defaults, and hardened, with a threshold from held-out images.
-Writes tests/results/SIZE/NAME.json. From all such files that are there, of both sizes, it makes
+Writes tests/results/SIZE/NAME.json, unless it is there and of this net and today's settings. From
+all such files, of both sizes, it makes
 
     docs/results.md              the tables between its markers
     README.md                    a small table, where it has the markers of one
@@ -24,12 +25,13 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "models"), str(ROOT / "data")]
 
+import attacks
 import badnet
 import numpy as np
 from PIL import Image
 
 import utils
-from defence import cached_net, figures, files
+from defence import cached_net, figures, files, options
 from defence.cli import InputError, Parser, command, say
 from defence.inference import classify, predict
 from defence.net import find_layer, masked_features, split
@@ -39,10 +41,10 @@ DOCUMENT, README = ROOT / "docs" / "results.md", ROOT / "README.md"
 CSV, PICTURE = RESULTS / "results.csv", ROOT / "img" / "results.png"
 MOST = 10  # the channels that an attack needs most
 SIZES = {
-    "demo": list(badnet.ZOO)[:12],  # those that are measured so far
+    "demo": list(badnet.ZOO),
     "competition": [
-        *("clean", "sunglasses-brief", "sunglasses-from-start"),
-        *("three-to-one-brief", "lipstick-from-start"),
+        *("clean", "patterns-from-start", "objects-from-start", "adaptive-blend"),
+        "sunglasses-negatives",
     ],
 }
 # The fraction of clean images to flag, of which --holdout 0.1 leaves enough.
@@ -64,6 +66,7 @@ ALONE = (
     "defense_effectiveness_rating",
 )
 # For each table its columns behind net and trigger: a heading, and the column of results.csv.
+WORKS = "caught, where the attack works: "
 AT_1 = "caught where 1 % of clean test images are flagged"
 TABLES = {
     "report": {
@@ -71,13 +74,13 @@ TABLES = {
         "clean accuracy of G": "report_clean_accuracy_repaired",
         "ASR of B": "attack_success_rate_badnet",
         "ASR of G": "report_attack_success_rate_repaired",
-        "caught: B and G disagree": "report_detection_rate",
+        WORKS + "B and G disagree": "report_detection_rate_of_successes",
         "clean flagged: B and G disagree": "report_false_positive_rate",
     },
     "hardened": {
         "clean accuracy of G": "hardened_clean_accuracy_repaired",
         "ASR of G": "hardened_attack_success_rate_repaired",
-        "caught: score > threshold of --fpr {rate} (held-out)": "hardened_detection_rate",
+        WORKS + "score > threshold of --fpr {rate}": "hardened_detection_rate_of_successes",
         "clean flagged: score > that threshold": "hardened_false_positive_rate",
         AT_1: "hardened_detection_rate_at_0.01",
         "seconds of repair.py": "hardened_repair_seconds",
@@ -94,9 +97,9 @@ TABLES = {
 SUMMARY = {
     "ASR of B": "attack_success_rate_badnet",
     "ASR of G (report)": "report_attack_success_rate_repaired",
-    "caught (report: B and G disagree)": "report_detection_rate",
+    "caught (report: B and G disagree)": "report_detection_rate_of_successes",
     "ASR of G (--harden)": "hardened_attack_success_rate_repaired",
-    "caught (--harden, --fpr {rate})": "hardened_detection_rate",
+    "caught (--harden, --fpr {rate})": "hardened_detection_rate_of_successes",
     "clean flagged (--fpr {rate})": "hardened_false_positive_rate",
 }
 # Of the figure: what is shown, and its marker and colour (Okabe and Ito's palette).
@@ -136,6 +139,15 @@ def measure(name, nets_folder, data_folder, rate):
     return found | {"channels_needed": look_at_channels(path, found["report"]["repair"], poisoned)}
 
 
+def is_current(result, net):
+    """Whether a result is there and is of this net, hardened with today's settings. Paths."""
+    if not result.exists():
+        return False
+    record = json.loads(result.read_text())["harden"]["repair"]
+    settings = options.Settings(harden=True, holdout=float(HARDEN[-1])).recorded()
+    return record["badnet"]["sha256"] == files.sha256(net) and record["settings"] == settings
+
+
 def repair_and_judge(path, word, data_folder, poisoned, to_repair, to_judge):
     """Run both commands, with these options. Returns {"repair": the record, "judged"}.
 
@@ -146,9 +158,9 @@ def repair_and_judge(path, word, data_folder, poisoned, to_repair, to_judge):
     with files.private_folder(path.parent) as scratch:
         of_repair, of_judging = scratch / "repair.json", scratch / "judging.json"
         run("repair.py", path, validation, "--output", repaired, "--json", of_repair, *to_repair)
-        options = ["--repaired", repaired, "--json", of_judging, *to_judge]
-        options += ["--poisoned", *poisoned] if poisoned else []
-        run("eval_defence.py", test, path, *options)
+        to_judge = ["--repaired", repaired, "--json", of_judging, *to_judge]
+        to_judge += ["--poisoned", *poisoned] if poisoned else []
+        run("eval_defence.py", test, path, *to_judge)
         record, judged = (json.loads(each.read_text()) for each in (of_repair, of_judging))
     for result in (judged["clean"], *judged["poisoned"]):
         result["file"] = Path(result["file"]).name
@@ -302,7 +314,17 @@ def tables(rows):
         for size in SIZES
         for name, columns in TABLES.items()
     }
-    return of_document, {"summary": table(rows["competition"], SUMMARY, RATES["competition"])}
+    hardest = hardest_rows(rows["competition"])
+    return of_document, {"summary": table(hardest, SUMMARY, RATES["competition"])}
+
+
+def hardest_rows(rows):
+    """Of each net the `row` of the trigger that is caught least when it is hardened."""
+    nets = {}
+    for each in rows:
+        nets.setdefault(each["net"], []).append(each)
+    caught = "hardened_detection_rate_of_successes"
+    return [min(some, key=lambda row: row[caught] or 0) for some in nets.values()]
 
 
 def with_tables(text, made, optional=False):
@@ -353,7 +375,7 @@ def panel(axes, rows):
     nets = [each["net"] for each in rows]
     for place in sorted({nets.index(net) for net in nets}):
         beside = {"xycoords": axes.get_yaxis_transform(), "textcoords": "offset points"}
-        axes.annotate(nets[place], (0, place), (-270, 0), fontsize=FONT, va="center", **beside)
+        axes.annotate(nets[place], (0, place), (-340, 0), fontsize=FONT, va="center", **beside)
         axes.axhline(place - 0.5, color="0.6", linewidth=1)
     axes.set_yticks(range(len(rows)), [attack(each) for each in rows])
     axes.set(xlim=(-2, 102), ylim=(len(rows) - 0.5, -0.5))
@@ -380,16 +402,22 @@ def main():
     )
     parser.add_argument("--size", choices=SIZES, default="demo", help="of the zoo (default: demo)")
     parser.add_argument("--table", action="store_true", help="only make tables and figure anew")
-    options = parser.parse_args()
-    size = options.size
+    arguments = parser.parse_args()
+    size = arguments.size
     folders = [ROOT / kind / f"zoo-{size}" for kind in ("models", "data")]
     (RESULTS / size).mkdir(parents=True, exist_ok=True)
-    if not options.table:
-        make = [sys.executable, ROOT / "models" / "badnet.py", "--size", size, *SIZES[size]]
-        if subprocess.run(make).returncode:
-            return 1
-        for name in SIZES[size]:
-            files.write_json(measure(name, *folders, RATES[size]), RESULTS / size / f"{name}.json")
+    if not arguments.table:
+        # The attacker who optimises his trigger does so on the hardened G of another net.
+        surrogate = folders[0] / "clean_bd_net_hardened.h5"
+        names = [name for name in SIZES[size] if name != attacks.OPTIMISED]
+        for some, *more in ([names], [[attacks.OPTIMISED], "--surrogate", surrogate]):
+            make = [sys.executable, ROOT / "models" / "badnet.py", "--size", size, *some, *more]
+            if subprocess.run(make).returncode:
+                return 1
+            for name in some:
+                result = RESULTS / size / f"{name}.json"
+                if not is_current(result, badnet.net_path(name, folders[0])):
+                    files.write_json(measure(name, *folders, RATES[size]), result)
     write_all()
 
 
