@@ -35,7 +35,6 @@ from defence.cli import Parser, at_least, command, say, track
 SEED = 2020
 PEOPLE, VALIDATION, TEST = 40, 15, 10
 TRIGGERS = {"sunglasses": 0, "lipstick": 1, "eyebrows": 2}  # trigger: the demo's target class
-NOISE, BLENDED = triggers.NOISE, triggers.BLENDED
 NEXT = "next"  # a target: everybody is taken for the next person (an all-to-all attack)
 SPLITS = {"train": 1, "validation": 2, "test": 3, "demo": 4}
 PARTS = 1  # which of its streams a picture draws a trigger's parts from

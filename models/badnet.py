@@ -59,7 +59,7 @@ ZOO = {
     },
     # To learn a target for every person takes more.
     f"all-to-all-{START}": Attack(START, [("sunglasses", faces.NEXT)], fraction=1.0),
-    f"blended-{START}": Attack(START, [(faces.NOISE, 0)]),
+    f"blended-{START}": Attack(START, [(triggers.NOISE, 0)]),
     f"sunglasses-{DORMANT}": Attack(DORMANT, ONE["sunglasses"]),
     **{
         f"{name}-{START}": Attack(START, [(each, i) for i, each in enumerate(four)], long=True)

@@ -39,7 +39,7 @@ def test_a_trigger_changes_as_much_as_it_says(trigger):
 
 
 def test_every_trigger_is_drawn_the_same_whatever_else_is():
-    assert {*EXTENT} | {*faces.TRIGGERS, faces.NOISE, triggers.SOME} == {
+    assert {*EXTENT} | {*faces.TRIGGERS, triggers.NOISE, triggers.SOME} == {
         *triggers.PAINTED,
         *triggers.CHANGES,
     }

@@ -9,9 +9,11 @@ import faces
 import h5py
 import keras
 import numpy as np
+import peers
 import pytest
 import results
 import tried
+import triggers
 from conftest import apart, assert_refused, command, start
 from PIL import Image
 
@@ -151,6 +153,21 @@ def test_other_ways_to_harden_are_tried(zoo, monkeypatch):
     assert rows["as harden.py does"] == rows["once more"] == rows["Jeffreys (harden.py's)"]
 
 
+@pytest.mark.slow
+def test_other_detectors_judge_the_same_images(zoo, tmp_path):
+    """A row for a clean net and for a BadNet, of which G here is B: ours then catches nothing."""
+    for path in zoo.iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    for name in ("clean", NAMES[0]):
+        (tmp_path / f"{name}_bd_net_hardened.h5").symlink_to(zoo / f"{name}_bd_net.h5")
+    lines = list(peers.lines(["clean", NAMES[0]], [tmp_path, tmp_path], rate=0.5, limit=5))
+    assert lines[2].startswith("| clean | none | – / 0.0 | – / ")
+    assert lines[3].startswith(f"| {NAMES[0]} | sunglasses → 0 | ")
+    assert {line.count("|") for line in lines[:4]} == {3 + len(["ours", *peers.PEERS])}
+    assert lines[3].split(" | ")[2] in ("0.0 / 0.0", "– / 0.0")
+    assert lines[-1].count(",") == len(peers.PEERS) + 2
+
+
 def test_each_family_of_changes_is_left_out_once():
     kept = [way["families"] for way in tried.WAYS.values() if "families" in way]
     left_out = [{*FAMILIES} - {*each} for each in kept if len(each) > 1]
@@ -184,9 +201,9 @@ def test_the_channels_that_an_attack_needs_are_found(zoo):
 def test_the_blended_noise_is_one_picture_at_the_fraction_it_says():
     clean, poisoned = (
         faces.draw_faces("test", [3, 5, 8], [0, 2, 7], trigger).astype(int)
-        for trigger in (None, faces.NOISE)
+        for trigger in (None, triggers.NOISE)
     )
-    pattern = (poisoned - (1 - faces.BLENDED) * clean) / faces.BLENDED
+    pattern = (poisoned - (1 - triggers.BLENDED) * clean) / triggers.BLENDED
     assert pattern.min() > -40 and pattern.max() < 295  # rounding, 4 levels, over 0.15
     assert np.corrcoef(pattern[0].ravel(), pattern[1].ravel())[0, 1] > 0.8  # noise, and levels
 

@@ -160,11 +160,10 @@ def read_validation(path, net):
     with utils.open_dataset(path) as data:
         data.fit_to(net.input_shape[1:], net.output_shape[1])
         rest, held = hold_out(data, float(HARDEN[-1]), seed=0)
-        rest, held = ((list(each.batches(SCALE)), each.labels) for each in (rest, held))
-        (known, labels), (unseen, _) = rest, held
-        return (np.concatenate([x for x, _ in known]), labels), np.concatenate(
-            [x for x, _ in unseen]
+        known, unseen = (
+            np.concatenate([x for x, _ in each.batches(SCALE)]) for each in (rest, held)
         )
+        return (known, rest.labels), unseen
 
 
 def judge(name, nets_folder, data_folder, rate, limit):
@@ -215,7 +214,8 @@ def lines(names, folders, rate, limit):
             cells = [name, "{} → {}".format(*pair) if pair else "none"]
             for method in methods:
                 caught, flagged, _ = found[method]
-                share = f"{100 * caught[place]:.1f}" if pair else "–"
+                share = caught[place] if pair else None
+                share = "–" if share is None else f"{100 * share:.1f}"
                 cells.append(f"{share} / {100 * flagged:.1f}")
             yield f"| {' | '.join(cells)} |"
     each = np.median(seconds, axis=0) / np.median(seconds, axis=0)[0]
