@@ -18,6 +18,7 @@ import warnings
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pyarrow as pa
 import pyarrow.dataset
 import ray
@@ -240,8 +241,21 @@ def cluster(address, path):
         try:
             yield
         finally:
+            started = psutil.Process().children(recursive=True)
             ray.shutdown()
+            end(started)
     cli.unfinished_folders.discard(folder)
+
+
+def end(processes, seconds=10):
+    """End what does not end by itself: Ray gives its own a second to do so, on a busy machine less.
+
+    processes: of psutil.
+    """
+    for each in psutil.wait_procs(processes, seconds)[1]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            each.kill()
+    psutil.wait_procs(processes, seconds)
 
 
 def check_reachable(address):

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -284,6 +285,15 @@ def test_what_is_killed_is_done_again_and_nothing_twice(folder, start_screening,
     rows = verdicts(folder)
     assert set(rows) == {str(path) for path in inside.iterdir()}
     assert all(row["class"] is not None for row in rows.values())
+
+
+def test_what_does_not_end_with_ray_is_ended():
+    ended, hangs = (
+        psutil.Popen([sys.executable, "-c", code]) for code in ("", "import time; time.sleep(600)")
+    )
+    ended.wait()
+    screen.end([ended, hangs], seconds=0.1)
+    assert not hangs.is_running()
 
 
 def test_calls_that_do_not_fit_are_refused(folder):

@@ -35,6 +35,14 @@ def zoo(tmp_path_factory):
     return folder
 
 
+@pytest.fixture
+def links(zoo, tmp_path):
+    """A folder with links to all of the zoo, to put more beside."""
+    for path in zoo.iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    return tmp_path
+
+
 def weights(path):
     with h5py.File(path) as file:
         found = []
@@ -94,7 +102,7 @@ def test_an_interrupted_training_goes_on_and_gives_the_same_net(name, tmp_path):
 
 
 @pytest.mark.slow
-def test_results_of_a_zoo(zoo, monkeypatch):
+def test_results_of_a_zoo(links, monkeypatch):
     """The whole chain: nets, repair, judging, a row of each table."""
 
     def run(script, *arguments):
@@ -103,7 +111,7 @@ def test_results_of_a_zoo(zoo, monkeypatch):
 
     monkeypatch.setattr(results, "run", run)  # not in a process of its own, which takes seconds
     monkeypatch.setattr(results, "HARDEN", (*results.HARDEN, "--harden-steps", "5"))
-    found = [results.measure(name, zoo, zoo, rate=0.5) for name in ("clean", NAMES[1])]
+    found = [results.measure(name, links, links, rate=0.5) for name in ("clean", NAMES[1])]
     rows = results.flat("demo", found)
     assert [results.attack(row) for row in rows] == ["none", "sunglasses → next"]
     assert list(rows[0]) == list(rows[1])
@@ -154,13 +162,11 @@ def test_other_ways_to_harden_are_tried(zoo, monkeypatch):
 
 
 @pytest.mark.slow
-def test_other_detectors_judge_the_same_images(zoo, tmp_path):
+def test_other_detectors_judge_the_same_images(links):
     """A row for a clean net and for a BadNet, of which G here is B: ours then catches nothing."""
-    for path in zoo.iterdir():
-        (tmp_path / path.name).symlink_to(path)
     for name in ("clean", NAMES[0]):
-        (tmp_path / f"{name}_bd_net_hardened.h5").symlink_to(zoo / f"{name}_bd_net.h5")
-    lines = list(peers.lines(["clean", NAMES[0]], [tmp_path, tmp_path], rate=0.5, limit=5))
+        (links / f"{name}_bd_net_hardened.h5").symlink_to(links / f"{name}_bd_net.h5")
+    lines = list(peers.lines(["clean", NAMES[0]], [links, links], rate=0.5, limit=5))
     assert lines[2].startswith("| clean | none | – / 0.0 | – / ")
     assert lines[3].startswith(f"| {NAMES[0]} | sunglasses → 0 | ")
     assert {line.count("|") for line in lines[:4]} == {3 + len(["ours", *peers.PEERS])}
