@@ -13,7 +13,7 @@ import math
 
 import numpy as np
 
-from defence import changes, guard, guard_model, net, training
+from defence import changes, guard, guard_model, net, patterns, training
 from defence.cli import at_least, say, setting, track
 from defence.startup import import_keras
 from utils import SCALES
@@ -30,6 +30,9 @@ class Settings:
     harden_batch_size: int = setting(64, at_least(1, int), "pictures in a training step")
     harden_learning_rate: float = setting(
         1e-3, at_least(0, above=True), "Adam's learning rate, which falls to 0 by cosine"
+    )
+    harden_pattern_rate: float = setting(
+        0.3, at_least(0, most=1), "of the pictures that get a pattern sought against the net, 0..1"
     )
 
 
@@ -93,7 +96,12 @@ def train(badnet, changed, labels, settings, rng):
     epochs, rate = schedule(len(changed), settings)
     layers, size = list(net.leaves(badnet)), settings.harden_batch_size
     option = "--harden-learning-rate"
-    train_epoch = training.make_trainer(badnet, layers, rate, size, rng, option=option)
+    share, prepare = settings.harden_pattern_rate, None
+    if share:
+        prepare = patterns.Patterns(badnet, changed.divisor, share, int(rng.integers(2**31)))
+    train_epoch = training.make_trainer(
+        badnet, layers, rate, size, rng, option=option, prepare=prepare
+    )
     for epoch in track(range(1, epochs + 1), "harden"):
         loss = train_epoch(changed, labels)
         if epoch * REMARKS // epochs > (epoch - 1) * REMARKS // epochs:

@@ -12,12 +12,13 @@ from defence.startup import import_keras
 from utils import BATCH_VALUES
 
 
-def make_trainer(model, layers, learning_rate, batch_size, rng, *, option):
+def make_trainer(model, layers, learning_rate, batch_size, rng, *, option, prepare=None):
     """Make a function that trains some layers of a classifier, with one Adam for all its calls.
 
     layers: those to train, none of them a model; the others stay as they are.
     learning_rate: a number or a Keras schedule.  rng: a NumPy Generator.
     option: that sets the learning rate, for the message when training diverges.
+    prepare: a function of a batch x, in TensorFlow's graph, to train on what it returns instead.
     Loss: categorical cross-entropy.
     Returns train_epoch(x, y), which trains on every row of x, float32 (n, …), and y, int64 (n,),
     0..N-1, once, in the order rng.permutation(n), and returns the mean loss over the rows. x may be
@@ -31,7 +32,7 @@ def make_trainer(model, layers, learning_rate, batch_size, rng, *, option):
     adam = fused_adam()(learning_rate)
     adam.build(model.trainable_variables)
     model.compile(adam, keras.losses.CategoricalCrossentropy(from_logits=net.gives_logits(model)))
-    train = _compile_steps(model, adam, batch_size)
+    train = _compile_steps(model, adam, batch_size, prepare or (lambda x: x))
 
     def train_epoch(x, y):
         order = rng.permutation(len(x))
@@ -48,7 +49,7 @@ def make_trainer(model, layers, learning_rate, batch_size, rng, *, option):
     return train_epoch
 
 
-def _compile_steps(model, adam, batch_size):
+def _compile_steps(model, adam, batch_size, prepare):
     """Many training steps as one graph: starting a step from here takes as long as a small net's.
 
     Returns a function of rows (x, y) that gives the sum of their losses.
@@ -62,9 +63,10 @@ def _compile_steps(model, adam, batch_size):
     def train(x, y):
         def step(start, losses):
             rows = slice(start, start + batch_size)
+            given = prepare(x[rows])
             with tf.GradientTape() as tape:
                 wanted = tf.one_hot(y[rows], classes)
-                loss = model.compute_loss(y=wanted, y_pred=model(x[rows], training=True))
+                loss = model.compute_loss(y=wanted, y_pred=model(given, training=True))
             adam.apply(tape.gradient(loss, model.trainable_variables))
             loss = tf.cast(loss, tf.float32) * tf.cast(tf.shape(x[rows])[0], tf.float32)
             return start + batch_size, losses + loss

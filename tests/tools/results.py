@@ -44,7 +44,7 @@ SIZES = {
     "demo": list(badnet.ZOO),
     "competition": [
         *("clean", "patterns-from-start", "objects-from-start", "adaptive-blend"),
-        "sunglasses-negatives",
+        *("sunglasses-negatives", "adaptive-patch", attacks.OPTIMISED),
     ],
 }
 # The fraction of clean images to flag, of which --holdout 0.1 leaves enough.

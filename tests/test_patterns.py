@@ -1,0 +1,108 @@
+"""Patterns: where they move, which pictures get one, and when they start anew."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from conftest import draw_images
+
+from defence import patterns
+from defence.patterns import COUNT, LEVELS, RENEWED, SOUGHT_ON, STRIDE, Patterns
+
+SHAPE = (7, 6, 3)
+
+
+def make_net(activation="softmax", divisor=255):
+    keras.utils.set_random_seed(2)
+    layers = keras.layers
+    image = keras.Input(SHAPE)
+    x = layers.Rescaling(divisor / 255)(image)
+    x = layers.Flatten()(layers.Conv2D(4, 3, activation="relu")(x))
+    return keras.Model(image, layers.Dense(5, activation=activation)(x))
+
+
+def pictures(count):
+    return draw_images(count, 5, SHAPE, seed=0)[0].astype(np.float32)
+
+
+@pytest.mark.parametrize("activation", ["softmax", None])
+@pytest.mark.parametrize("divisor", [255, 1])
+def test_each_pattern_moves_towards_its_class(activation, divisor):
+    """By two steps of a plain loop: one pattern, one class, its pictures, at a time."""
+    net, x = make_net(activation, divisor), pictures(20) / divisor
+    ours = Patterns(net, divisor, rate=0, seed=3)
+    ours.renew()
+    plain, targets = ours.patterns.numpy(), ours.targets.numpy()
+    assert plain[0].any() and not plain[1:].any() and len({*targets}) > 1
+    for _ in range(2):
+        ours.move(tf.constant(x[:SOUGHT_ON]))
+        for number in range(COUNT):
+            added = tf.Variable(plain[number])
+            with tf.GradientTape() as tape:
+                given = tf.clip_by_value(x[number:SOUGHT_ON:COUNT] + added, 0, 255 / divisor)
+                scores = net(given)
+                said = tf.nn.softmax(scores) if activation is None else scores
+                log = tf.reduce_sum(tf.math.log(said[:, targets[number]]))
+            plain[number] += STRIDE / divisor * np.sign(tape.gradient(log, added))
+        plain = np.clip(plain, -LEVELS / divisor, LEVELS / divisor)
+        np.testing.assert_allclose(ours.patterns.numpy(), plain, atol=1e-3 / divisor)
+
+
+def test_a_pattern_that_is_sought_wins():
+    """With it the net holds every picture for its class rather than without."""
+    net, x = make_net(), tf.constant(pictures(SOUGHT_ON) / 255)
+    ours = Patterns(net, 255, rate=0, seed=0)
+    before = net(x).numpy()[:, ours.targets.numpy()]
+    for _ in range(30):
+        ours.move(x)
+    for number, target in enumerate(ours.targets.numpy()):
+        worn = net(ours.add(x, tf.fill([SOUGHT_ON], number))).numpy()
+        assert np.all(worn[:, target] > before[:, number])
+    assert np.abs(ours.patterns).max() == pytest.approx(LEVELS / 255)
+
+
+def test_some_pictures_get_one_and_stay_pictures():
+    net, x = make_net(divisor=1), pictures(4000)
+    ours = Patterns(net, 1, rate=0.3, seed=1)
+    ours.patterns.assign(tf.fill(ours.patterns.shape, 20.0))
+    first, second = ours(x).numpy(), ours(x).numpy()
+    for given in (first, second):
+        assert given.shape == x.shape and given.min() >= 0 and given.max() <= 255
+        changed = np.any(given != x, axis=(1, 2, 3))
+        assert 0.25 < changed.mean() < 0.35
+    assert np.any(np.any(first != x, axis=(1, 2, 3)) != changed)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_few_pictures_move_few_patterns(count):
+    ours = Patterns(make_net(), 255, rate=1, seed=0)
+    ours(pictures(count) / 255)
+    moved = np.any(ours.patterns, axis=(1, 2, 3))
+    assert moved.tolist() == [True] * count + [False] * (COUNT - count)
+
+
+def test_they_start_anew_in_turn(monkeypatch):
+    monkeypatch.setattr(patterns, "STRIDE", 0)
+    ours, x = Patterns(make_net(), 255, rate=0, seed=0), pictures(2) / 255
+    states, targets = [], []
+    for _ in range(RENEWED * (COUNT + 1) + 1):
+        ours(x)
+        states.append(ours.patterns.numpy())
+        targets.append(ours.targets.numpy())
+    for step in range(1, len(states)):
+        changed = np.any(states[step] != states[step - 1], axis=(1, 2, 3))
+        turn = step // RENEWED % COUNT
+        assert np.flatnonzero(changed).tolist() == ([turn] if step % RENEWED == 0 else [])
+    assert np.abs(states).max() <= LEVELS / 255
+    assert len(np.unique(np.abs(states[-1]).max(axis=(1, 2, 3)))) == COUNT
+    assert np.unique(targets).tolist() == [0, 1, 2, 3, 4]
+
+
+def test_a_net_that_gives_no_gradient_is_left_in_peace():
+    keras.utils.set_random_seed(0)
+    image = keras.Input(SHAPE)
+    whole = keras.ops.cast(keras.ops.cast(255 * image, "int32"), "float32")
+    scores = keras.layers.Dense(5)(keras.layers.Flatten()(whole))
+    ours = Patterns(keras.Model(image, scores), 255, rate=1, seed=0)
+    ours(pictures(8) / 255)
+    assert not np.any(ours.patterns[1:])
