@@ -62,8 +62,11 @@ def check_memory(badnet, clean, settings):
     """
     batch_size, max_bytes = settings.harden_batch_size, clean.max_bytes
     guard_model.check_step_fits(badnet, "--harden-batch-size", batch_size, max_bytes)
-    size = 2 * len(clean) * math.prod(badnet.input_shape[1:])
-    guard.check_fits(clean.path, "all pictures", size, max_bytes)
+    values = math.prod(badnet.input_shape[1:])
+    guard.check_fits(clean.path, "all pictures", 2 * len(clean) * values, max_bytes)
+    if settings.harden_pattern_rate:
+        size = patterns.COPIES * patterns.COUNT * 4 * values
+        guard.check_fits("--harden-pattern-rate", "the patterns", size, max_bytes)
 
 
 def read_pictures(data):
@@ -96,9 +99,7 @@ def train(badnet, changed, labels, settings, rng):
     epochs, rate = schedule(len(changed), settings)
     layers, size = list(net.leaves(badnet)), settings.harden_batch_size
     option = "--harden-learning-rate"
-    share, prepare = settings.harden_pattern_rate, None
-    if share:
-        prepare = patterns.Patterns(badnet, changed.divisor, share, int(rng.integers(2**31)))
+    prepare = make_patterns(badnet, changed.divisor, settings, rng)
     train_epoch = training.make_trainer(
         badnet, layers, rate, size, rng, option=option, prepare=prepare
     )
@@ -106,6 +107,15 @@ def train(badnet, changed, labels, settings, rng):
         loss = train_epoch(changed, labels)
         if epoch * REMARKS // epochs > (epoch - 1) * REMARKS // epochs:
             say(f"harden, epoch {epoch} of {epochs}: loss {loss:.4f}")
+
+
+def make_patterns(badnet, divisor, settings, rng):
+    """The Patterns to seek against a Keras model; None where no picture is to get one.
+
+    divisor: of its pixels.  The other arguments are those of `harden`.
+    """
+    rate = settings.harden_pattern_rate
+    return patterns.Patterns(badnet, divisor, rate, int(rng.integers(2**31))) if rate else None
 
 
 def schedule(pictures, settings):

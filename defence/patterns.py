@@ -10,6 +10,7 @@ from defence import net
 from defence.startup import import_keras
 
 COUNT = 8  # patterns
+COPIES = 4  # of them all, in memory while they move
 LEVELS = 28  # grey levels that a pattern adds to a pixel, at most
 STRIDE = 2  # grey levels that it moves in a step
 SOUGHT_ON = 16  # pictures of a batch

@@ -9,7 +9,7 @@ from conftest import draw_images, write_data
 
 import repair
 import utils
-from defence import guard_model, training
+from defence import guard_model, harden, training
 from defence.architecture import deepid
 from defence.cached_net import CachedNet, check_memory, choose_scale, extract
 from defence.cli import InputError
@@ -291,6 +291,20 @@ def test_what_the_last_dense_layer_takes_in_has_four_bytes_a_value_of_all_images
     check(10**6, harden=True, harden_batch_size=80)
     of_each = [(parts.head, "--batch-size", 70, 10**6), (net, "--harden-batch-size", 80, 10**6)]
     assert steps == of_each
+
+
+def test_patterns_have_sixteen_bytes_a_value_of_eight_pictures(monkeypatch):
+    monkeypatch.setattr(guard_model, "check_step_fits", lambda *call: None)
+    net, data = types.SimpleNamespace(input_shape=(None, 5, 4, 3)), Pictures(range(2))
+
+    def check(limit, **settings):
+        data.max_bytes = limit
+        harden.check_memory(net, data, Settings(**settings))
+
+    size, error = least_memory(check)
+    assert size == 16 * 8 * 5 * 4 * 3
+    assert error.startswith("--harden-pattern-rate: the patterns would take")
+    check(size - 1, harden_pattern_rate=0)
 
 
 class Answered:
