@@ -32,7 +32,7 @@ class Settings:
         1e-3, at_least(0, above=True), "Adam's learning rate, which falls to 0 by cosine"
     )
     harden_pattern_rate: float = setting(
-        0.3, at_least(0, most=1), "of the pictures that get a pattern sought against the net, 0..1"
+        0.1, at_least(0, most=1), "of the pictures that get a pattern sought against the net, 0..1"
     )
 
 
