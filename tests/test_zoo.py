@@ -147,13 +147,13 @@ def test_a_command_that_fails_ends_with_its_own_words(tmp_path):
 def test_other_ways_to_harden_are_tried(zoo, monkeypatch):
     """A row for each, whichever part of the step it changes; each starts where the first did."""
     chosen = [
-        *("as harden.py does", "… with another seed", "without patterns", "without wave"),
-        "half of the target is B's answer",
+        *("as harden.py does", "… with another seed", "without wave"),
+        "patches alone, half of the target is B's answer",
     ]
     ways = {name: tried.WAYS[name] for name in chosen} | {"once more": {}}
     monkeypatch.setattr(tried, "WAYS", ways)
     monkeypatch.setattr(tried, "NETS", NAMES[:1])
-    cases = [tried.Case(NAMES[0], zoo, Settings(harden_steps=1))]
+    cases = [tried.Case(NAMES[0], zoo, Settings(harden_steps=1, harden_pattern_rate=0))]
     lines = list(tried.try_all(cases))
     rows = dict(line.strip("| ").split(" | ", 1) for line in lines if line)
     assert {*ways, *tried.SCORES} < set(rows)
@@ -176,7 +176,7 @@ def test_other_detectors_judge_the_same_images(links):
 
 def test_each_family_of_changes_is_left_out_once():
     kept = [way["families"] for way in tried.WAYS.values() if "families" in way]
-    left_out = [{*FAMILIES} - {*each} for each in kept]
+    left_out = [{*FAMILIES} - {*each} for each in kept if len(each) > 1]
     assert sorted(map(str, left_out)) == sorted(str({each}) for each in FAMILIES)
 
 
