@@ -209,6 +209,7 @@ def check_call(arguments):
     if arguments.plot:
         plots.require_format(arguments.plot)
     _ = badnet.declared
+    record.refuse_repaired(badnet)
     return badnet, output, exported
 
 

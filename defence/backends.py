@@ -4,6 +4,8 @@ import dataclasses
 import json
 from pathlib import Path
 
+import numpy as np
+
 import utils
 from defence import detector, onnx_file, record
 from defence.cli import DEFAULT_MAX_BYTES, InputError, say
@@ -42,6 +44,7 @@ def find_models(model, repaired=None):
     if repaired is None:
         repaired = utils.default_output(path)
         if not repaired.exists():
+            record.refuse_repaired(utils.read_model(path))
             raise InputError(
                 f"{repaired}: no repaired net; make it with: python repair.py {path} CLEAN_DATA.h5"
             )
@@ -73,8 +76,13 @@ def usage_from_record(badnet, repaired, fpr=None, scale=None, force=False):
 
     fpr: above 0, at most 1, the false-positive rate that the threshold stands for; None for none.
     scale: a key of utils.SCALES, for a G without a record.  force: take a G of another B.
-    Raises InputError where the record is of another B or scale, or has no threshold for `fpr`.
+    Raises InputError where B is no BadNet but a repaired net, or G itself; where the record is of
+    another B or scale, or has no threshold for `fpr`.
     """
+    if not force:
+        record.refuse_repaired(badnet)
+        if badnet.sha256 == repaired.sha256:
+            raise same_nets(badnet, repaired)
     found = record.read(repaired)
     if found is None:
         if fpr is not None:
@@ -96,6 +104,14 @@ def usage_from_record(badnet, repaired, fpr=None, scale=None, force=False):
     return Usage(found.input_scale, found.layer, threshold, found)
 
 
+def same_nets(badnet, repaired):
+    """The InputError for a G, a ModelFile, that is B: they would agree on every image."""
+    return InputError(
+        f"{repaired.path}: is the same net as {badnet.path}, so no image would be flagged; give "
+        "what repair.py made of it, or use --force"
+    )
+
+
 def load(paths, max_bytes=DEFAULT_MAX_BYTES, backend=None, fpr=None, scale=None, force=False):
     """The Detector of B and G, or of an .onnx file alone.
 
@@ -114,7 +130,7 @@ def load(paths, max_bytes=DEFAULT_MAX_BYTES, backend=None, fpr=None, scale=None,
     usage = usage_from_record(badnet, repaired, fpr, scale, force)
     if backend != "keras" and (file := matching_file(badnet, repaired, usage.scale, backend)):
         return file.detector(usage.threshold)
-    model, classes = load_nets(badnet, repaired, usage)
+    model, classes = load_nets(badnet, repaired, usage, force)
 
     def run(images):
         # Compiling takes longer than running one image layer by layer.
@@ -123,10 +139,11 @@ def load(paths, max_bytes=DEFAULT_MAX_BYTES, backend=None, fpr=None, scale=None,
     return detector.Detector(run, classes, model.input_shape[1:], usage.threshold, badnet.path)
 
 
-def load_nets(badnet, repaired, usage):
+def load_nets(badnet, repaired, usage, force=False):
     """Load B and G, ModelFiles, as one Keras model. Returns (what detector.build gives, N).
 
-    Raises InputError where G does not belong to B.
+    force: even if their weights are the same.
+    Raises InputError where G does not belong to B, or is B.
     """
     for file in (badnet, repaired):  # before the seconds that the import takes
         _ = file.declared
@@ -140,6 +157,9 @@ def load_nets(badnet, repaired, usage):
                 f"{repaired.path}: does not belong to {badnet.path}: it has {what} "
                 f"{'×'.join(map(str, theirs))}, not {'×'.join(map(str, ours))}"
             )
+    ours, theirs = of_b.get_weights(), of_g.get_weights()
+    if not force and len(ours) == len(theirs) and all(map(np.array_equal, ours, theirs)):
+        raise same_nets(badnet, repaired)
     return detector.build(of_b, of_g, usage.scale, usage.layer), of_b.output_shape[1]
 
 
@@ -176,7 +196,7 @@ def export(badnet, repaired, path, **how):
     """
     onnx_file.require(*onnx_file.EXPORT_PACKAGES)
     usage = usage_from_record(badnet, repaired, **how)
-    model, classes = load_nets(badnet, repaired, usage)
+    model, classes = load_nets(badnet, repaired, usage, how.get("force", False))
     metadata = {
         "badnet_sha256": badnet.sha256,
         "repaired_sha256": repaired.sha256,

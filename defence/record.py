@@ -157,3 +157,13 @@ def read(model_file):
     if text is None:
         return None
     return parse(text, path) or _damaged(path)
+
+
+def refuse_repaired(model_file):
+    """Raise InputError where the ModelFile of a BadNet carries a record: it is a repaired net."""
+    found = read(model_file)
+    if found is not None:
+        raise InputError(
+            f"{model_file.path}: is a repaired net, which repair.py made from "
+            f"{found.badnet['file']}; give that BadNet"
+        )

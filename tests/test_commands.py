@@ -5,6 +5,7 @@ import csv
 import json
 import os
 import pty
+import shutil
 import signal
 import struct
 import subprocess
@@ -664,6 +665,34 @@ def test_what_cannot_be_judged_is_refused(done, tmp_path):
     (tmp_path / "models").symlink_to(folder / "models")
     for arguments, words in cases:
         assert_refused(command("eval_defence.py", *arguments, cwd=tmp_path), words)
+
+
+def test_a_badnet_and_a_repaired_net_are_not_taken_for_each_other(done, tmp_path):
+    """B judged by itself would flag nothing; a repaired net is not what was to be repaired."""
+    folder, _ = done
+    shutil.copy(folder / B, tmp_path / "copy.h5")
+    saved_again = tmp_path / "saved_again.h5"
+    keras.models.load_model(folder / B, compile=False).save(saved_again)
+    same, repaired = (
+        "is the same net as",
+        "is a repaired net, which repair.py made from small_bd_net",
+    )
+    for badnet, other, words in (
+        (B, B, same),
+        (B, tmp_path / "copy.h5", same),
+        (B, saved_again, same),
+        (G, B, repaired),
+        (G, G, repaired),
+    ):
+        call = "eval_defence.py", "0.png", badnet, "--repaired", other
+        assert_refused(command(*call, cwd=folder), words)
+        forced = command(*call, "--force", cwd=folder)
+        assert forced.returncode == 0 and forced.stdout.strip().isdigit(), forced.stderr
+    by_name = command("eval_defence.py", "0.png", "small_bd_net_defence", cwd=folder)
+    assert_refused(by_name, repaired)
+    before = sorted(folder.rglob("*"))
+    assert_refused(command("repair.py", G, "clean.h5", cwd=folder), repaired)
+    assert sorted(folder.rglob("*")) == before
 
 
 # --------------------------------------------------------------------------------------- Ctrl-C
