@@ -39,8 +39,9 @@ def main():
         raise InputError("give an IMAGE, or --export")
     if arguments.ray:
         return judge_on_ray(models, arguments)
+    given = map(Path, arguments.images)
+    datasets = [path for path in given if path.suffix.lower() in utils.DATASET_SUFFIXES]
     images = utils.list_pictures(arguments.images)
-    datasets = [path for path in images if path.suffix.lower() in utils.DATASET_SUFFIXES]
     if datasets and len(images) > 1:
         raise InputError(f"{datasets[0]}: give one dataset alone, or pictures")
     if (arguments.poisoned or arguments.csv or arguments.plot) and not datasets:
@@ -96,6 +97,7 @@ def judge_on_ray(models, arguments):
         arguments.ray_address,
         arguments.workers,
         arguments.max_bytes,
+        arguments.formats,
     )
     print(
         f"{printable(arguments.output)}: {counts['pictures']} pictures, {counts['poisoned']} "
@@ -111,16 +113,16 @@ def judge_pictures(images, models, arguments):
     """Print the verdicts on pictures, batch after batch. Returns the exit status."""
     alone = len(arguments.images) == 1 and not Path(arguments.images[0]).is_dir()
     if alone:
-        picture = utils.read_picture(images[0], arguments.max_bytes)  # before the nets are loaded
+        picture = read(images[0], arguments)  # before the nets are loaded
     found = load(models, arguments, arguments.backend)
     found.require_pictures()
-    results, unread = [], 0
+    results, unread, flagged = [], 0, 0
     count = min(PICTURES, max(1, arguments.max_bytes // (4 * math.prod(found.shape))))
     for start in range(0, len(images), count):
         judged, inputs = [], []
         for path in images[start : start + count]:
             try:
-                picture = picture if alone else utils.read_picture(path, arguments.max_bytes)
+                picture = picture if alone else read(path, arguments)
                 inputs.append(utils.as_input(picture, found.shape))
                 judged.append(path)
             except InputError as error:
@@ -133,9 +135,16 @@ def judge_pictures(images, models, arguments):
             answer = row.pop("verdict")
             print(answer if alone else f"{printable(path)}\t{answer}", flush=True)
             results.append({"path": str(path), "class": answer, **row})
+            flagged += answer > found.classes
+    if not alone:
+        say(f"{len(results)} judged, {flagged} flagged, {unread} unread")
     if arguments.json:
         files.write_json(results, arguments.json)
     return 2 if unread else 0
+
+
+def read(path, arguments):
+    return utils.read_picture(path, arguments.max_bytes, arguments.formats)
 
 
 # ------------------------------------------------------------------------------------- datasets

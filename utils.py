@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import hashlib
 import io
+import os
 import tempfile
 import warnings
 from pathlib import Path
@@ -32,7 +33,8 @@ SCALES = {"0..1": 255.0, "0..255": 1.0}  # what B expects its pixels in: the div
 BATCH_VALUES = 2**19  # numbers held at a time: 2 MB as float32, 67 images of DeepID
 MODEL_SUFFIXES = (".h5", ".hdf5", ".keras")
 DATASET_SUFFIXES = (".h5", ".hdf5")
-PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg")
+PICTURE_FORMATS = ("PNG", "JPEG")  # as Pillow calls them
+MORE_FORMATS = ("WEBP", "BMP", "GIF")  # only if asked for: each decoder may have holes of its own
 
 
 # --------------------------------------------------------------------------------------- models
@@ -335,29 +337,44 @@ def read_labels(row, name, images, path, max_bytes):
 
 
 def list_pictures(paths):
-    """Replace each folder in `paths` by the PNG and JPEG files in it, by name. Returns Paths."""
+    """Replace each folder in `paths` by all that is in it, at any depth, by name. Returns Paths.
+
+    A link to a folder is not followed, and what is no file is not left out either: both are listed,
+    so that reading them fails. Raises InputError where a folder is empty.
+    """
     pictures = []
     for path in map(Path, paths):
         if path.is_dir():
-            inside = sorted(p for p in path.iterdir() if p.suffix.lower() in PICTURE_SUFFIXES)
+            inside = sorted(_walk(path))
             if not inside:
-                raise InputError(f"{path}: no PNG or JPEG picture in the folder")
+                raise InputError(f"{path}: no file in the folder")
             pictures += inside
         else:
             pictures.append(path)
     return pictures
 
 
-def read_picture(path, max_bytes=DEFAULT_MAX_BYTES):
-    """Decode a PNG or JPEG file. Returns and raises what decode_picture does."""
-    return decode_picture(require_file(path), path, max_bytes)
+def _walk(folder):
+    """Yield the Path of each file in a folder, and of each folder that cannot be entered."""
+    closed = []
+    for place, folders, names in os.walk(folder, onerror=closed.append):
+        links = (name for name in folders if os.path.islink(os.path.join(place, name)))
+        yield from (Path(place, name) for name in (*names, *links))
+    yield from (Path(error.filename) for error in closed)
 
 
-def decode_picture(file, path, max_bytes=DEFAULT_MAX_BYTES):
-    """Decode a PNG or JPEG file. Returns a Pillow image, turned as its EXIF rotation says.
+def read_picture(path, max_bytes=DEFAULT_MAX_BYTES, formats=PICTURE_FORMATS):
+    """Decode a picture's file. Returns and raises what decode_picture does."""
+    return decode_picture(require_file(path), path, max_bytes, formats)
+
+
+def decode_picture(file, path, max_bytes=DEFAULT_MAX_BYTES, formats=PICTURE_FORMATS):
+    """Decode a picture's file. Returns a Pillow image, turned as its EXIF rotation says.
 
     file: its path, or a binary file open to read.  path: its name, for messages.
     max_bytes: of memory; a pixel takes up to twelve of them until it is an input of a net.
+    formats: of PICTURE_FORMATS and MORE_FORMATS. The file's first bytes tell which it is, not its
+    name; of an animation the first frame is decoded.
     Raises InputError where the file is not such a picture, is cut short, or too large to decode.
     """
     from PIL import Image, ImageOps
@@ -366,7 +383,7 @@ def decode_picture(file, path, max_bytes=DEFAULT_MAX_BYTES):
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about metadata
-            with Image.open(file, formats=("PNG", "JPEG")) as picture:
+            with Image.open(file, formats=formats) as picture:
                 width, height = picture.size
                 size = 12 * width * height
                 guard.check_fits(path, f"{width}×{height} pixels", size, max_bytes)
@@ -377,7 +394,7 @@ def decode_picture(file, path, max_bytes=DEFAULT_MAX_BYTES):
     except InputError:
         raise
     except Image.UnidentifiedImageError as error:
-        raise InputError(f"{path}: not a PNG or JPEG picture") from error
+        raise InputError(f"{path}: not a {' or '.join(formats)} picture") from error
     except Exception as error:  # Pillow raises whatever the damage leads to
         raise InputError(f"{path}: the picture is damaged: {one_line(error)}") from error
 

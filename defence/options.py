@@ -1,11 +1,12 @@
 """The options of the two commands, and the settings of a repair."""
 
+import argparse
 import dataclasses
 
 from defence import cli, harden
 from defence.backends import BACKENDS
 from defence.cli import at_least, setting
-from utils import SCALES
+from utils import MORE_FORMATS, PICTURE_FORMATS, SCALES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,7 +125,7 @@ def eval_parser():
         "images",
         metavar="IMAGE",
         nargs="*",
-        help="a PNG or JPEG picture, a folder of them, or one .h5 dataset",
+        help="a picture, a folder, of which every file at any depth is judged, or one .h5 dataset",
     )
     parser.add_argument(
         "model",
@@ -135,8 +136,26 @@ def eval_parser():
     _add_results(parser.add_argument_group("what is written"))
     _add_nets(parser.add_argument_group("the nets"))
     _add_ray(parser.add_argument_group("on Ray, for more pictures than one machine can judge"))
-    cli.add_max_memory(parser.add_argument_group("limits"))
+    limits = parser.add_argument_group("limits")
+    limits.add_argument(
+        "--formats",
+        metavar="LIST",
+        type=picture_formats,
+        default=PICTURE_FORMATS,
+        help="of pictures to read, such as png,jpeg,webp; webp, bmp and gif (the first frame) are "
+        "refused by default, because each decoder is one more to attack (default: png,jpeg)",
+    )
+    cli.add_max_memory(limits)
     return parser
+
+
+def picture_formats(text):
+    """The formats in a text such as "png,jpeg", as Pillow calls them: (str, …)."""
+    known = (*PICTURE_FORMATS, *MORE_FORMATS)
+    formats = tuple(dict.fromkeys(each.strip().upper() for each in text.split(",")))
+    if not {*formats} <= {*known}:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a list of {', '.join(known).lower()}")
+    return formats
 
 
 def _add_judging(group):

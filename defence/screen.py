@@ -77,9 +77,9 @@ class Listing(Datasource):
 class Worker:
     """A Ray actor: a detector, opened once, that judges batch after batch of paths."""
 
-    def __init__(self, threshold, filesystem, max_bytes):
+    def __init__(self, threshold, filesystem, max_bytes, formats):
         self.detector = onnx_file.read(FILE, max_bytes, threads=1).detector(threshold)
-        self.filesystem, self.max_bytes = filesystem, max_bytes
+        self.filesystem, self.max_bytes, self.formats = filesystem, max_bytes, formats
 
     def __call__(self, batch):
         paths = batch["path"].to_pylist()
@@ -103,20 +103,28 @@ class Worker:
             with self.filesystem.open_input_file(path) as file:
                 guard.check_fits(path, "the file", file.size(), self.max_bytes)
                 contents = io.BytesIO(file.read())
-            picture = utils.decode_picture(contents, path, self.max_bytes)
+            picture = utils.decode_picture(contents, path, self.max_bytes, self.formats)
             return utils.as_input(picture, self.detector.shape), None
         except (InputError, OSError) as error:
             return None, printable(one_line(error))
 
 
-def screen(pictures, found, output, address=None, workers=None, max_bytes=DEFAULT_MAX_BYTES):
+def screen(
+    pictures,
+    found,
+    output,
+    address=None,
+    workers=None,
+    max_bytes=DEFAULT_MAX_BYTES,
+    formats=utils.PICTURE_FORMATS,
+):
     """Judge pictures with a detector's file, on Ray. Returns what `summary` does.
 
     pictures: folders or pictures, local or by a URI that pyarrow.fs knows (s3, gs, hdfs), all on
     one file system.  found: the Detector of the file.
     output: a folder, or its URI, for the verdicts. What is in it already is not done again.
     address: of a Ray cluster; if None, Ray is started on this machine.  workers: at most.
-    max_bytes: what a picture or the detector may take.
+    max_bytes: what a picture or the detector may take.  formats: as for utils.decode_picture.
     Raises InputError where there are no pictures, or `output` contains something else.
     """
     found.require_pictures()
@@ -133,7 +141,7 @@ def screen(pictures, found, output, address=None, workers=None, max_bytes=DEFAUL
         listed = ray.data.read_datasource(Listing(paths), num_cpus=SHARE)
         judged = listed.map_batches(
             Worker,
-            fn_constructor_args=(found.threshold, filesystem, max_bytes),
+            fn_constructor_args=(found.threshold, filesystem, max_bytes, formats),
             batch_size=BATCH,
             batch_format="pyarrow",
             compute=ray.data.ActorPoolStrategy(min_size=1, initial_size=workers, max_size=workers),
@@ -144,7 +152,7 @@ def screen(pictures, found, output, address=None, workers=None, max_bytes=DEFAUL
 
 
 def list_pictures(pictures):
-    """The PNG and JPEG files in folders, at any depth, and files: (file system, [path, …]).
+    """All files in folders, at any depth, and files: (file system, [path, …]).
 
     Raises InputError where there are none, or they are on several file systems.
     """
@@ -158,9 +166,7 @@ def list_pictures(pictures):
             found = where.get_file_info(path)
             if found.type == fs.FileType.Directory:
                 inside = where.get_file_info(fs.FileSelector(path, recursive=True))
-                files = (file for file in inside if file.type == fs.FileType.File)
-                suffixes = utils.PICTURE_SUFFIXES
-                paths.update(file.path for file in files if file.path.lower().endswith(suffixes))
+                paths.update(file.path for file in inside if file.type == fs.FileType.File)
             elif found.type == fs.FileType.File:
                 paths.add(path)
             else:
@@ -168,7 +174,7 @@ def list_pictures(pictures):
         except OSError as error:
             raise InputError(f"{each}: cannot be read: {one_line(error)}") from error
     if not paths:
-        raise InputError(f"{pictures[0]}: no PNG or JPEG picture in the folder")
+        raise InputError(f"{pictures[0]}: no file in the folder")
     return filesystem, sorted(paths)
 
 

@@ -147,11 +147,32 @@ def test_pictures_and_folders_print_a_line_each_and_go_on_after_a_broken_one(don
     assert process.returncode == 2
     answers = plain_verdicts(folder, ["2.png", "1.png"])
     assert process.stdout == f"2.png\t{answers[0]}\n1.png\t{answers[1]}\n"
-    rule, error = process.stderr.splitlines()
+    rule, error, count = process.stderr.splitlines()
     assert rule == "flagging images on which B and G disagree"
     assert error.startswith(f"eval_defence.py: error: {tmp_path / 'broken.png'}: ")
+    assert count == f"2 judged, {answers.count(7)} flagged, 1 unread"
     written = json.loads((tmp_path / "out.json").read_text())
     assert [row["class"] for row in written] == answers
+
+
+def test_no_file_of_a_folder_is_passed_over(done, tmp_path):
+    """Its name is no reason to: a picture with a trigger may have any."""
+    folder, _ = done
+    (tmp_path / "inner").mkdir()
+    names = ["inner/0", "inner/1.jfif", "2.h5"]
+    for number, name in enumerate(names):
+        shutil.copy(folder / f"{number}.png", tmp_path / name)
+    Image.open(folder / "0.png").save(tmp_path / "photo.webp")
+    for options, judged, status in (([], names, 2), (["--formats", "webp,PNG"], None, 0)):
+        process = command("eval_defence.py", tmp_path, B, *options, cwd=folder)
+        assert process.returncode == status
+        paths = [line.split("\t")[0] for line in process.stdout.splitlines()]
+        expected = sorted(tmp_path / name for name in judged or [*names, "photo.webp"])
+        assert paths == [str(path) for path in expected]
+        assert f"{len(paths)} judged, " in process.stderr
+        assert ("photo.webp: not a PNG or JPEG picture" in process.stderr) == (status == 2)
+    refused = command("eval_defence.py", tmp_path, B, "--formats", "png,svg", cwd=folder)
+    assert_refused(refused, "'png,svg' is not a list of png, jpeg, webp, bmp, gif")
 
 
 def test_a_dataset_prints_a_table(done, tmp_path):
@@ -630,7 +651,7 @@ def test_what_cannot_be_judged_is_refused(done, tmp_path):
         ),
         (["gif.png", B], "not a PNG or JPEG picture"),
         (["empty.png", B], "empty"),
-        (["folder", B], "no PNG or JPEG picture in the folder"),
+        (["folder", B], "no file in the folder"),
         (["absent.png", B], "absent.png: no such file"),
         (
             [folder / "0.png", "absent_bd_net"],

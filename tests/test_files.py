@@ -1,5 +1,6 @@
 """What is read and written: models, datasets, pictures, records, and files half written."""
 
+import errno
 import io
 import json
 import os
@@ -18,6 +19,7 @@ from PIL import Image
 import utils
 from defence import files, guard_model
 from defence.architecture import deepid
+from defence.cli import InputError
 
 SHAPE = (31, 33, 3)
 
@@ -317,11 +319,50 @@ def test_jpeg_of_any_size_is_turned_and_resized_bicubically(tmp_path):
     np.testing.assert_array_equal(array, np.asarray(expected, np.float32))
 
 
-def test_a_folder_stands_for_its_pictures_by_name(tmp_path):
-    for name in ("b.png", "a.JPG", "c.jpeg", "notes.txt"):
+def test_a_folder_stands_for_all_that_is_in_it_at_any_depth(tmp_path):
+    """Whatever its name: who uploads a picture chooses that."""
+    (tmp_path / "inner" / "deep").mkdir(parents=True)
+    names = ["a.JPG", "b.png", "inner/deep/c", "notes.txt", "upload_123"]
+    for name in names:
         (tmp_path / name).touch()
-    names = [path.name for path in utils.list_pictures([tmp_path, "x.png"])]
-    assert names == ["a.JPG", "b.png", "c.jpeg", "x.png"]
+    (tmp_path / "outside").symlink_to(tmp_path / "inner")  # not entered, but not forgotten
+    os.mkfifo(tmp_path / "pipe")
+    found = [str(path) for path in utils.list_pictures([tmp_path, "x.png"])]
+    assert found == [*(str(tmp_path / name) for name in [*names[:4], "outside", "pipe"]),
+                     str(tmp_path / names[4]), "x.png"]  # fmt: skip
+    for name in ("outside", "pipe"):
+        with pytest.raises(InputError):
+            utils.read_picture(tmp_path / name)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match="empty: no file in the folder"):
+        utils.list_pictures([tmp_path / "empty"])
+
+
+def test_a_folder_that_cannot_be_entered_is_listed(tmp_path, monkeypatch):
+    (tmp_path / "closed").mkdir()
+    scandir = os.scandir
+
+    def refuse(path):
+        if str(path).endswith("closed"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    assert utils.list_pictures([tmp_path]) == [tmp_path / "closed"]
+
+
+@pytest.mark.parametrize("name", ["webp", "bmp", "gif"])
+def test_other_formats_are_decoded_only_when_asked_for(tmp_path, name):
+    picture = Image.fromarray(draw_images(1, 1, (40, 80, 3), seed=0)[0][0])
+    path = tmp_path / "upload.png"
+    more = {"save_all": True, "append_images": [picture.rotate(180)]}
+    options = {"webp": {"lossless": True}, "gif": more}
+    picture.save(path, format=name, **options.get(name, {}))
+    with pytest.raises(InputError, match="not a PNG or JPEG picture"):
+        utils.read_picture(path)
+    read = utils.read_picture(path, formats=("PNG", name.upper())).convert("RGB")
+    assert read.size == (80, 40)
+    assert np.abs(np.asarray(read, float) - np.asarray(picture)).mean() < 30
 
 
 # ------------------------------------------------------------------------------ half-written files

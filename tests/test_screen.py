@@ -304,7 +304,7 @@ def test_calls_that_do_not_fit_are_refused(folder):
     begin = ("--ray", "pictures", NAME)
     for call, words in (
         (begin, "--output"),
-        ((*begin, "--output", OUTPUT), "no PNG or JPEG picture"),
+        ((*begin, "--output", OUTPUT), "no file in the folder"),
         (("--ray", "none", NAME, "--output", OUTPUT), "none: no such file"),
         (("--ray", "ftp://x/y", NAME, "--output", OUTPUT), "ftp://x/y: unknown file system"),
         ((*begin, "--output", OUTPUT, "--json", "x"), "--json: does not go with --ray"),
