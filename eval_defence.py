@@ -71,7 +71,7 @@ def export(models, arguments):
     unfit = ("images", "backend", "ray", "poisoned", "json", "csv", "plot")
     if len(models) == 1 or any(getattr(arguments, name) for name in unfit):
         raise InputError("--export goes with a MODEL alone, one that is not an .onnx file")
-    path = onnx_file.default_path(models[0])
+    path = onnx_file.default_path(models[1])
     files.check_writable({"--export": path}, models)
     badnet, repaired = (utils.read_model(each, arguments.max_bytes) for each in models)
     say(backends.export(badnet, repaired, path, **use_of(arguments)).rule)

@@ -200,7 +200,7 @@ def check_call(arguments):
     output = Path(arguments.output or utils.default_output(badnet.path))
     if output.suffix != ".h5":
         raise InputError(f"{output}: the repaired net is saved as a .h5 file")
-    exported = onnx_file.default_path(badnet.path) if arguments.export else None
+    exported = onnx_file.default_path(output) if arguments.export else None
     outputs = {"--output": output, "--json": arguments.json, "--plot": arguments.plot}
     inputs = [badnet.path, arguments.data, *arguments.poisoned]
     files.check_writable(outputs | {"--export": exported}, inputs)

@@ -9,7 +9,7 @@ import numpy as np
 import utils
 from defence import detector, onnx_file, record
 from defence.cli import DEFAULT_MAX_BYTES, InputError, say
-from defence.files import require_file
+from defence.files import require_file, sha256
 from defence.inference import compiled
 
 BACKENDS = ("keras", "onnx")
@@ -32,8 +32,8 @@ class Usage:
 def find_models(model, repaired=None):
     """The paths of B and G, for a name in models/ or a path, or of a detector's .onnx file alone.
 
-    G is where repair.py puts it: in models/, as NAME_defence.h5.
-    Raises InputError where one is missing.
+    G is NAME_defence.h5, in models/, where repair.py puts it, or beside B.
+    Raises InputError where one is missing, or there are two different G's.
     """
     path = Path(model)
     if path.suffix == ".onnx":
@@ -41,14 +41,21 @@ def find_models(model, repaired=None):
             raise InputError(f"--repaired: {path} contains both nets")
         return [require_file(path)]
     path = find_badnet(model)
-    if repaired is None:
-        repaired = utils.default_output(path)
-        if not repaired.exists():
-            record.refuse_repaired(utils.read_model(path))
-            raise InputError(
-                f"{repaired}: no repaired net; make it with: python repair.py {path} CLEAN_DATA.h5"
-            )
-    return [path, require_file(repaired)]
+    return [path, require_file(repaired or find_repaired(path))]
+
+
+def find_repaired(badnet):
+    """The Path of the repaired net of a BadNet's file. Raises what find_models does."""
+    made = utils.default_output(badnet)
+    found = [path for path in (made, badnet.with_name(made.name)) if path.exists()]
+    if not found:
+        record.refuse_repaired(utils.read_model(badnet))
+        raise InputError(
+            f"{made}: no repaired net; make it with: python repair.py {badnet} CLEAN_DATA.h5"
+        )
+    if len({sha256(require_file(path)) for path in found}) > 1:  # who made the other?
+        raise InputError(f"{found[1]}: is another repaired net than {found[0]}; give --repaired")
+    return found[0]
 
 
 def find_badnet(model):
@@ -169,7 +176,7 @@ def matching_file(badnet, repaired, scale, backend=None):
     scale: that the nets are used with.  backend: as for `load`.
     Raises InputError where `backend` is "onnx" and there is no such file.
     """
-    path = onnx_file.default_path(badnet.path)
+    path = onnx_file.default_path(repaired.path)
     try:
         onnx_file.require(*onnx_file.RUN_PACKAGES)
         if not path.exists():

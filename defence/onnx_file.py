@@ -55,9 +55,10 @@ class DetectorFile:
         return self.record.threshold(rate, self.path)
 
 
-def default_path(badnet_path):
-    """Where the detector's file of a BadNet is put, and looked for."""
-    return utils.MODELS / f"{Path(badnet_path).stem}_detector.onnx"
+def default_path(repaired_path):
+    """Where the detector's file is put, and looked for: beside G, whose name it has."""
+    path = Path(repaired_path)
+    return path.with_name(f"{path.stem.removesuffix('_defence')}_detector.onnx")
 
 
 def require(*names, packages="requirements-serve.txt"):

@@ -103,7 +103,7 @@ def _add_writing(group):
     add(
         "--export",
         action="store_true",
-        help="also write models/NAME_detector.onnx: both nets and the verdict in one file that "
+        help="also write NAME_detector.onnx beside G: both nets and the verdict in one file that "
         "needs no TensorFlow; with a threshold: eval_defence.py NAME --export --fpr RATE",
     )
 
@@ -189,18 +189,22 @@ def _add_results(group):
     add(
         "--export",
         action="store_true",
-        help="judge nothing, but write models/NAME_detector.onnx: both nets and the verdict, with "
-        "--fpr the threshold, in one file that needs no TensorFlow",
+        help="judge nothing, but write NAME_detector.onnx beside the repaired net: both nets and "
+        "the verdict, with --fpr the threshold, in one file that needs no TensorFlow",
     )
 
 
 def _add_nets(group):
     add = group.add_argument
-    add("--repaired", metavar="FILE", help="the repaired net (default: models/NAME_defence.h5)")
+    add(
+        "--repaired",
+        metavar="FILE",
+        help="the repaired net (default: NAME_defence.h5, in models/ or beside MODEL)",
+    )
     add(
         "--backend",
         choices=BACKENDS,
-        help="what runs the nets (default: onnx if models/NAME_detector.onnx was made of them)",
+        help="what runs the nets (default: onnx, if NAME_detector.onnx was made of them)",
     )
     add(
         "--scale",
