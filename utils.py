@@ -18,7 +18,7 @@ import h5py
 import numpy as np
 
 from defence import architecture, guard, guard_model
-from defence.cli import DEFAULT_MAX_BYTES, InputError, one_line
+from defence.cli import DEFAULT_MAX_BYTES, InputError, counted, one_line
 from defence.files import (
     file_fingerprint,
     open_hdf5,
@@ -321,7 +321,7 @@ def read_labels(row, name, images, path, max_bytes):
     if row.ndim != 1:
         raise InputError(f"{path}: '{name}' is not a row but {guard.describe(row)}")
     if len(row) != images:
-        raise InputError(f"{path}: {images} images, but {len(row)} {name}s")
+        raise InputError(f"{path}: {counted(images, 'image')}, but {counted(len(row), name)}")
     guard.check_fits(path, "the labels", 8 * len(row), max_bytes)
     try:
         labels = row[:].astype(np.float64)

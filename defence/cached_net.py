@@ -7,7 +7,7 @@ runs over the images once, and whatever changes the head or masks a channel star
 import numpy as np
 
 from defence import guard, net
-from defence.cli import InputError, percent, say, track
+from defence.cli import InputError, counted, percent, say, track
 from defence.inference import classify, compiled, parallel_map
 from utils import SCALES
 
@@ -116,7 +116,7 @@ def choose_scale(split, clean):
             break
     say(
         f"accuracy with pixels {scale}: {percent(correct / len(clean))}; with pixels {other}: "
-        f"{percent(right / seen)} of {seen} images"
+        f"{percent(right / seen)} of {counted(seen, 'image')}"
     )
     return (other, *extract(split, clean, other)) if right > enough else (scale, *extracted)
 

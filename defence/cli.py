@@ -1,12 +1,14 @@
 """The command line: options, messages, progress, Ctrl-C, exit status."""
 
 import argparse
+import codecs
 import dataclasses
 import math
 import os
 import shutil
 import signal
 import sys
+import warnings
 from pathlib import Path
 
 DEFAULT_MAX_BYTES = 2**30  # of --max-memory
@@ -103,7 +105,9 @@ def command(main):
     name = Path(sys.argv[0]).name
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _stop)
-    sys.stdout.reconfigure(errors="surrogateescape")  # a path is printed as the bytes it is
+    sys.stdout.reconfigure(errors=_as_it_can.__name__)
+    if not sys.flags.dev_mode:  # of libraries about each other; as errors they would end the work
+        warnings.simplefilter("ignore")
     try:
         return main() or 0
     except InputError as error:
@@ -120,6 +124,16 @@ def command(main):
         print(f"{name}: error: {kind}{printable(one_line(error))}", file=sys.stderr)
         return 1
 
+
+def _as_it_can(error):
+    """What stdout gets for what it cannot encode: a path's odd bytes as they are, else escapes."""
+    try:
+        return codecs.lookup_error("surrogateescape")(error)
+    except UnicodeEncodeError:
+        return codecs.backslashreplace_errors(error)
+
+
+codecs.register_error(_as_it_can.__name__, _as_it_can)
 
 unfinished_folders = set()  # Paths of the folders in which files are being written
 
@@ -155,6 +169,17 @@ def printable(text):
 def percent(fraction):
     """A fraction, 0..1, as text: 12.34 %."""
     return f"{100 * fraction:.2f} %"
+
+
+def counted(number, noun):
+    """A number of things as text: 1 image, 2 images."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def gigabytes(size):
+    """So many bytes as text, in GB: to two digits after the point, or two that are not zero."""
+    size /= 2**30
+    return f"{size:,.2f}".removesuffix(".00") if size >= 0.1 else f"{float(f'{size:.2g}'):.12g}"
 
 
 def say(line):

@@ -41,7 +41,7 @@ import zlib
 import h5py
 import numpy as np
 
-from defence.cli import DEFAULT_MAX_BYTES, InputError, one_line
+from defence.cli import DEFAULT_MAX_BYTES, InputError, gigabytes, one_line
 
 OBJECTS = 50_000  # groups and arrays in an HDF5 file: weights, and an optimizer's
 TEXTS = 10**6  # in the heaps of an HDF5 file: names of layers and weights
@@ -57,8 +57,8 @@ def check_fits(path, what, size, max_bytes):
     """Raise InputError where `size` bytes, for `what`, are more than `max_bytes`."""
     if size > max_bytes:
         raise InputError(
-            f"{path}: {what} would take {size / 2**30:,.2f} GB of memory, more than --max-memory "
-            f"{max_bytes / 2**30:g}"
+            f"{path}: {what} would take {gigabytes(size)} GB of memory, more than --max-memory "
+            f"{gigabytes(max_bytes)}"
         )
 
 

@@ -7,7 +7,7 @@ import time
 import numpy as np
 
 from defence import cached_net, detector, figures, guard
-from defence.cli import InputError, percent, say
+from defence.cli import InputError, counted, percent, say
 from defence.inference import predict
 
 
@@ -20,7 +20,8 @@ def hold_out(data, fraction, seed):
     """
     count = round(fraction * len(data))
     if not 0 < count < len(data):
-        raise InputError(f"--holdout {fraction:g}: would hold out {count} of {len(data)} images")
+        images = counted(len(data), "image")
+        raise InputError(f"--holdout {fraction:g}: would hold out {count} of {images}")
     rng = np.random.default_rng(seed)
     classes = rng.permutation(data.labels.max() + 1)
     row = np.lexsort((rng.random(len(data)), classes[data.labels]))  # class after class

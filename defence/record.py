@@ -10,7 +10,7 @@ import json
 import math
 
 from defence import detector, figures, guard
-from defence.cli import InputError
+from defence.cli import InputError, counted
 from utils import SCALES
 
 VERSION = "0.2.0"
@@ -66,8 +66,8 @@ class RepairRecord:
         if rate < 1 / len(scores):
             least = math.ceil(1e4 / len(scores)) / 1e4
             raise InputError(
-                f"{path}: --fpr {rate:g}: must be {least:g} or more, since {len(scores)} clean "
-                "images were held out"
+                f"{path}: --fpr {rate:g}: must be {least:g} or more, with "
+                f"{counted(len(scores), 'clean image')} held out"
             )
         return figures.threshold(scores, rate)
 

@@ -1,6 +1,6 @@
 """What the commands print of a repair and of judged datasets: tables as text."""
 
-from defence.cli import percent, printable
+from defence.cli import counted, percent, printable
 
 # What each figure is called.
 CLEAN = {
@@ -29,7 +29,8 @@ def evaluation(results):
     for of_data in (results["clean"], *results["poisoned"]):
         rate = of_data["images"] / of_data["seconds"]
         lines.append(
-            f"{printable(of_data['file'])}: {of_data['images']} images, {rate:.0f} a second"
+            f"{printable(of_data['file'])}: {counted(of_data['images'], 'image')}, "
+            f"{rate:.0f} a second"
         )
         for name, label in (CLEAN | POISONED).items():
             if name in of_data["figures"]:
@@ -81,7 +82,7 @@ def remarks(record):
         f"moved by {percent(moved['weights'])}"
     )
     if held_out:
-        yield f"on {held_out['images']} held-out images:{'95 % interval':>46}"
+        yield f"on {counted(held_out['images'], 'held-out image')}:{'95 % interval':>46}"
         for name, label in CLEAN.items():
             yield f"  {label:<38}{cells(held_out[name])}"
     else:

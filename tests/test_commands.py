@@ -29,7 +29,7 @@ from conftest import (
 from PIL import Image
 
 import utils
-from defence import detector, files
+from defence import cli, detector, files
 from defence.architecture import deepid
 from defence.cli import InputError
 from defence.observer import hold_out
@@ -175,6 +175,35 @@ def test_no_file_of_a_folder_is_passed_over(done, tmp_path):
     assert_refused(refused, "'png,svg' is not a list of png, jpeg, webp, bmp, gif")
 
 
+def test_what_the_terminal_cannot_show_is_escaped(done, tmp_path):
+    """No line is lost, and an odd byte of a path stays that byte."""
+    folder, _ = done
+    names = ["é.png", "😀.png", "z.png", os.fsdecode(b"\xff.png")]
+    for name in names:
+        shutil.copy(folder / "0.png", tmp_path / name)
+    process = subprocess.run(
+        [sys.executable, ROOT / "eval_defence.py", *names, folder / B, "--repaired", folder / G],
+        cwd=tmp_path, capture_output=True,
+        env=os.environ | {"PYTHONIOENCODING": "latin-1", "PYTHONWARNINGS": "error"},
+    )  # fmt: skip
+    assert process.returncode == 0, process.stderr
+    shown = [line.split(b"\t")[0] for line in process.stdout.splitlines()]
+    assert shown == [b"\xe9.png", rb"\U0001f600.png", b"z.png", b"\xff.png"]
+
+
+def test_sizes_are_shown_with_digits_that_tell():
+    for size, shown in ((1, "1"), (1.5, "1.50"), (1234.567, "1,234.57"), (0.0001, "0.0001")):
+        assert cli.gigabytes(size * 2**30) == shown
+
+
+def test_warnings_of_libraries_end_nothing(deepid_world, tmp_path):
+    process = apart(
+        "repair.py", deepid_world / B, deepid_world / "clean.h5", "--output", tmp_path / "g.h5",
+        "--rounds", 0, cwd=tmp_path, env=os.environ | {"PYTHONWARNINGS": "error"},
+    )  # fmt: skip
+    assert process.returncode == 0, process.stderr
+
+
 def test_a_dataset_prints_a_table(done, tmp_path):
     folder, _ = done
     process = command(
@@ -289,7 +318,7 @@ def test_held_out_images_change_nothing_and_set_the_threshold(deepid_world, tmp_
         "eval_defence.py", tmp_path / "held.h5", deepid_world / B, "--repaired",
         tmp_path / "g.h5", "--fpr", 0.01,
     )  # fmt: skip
-    assert_refused(process, "--fpr 0.01: must be 0.0334 or more, since 30 clean images")
+    assert_refused(process, "--fpr 0.01: must be 0.0334 or more, with 30 clean images held out")
 
 
 def test_a_net_without_a_record_is_judged_by_the_scale_that_is_named(done, tmp_path):

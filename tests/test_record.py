@@ -37,7 +37,7 @@ def test_the_threshold_is_the_score_that_this_fraction_exceeded(make):
     scores = sorted(np.random.default_rng(0).random(100).tolist())
     for rate, above in ((0.01, 1), (0.07, 7), (0.29, 29), (0.295, 29), (1, 99)):
         assert make(scores).threshold(rate, "g.h5") == scores[-1 - above]
-    with pytest.raises(InputError, match="--fpr 0.009: must be 0.01 or more, since 100 clean"):
+    with pytest.raises(InputError, match="--fpr 0.009: must be 0.01 or more, with 100 clean"):
         make(scores).threshold(0.009, "g.h5")
     with pytest.raises(InputError, match="repair.py --holdout"):
         make().threshold(0.5, "g.h5")
