@@ -26,10 +26,11 @@ from defence.cli import InputError, printable, say, track
 from defence.inference import parallel_map
 
 PICTURES = 100  # judged together
+STDIN = "-"  # as IMAGE
 
 
 def main():
-    arguments = options.eval_parser().parse_args()
+    arguments = options.parse_eval()
     models = backends.find_models(arguments.model, arguments.repaired)
     if not arguments.ray and (arguments.output or arguments.workers or arguments.ray_address):
         raise InputError("--output, --workers and --ray-address go with --ray")
@@ -37,6 +38,11 @@ def main():
         return export(models, arguments)
     if not arguments.images:
         raise InputError("give an IMAGE, or --export")
+    given = arguments.images
+    alone = len(given) == 1 and given[0] != STDIN and not Path(given[0]).is_dir()
+    if STDIN in given:
+        names = names_on_stdin(arguments.null)
+        arguments.images = [name for name in given if name != STDIN] + names
     if arguments.ray:
         return judge_on_ray(models, arguments)
     given = map(Path, arguments.images)
@@ -52,7 +58,13 @@ def main():
         plots.require_format(arguments.plot)
     if datasets:
         return judge_datasets(images, models, arguments)
-    return judge_pictures(images, models, arguments)
+    return judge_pictures(images, models, arguments, alone)
+
+
+def names_on_stdin(null):
+    """The names on stdin, one a line or, if null, each ended by NUL. Empty ones are left out."""
+    names = sys.stdin.buffer.read().split(b"\0" if null else b"\n")
+    return [os.fsdecode(name) for name in names if name]
 
 
 def use_of(arguments):  # what backends.usage_from_record takes
@@ -109,9 +121,11 @@ def judge_on_ray(models, arguments):
 # ------------------------------------------------------------------------------------- pictures
 
 
-def judge_pictures(images, models, arguments):
-    """Print the verdicts on pictures, batch after batch. Returns the exit status."""
-    alone = len(arguments.images) == 1 and not Path(arguments.images[0]).is_dir()
+def judge_pictures(images, models, arguments, alone):
+    """Print the verdicts on pictures, batch after batch. Returns the exit status.
+
+    alone: whether there is one, that was named: print the number alone.
+    """
     if alone:
         picture = read(images[0], arguments)  # before the nets are loaded
     found = load(models, arguments, arguments.backend)

@@ -39,6 +39,8 @@ def deepid_classes(file, path):
     for bias in ("output/output/bias:0", "output/output/bias", "layers/dense_2/vars/1"):
         if isinstance(file.get(bias), h5py.Dataset) and file[bias].ndim == 1:
             return len(file[bias])
+    if "data" in file and "label" in file:
+        raise InputError(f"{path}: is a dataset, not a model; --help shows the order")
     raise InputError(f"{path}: contains no model config, and its weights are not those of a DeepID")
 
 

@@ -49,7 +49,9 @@ def find_repaired(badnet):
     made = utils.default_output(badnet)
     found = [path for path in (made, badnet.with_name(made.name)) if path.exists()]
     if not found:
-        record.refuse_repaired(utils.read_model(badnet))
+        model_file = utils.read_model(badnet)
+        _ = model_file.declared  # it is a model
+        record.refuse_repaired(model_file)
         raise InputError(
             f"{made}: no repaired net; make it with: python repair.py {badnet} CLEAN_DATA.h5"
         )
@@ -59,23 +61,28 @@ def find_repaired(badnet):
 
 
 def find_badnet(model):
-    """The Path of a BadNet, from a path or from a name in models/.
+    """The Path of a BadNet, from a path or a name in models/, with its suffix or without.
 
     Raises InputError where there is none; for a name, it lists those that are there.
     """
     path = Path(model)
-    if path.suffix in utils.MODEL_SUFFIXES:
-        return require_file(path)
-    for suffix in utils.MODEL_SUFFIXES:
-        if (named := utils.MODELS / f"{model}{suffix}").exists():
-            return require_file(named)
+    suffixes = [""] if path.suffix in utils.MODEL_SUFFIXES else utils.MODEL_SUFFIXES
+    bare = path.name == str(model) and suffixes != [""]
+    for folder in (utils.MODELS, Path()) if bare else (Path(), utils.MODELS):
+        for suffix in suffixes:
+            if (named := folder / f"{path}{suffix}").exists():
+                return require_file(named)
+    if path.exists():
+        raise InputError(f"{model}: is no BadNet; MODEL comes last, after the pictures")
+    if path.name != str(model):
+        raise InputError(f"{model}: no such file")
     there = sorted(
         path.stem
         for path in utils.MODELS.glob("*")
         if path.suffix in utils.MODEL_SUFFIXES and not path.stem.endswith("_defence")
     )
     known = f"the BadNets there are {', '.join(there)}" if there else "there are no BadNets there"
-    raise InputError(f"{utils.MODELS / model}.h5: no such file; {known}")
+    raise InputError(f"{utils.MODELS / path.name}{suffixes[0]}: no such file; {known}")
 
 
 def usage_from_record(badnet, repaired, fpr=None, scale=None, force=False):

@@ -120,17 +120,22 @@ def eval_parser():
         "Several: 'path<TAB>class' each; one that cannot be read does not keep the others from "
         "being judged. A dataset: a table of figures, each with its 95 % interval. Exit status: "
         "0 done, 1 failed, 2 wrong input.",
+        usage="%(prog)s IMAGE [IMAGE …] MODEL [options]",
     )
     parser.add_argument(
         "images",
-        metavar="IMAGE",
+        metavar="IMAGE … MODEL",
         nargs="*",
-        help="a picture, a folder, of which every file at any depth is judged, or one .h5 dataset",
+        help="IMAGE: a picture, a folder, of which every file at any depth is judged, one .h5 "
+        "dataset, or - for the names of pictures on stdin, one a line. MODEL: the BadNet, a name "
+        "in models/ or a path; or a detector's .onnx file",
     )
+    parser.add_argument("--model", metavar="MODEL", help="the same; then all others are IMAGE")
     parser.add_argument(
-        "model",
-        metavar="MODEL",
-        help="the BadNet: a name in models/, or a path; or a detector's .onnx file",
+        "-0",
+        "--null",
+        action="store_true",
+        help="the names on stdin end in NUL, as of find -print0",
     )
     _add_judging(parser.add_argument_group("what is flagged"))
     _add_results(parser.add_argument_group("what is written"))
@@ -147,6 +152,18 @@ def eval_parser():
     )
     cli.add_max_memory(limits)
     return parser
+
+
+def parse_eval():
+    """Parse the command line of eval_defence.py: unless --model is given, what comes last is it."""
+    parser = eval_parser()
+    arguments = parser.parse_intermixed_args()
+    if arguments.model is None:
+        if not arguments.images:
+            swallowed = "; a name behind --poisoned counts as its file" * bool(arguments.poisoned)
+            parser.error(f"MODEL is missing{swallowed}")
+        *arguments.images, arguments.model = arguments.images
+    return arguments
 
 
 def picture_formats(text):

@@ -612,6 +612,54 @@ def test_an_unknown_name_lists_the_badnets_in_models(tmp_path):
     assert process.stderr.endswith(f"{words}\n")
 
 
+def test_a_badnet_is_found_by_name_or_path_with_its_suffix_or_without(done):
+    folder, _ = done
+    for model in ("small_bd_net", "small_bd_net.h5", "models/small_bd_net", B, folder / B):
+        process = command("eval_defence.py", "0.png", model, cwd=folder)
+        assert process.stdout == f"{plain_verdicts(folder, ['0.png'])[0]}\n", process.stderr
+
+
+def test_what_is_out_of_order_or_missing_is_told(done):
+    folder, _ = done
+    dataset = "clean.h5: is a dataset, not a model"
+    for call, words in (
+        (["small_bd_net", "clean.h5"], dataset),
+        (["0.png"], "0.png: is no BadNet; MODEL comes last"),
+        (["0.png", "1.png"], "1.png: is no BadNet; MODEL comes last"),
+        (["clean.h5", "--poisoned", "poisoned.h5", "small_bd_net"], "clean.h5: is a dataset, not"),
+        (["--poisoned", "poisoned.h5", "small_bd_net"], "MODEL is missing; a name behind --poison"),
+        ([], "MODEL is missing (see"),
+        (["0.png", "none/small_bd_net"], "none/small_bd_net: no such file"),
+    ):
+        assert_refused(command("eval_defence.py", *call, cwd=folder), words)
+    assert_refused(command("repair.py", "clean.h5", B, cwd=folder), dataset)
+
+
+def test_names_come_in_any_order_and_from_stdin(done, tmp_path):
+    """`ls *.png | xargs eval_defence.py --model NAME`, `find … -print0 | eval_defence.py - …`."""
+    folder, _ = done
+    shutil.copy(folder / "1.png", tmp_path / "a\nb.png")
+    (tmp_path / "models").symlink_to(folder / "models")
+    shutil.copy(folder / "0.png", tmp_path / "0.png")
+    answers = plain_verdicts(folder, ["0.png", "1.png"])
+    lines = f"0.png\t{answers[0]}\n" + rf"a\nb.png	{answers[1]}" + "\n"
+    for call, given, expected in (
+        (["0.png", "--fpr", "0.5", "--model", B], b"", None),
+        (["--model", "small_bd_net", "0.png", "a\nb.png"], b"", lines),
+        (["0.png", "--json", "out.json", "a\nb.png", B], b"", lines),
+        (["-", B], b"0.png\n", lines.splitlines(True)[0]),
+        (["-0", "-", B], b"0.png\0a\nb.png\0", lines),
+    ):
+        process = subprocess.run(
+            [sys.executable, ROOT / "eval_defence.py", *call],
+            cwd=tmp_path, input=given, capture_output=True,
+        )  # fmt: skip
+        if expected is None:  # the options are read; only held-out images are missing
+            assert b"repair.py --holdout" in process.stderr
+        else:
+            assert process.stdout.decode() == expected, process.stderr
+
+
 def png(width, height):
     """The bytes of a PNG that declares a size and holds next to nothing."""
 
