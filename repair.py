@@ -25,6 +25,7 @@ import numpy as np
 import utils
 from defence import (
     backends,
+    check,
     cli,
     files,
     guard,
@@ -62,8 +63,8 @@ def do_repair(badnet, clean, settings, observer):
 
     cached = CachedNet.of(split, clean)
     before = cached.accuracy()
-    if before == 0:
-        raise InputError(f"{clean.path}: the BadNet answers none of its images with their label")
+    check.warn(cached)
+    check.refuse(cached, settings.harden)
     observer.ready(cached)
 
     prune(cached, settings.threshold * before, observer)  # 2a
@@ -168,6 +169,8 @@ def main():
         model = badnet.load()
         for data in (clean, *poisoned):
             data.fit_to(model.input_shape[1:], model.output_shape[1])
+        if arguments.check:
+            return check_data(model, clean, settings)
         held_out = None
         if settings.holdout:
             clean, held_out = hold_out(clean, settings.holdout, settings.seed)
@@ -189,6 +192,13 @@ def main():
     if exported:
         backends.export(badnet, utils.read_model(output, arguments.max_bytes), exported)
         print(f"Saved detector: {exported}")
+
+
+def check_data(badnet, clean, settings):
+    """Print what --check tells of the validation set. Returns the exit status."""
+    cached = CachedNet.of(net.split(badnet, net.find_layer(badnet, settings.layer)), clean)
+    print("\n".join(check.report(cached)))
+    return int(check.warn(cached))
 
 
 def check_call(arguments):

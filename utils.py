@@ -258,6 +258,11 @@ class Dataset:
             yield np.divide(x, SCALES[scale], out=x), self.labels[done : done + len(x)]
             done += len(x)
 
+    def pixel_range(self):
+        """The least and the largest value of a pixel, 0..255, of the first batch."""
+        x, _ = next(self.batches())
+        return x.min(), x.max()
+
     def _read(self, part, chosen):
         """The chosen images of a slice, float32 (b, height, width, channels), 0..255."""
         last = min(part.stop, len(self.images)) - 1

@@ -65,6 +65,12 @@ def repair_parser():
 
 def _add_measuring(group):
     group.add_argument(
+        "--check",
+        action="store_true",
+        help="repair nothing, only look whether DATA can serve: the BadNet's accuracy, images of "
+        "each class, pixels; warnings make the exit status 1",
+    )
+    group.add_argument(
         "--holdout",
         metavar="FRACTION",
         type=at_least(0, most=0.9),

@@ -1,0 +1,97 @@
+"""Check: what can be told of a validation set, with B alone, before anything is trained on it."""
+
+import numpy as np
+
+from defence.cli import InputError, counted, percent, say
+from defence.inference import classify, compiled
+
+# A set is warned of where B is right on less, a class has so many times as many images as others,
+# or there are fewer images in all, or for each class.
+ACCURATE, TIMES, FEW, FEW_EACH = 0.8, 4, 100, 3
+# Hardening on a set is refused where B is right on less, or fewer of the classes have images.
+HARDENABLE, COVERED = 0.5, 0.5
+EXPLAINS = 0.3  # the accuracy that an explanation must add
+
+
+def warn(net):
+    """Say what may be wrong with a validation set. Returns whether anything is.
+
+    net: the CachedNet of B on it.
+    """
+    found = list(problems(net))
+    for line in found:
+        say(f"warning: {net.data.path}: {line}")
+    return bool(found)
+
+
+def refuse(net, harden):
+    """Raise InputError where a validation set cannot serve. net: as for `warn`.
+
+    harden: whether G is to be hardened, which a set that teaches what is wrong would wreck.
+    """
+    path, accuracy, counts = net.data.path, net.accuracy(), images_of_classes(net)
+    if accuracy == 0:
+        raise InputError(f"{path}: the BadNet answers none of its images with their label")
+    if harden and (accuracy < HARDENABLE or np.mean(counts > 0) < COVERED):
+        raise InputError(
+            f"{path}: --harden would teach G what is wrong here: the BadNet is right on "
+            f"{percent(accuracy)}, and {np.sum(counts > 0)} of {len(counts)} classes have images"
+        )
+
+
+def problems(net):
+    """Yield what may be wrong with a validation set, a line each. net: as for `warn`."""
+    accuracy, counts = net.accuracy(), images_of_classes(net)
+    if accuracy < ACCURATE:
+        yield f"the BadNet is right on only {percent(accuracy)}; {explanation(net, accuracy)}"
+    absent = np.flatnonzero(counts == 0)
+    if len(absent):
+        yield (
+            f"classes without an image: {len(absent)} of {len(counts)}, such as label {absent[0]}; "
+            "what the BadNet knows of them may get lost"
+        )
+    usual, most = np.median(counts[counts > 0]), counts.argmax()
+    if counts[most] > TIMES * usual:
+        yield (
+            f"label {most} has {counts[most]} images, most others {usual:.0f}; so it looks where "
+            "poisoned images are among them, labelled with the attacker's class"
+        )
+    if len(net.labels) < max(FEW, FEW_EACH * len(counts)):
+        yield (
+            f"{counted(len(net.labels), 'image')} for {len(counts)} classes are few; "
+            f"{max(FEW, FEW_EACH * len(counts))} or more are better"
+        )
+
+
+def images_of_classes(net):
+    """How many images each class has: int64 (N,)."""
+    return np.bincount(net.labels, minlength=net.split.net.output_shape[1])
+
+
+def explanation(net, accuracy):
+    """What would make B right on more of a set: labels that are shifted, channels in disorder."""
+    for shift, meaning in ((1, "labels seem to count from 1; subtract 1"), (-1, "labels seem one")):
+        if np.mean(net.classes == net.labels - shift) > accuracy + EXPLAINS:
+            return meaning if shift == 1 else f"{meaning} too low; add 1"
+    x, y = next(net.data.batches(net.scale))
+    if x.shape[-1] == 3:
+        features = np.asarray(compiled(net.split.trunk)(x[..., ::-1])[0])
+        right = np.mean(classify(net.split.head, features) == y)
+        if right > accuracy + EXPLAINS:
+            return f"its pixels seem to be BGR, not RGB: so turned it is right on {percent(right)}"
+    return "is it another net's set, or are its labels in disorder?"
+
+
+def report(net):
+    """Yield the lines that `repair.py --check` prints. net: as for `warn`."""
+    counts = images_of_classes(net)
+    lowest, highest = net.data.pixel_range()
+    yield (
+        f"{net.data.path}: {counted(len(net.labels), 'image')}, pixels {lowest:g} to {highest:g}; "
+        f"the BadNet takes {net.scale}"
+    )
+    yield f"the BadNet is right on {percent(net.accuracy())}"
+    some = counts[counts > 0]
+    least, most = some.min(), some.max()
+    each = f"{least} to {most}, in the median {np.median(some):g}," if least < most else least
+    yield f"classes with images: {len(some)} of {len(counts)}, {each} each"
