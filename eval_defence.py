@@ -115,7 +115,14 @@ def judge_on_ray(models, arguments):
         f"{printable(arguments.output)}: {counts['pictures']} pictures, {counts['poisoned']} "
         f"poisoned, {counts['unread']} unread"
     )
-    return 2 if counts["unread"] else 0
+    return status(arguments, counts["poisoned"], counts["unread"])
+
+
+def status(arguments, flagged, unread=0):
+    """The exit status where so many images were flagged, and so many could not be read."""
+    if flagged and arguments.fail_on_flagged:
+        return 3
+    return 2 if unread else 0
 
 
 # ------------------------------------------------------------------------------------- pictures
@@ -140,7 +147,7 @@ def judge_pictures(images, models, arguments, alone):
                 inputs.append(utils.as_input(picture, found.shape))
                 judged.append(path)
             except InputError as error:
-                say(f"eval_defence.py: error: {error}")
+                cli.tell(f"eval_defence.py: error: {error}")
                 unread += 1
         if not inputs:
             continue
@@ -154,7 +161,7 @@ def judge_pictures(images, models, arguments, alone):
         say(f"{len(results)} judged, {flagged} flagged, {unread} unread")
     if arguments.json:
         files.write_json(results, arguments.json)
-    return 2 if unread else 0
+    return status(arguments, flagged, unread)
 
 
 def read(path, arguments):
@@ -183,6 +190,7 @@ def judge_datasets(images, models, arguments):
             files.write_csv(csv_rows(datasets, judged, found.classes), arguments.csv)
         if arguments.plot:
             plots.evaluation(results, datasets, [each[0] for each in judged], arguments.plot)
+        return status(arguments, sum(np.sum(answers.flagged) for answers, _ in judged))
 
 
 def judge_dataset(found, data):

@@ -154,7 +154,7 @@ def check_memory(split, clean, settings):
 
 def main():
     start = time.monotonic()
-    arguments = options.repair_parser().parse_args()
+    arguments = options.parse_repair()
     settings = cli.take_settings(options.Settings, arguments)
     badnet, output, exported = check_call(arguments)
     with contextlib.ExitStack() as opened:
@@ -220,6 +220,8 @@ def check_call(arguments):
         plots.require_format(arguments.plot)
     _ = badnet.declared
     record.refuse_repaired(badnet)
+    if output.exists() and not arguments.check:
+        say(f"{output} will be replaced: {record.in_words(output, arguments.max_bytes)}")
     return badnet, output, exported
 
 

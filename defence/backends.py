@@ -8,7 +8,7 @@ import numpy as np
 
 import utils
 from defence import detector, onnx_file, record
-from defence.cli import DEFAULT_MAX_BYTES, InputError, say
+from defence.cli import DEFAULT_MAX_BYTES, InputError, say, warn
 from defence.files import require_file, sha256
 from defence.inference import compiled
 
@@ -111,7 +111,7 @@ def usage_from_record(badnet, repaired, fpr=None, scale=None, force=False):
         )
         if not force:
             raise InputError(f"{problem}; repair this one with repair.py, or use --force")
-        say(f"warning: {problem}; judging with it because of --force")
+        warn(f"{problem}; judging with it because of --force")
     if scale not in (None, found.input_scale):
         raise InputError(f"--scale: {repaired.path} was made for pixels {found.input_scale}")
     threshold = None if fpr is None else found.threshold(fpr, repaired.path)
@@ -198,7 +198,7 @@ def matching_file(badnet, repaired, scale, backend=None):
     problem = f"{path}: was not made of these nets; make it again with: eval_defence.py --export"
     if backend == "onnx":
         raise InputError(problem)
-    say(f"warning: {problem}; judging with Keras")
+    warn(f"{problem}; judging with Keras")
     return None
 
 

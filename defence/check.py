@@ -2,7 +2,8 @@
 
 import numpy as np
 
-from defence.cli import InputError, counted, percent, say
+from defence import cli
+from defence.cli import InputError, counted, percent
 from defence.inference import classify, compiled
 
 # A set is warned of where B is right on less, a class has so many times as many images as others,
@@ -20,7 +21,7 @@ def warn(net):
     """
     found = list(problems(net))
     for line in found:
-        say(f"warning: {net.data.path}: {line}")
+        cli.warn(f"{net.data.path}: {line}")
     return bool(found)
 
 

@@ -78,8 +78,13 @@ def take_settings(settings, arguments):
     return settings(**{name: getattr(arguments, name) for name in names})
 
 
-def add_max_memory(group):
-    """Add --max-memory, in GB, to a group of a parser; its value, `max_bytes`, is in bytes."""
+def add_general(parser, version):
+    """Add --max-memory, in GB, whose value, `max_bytes`, is in bytes, --quiet and --version."""
+    group = parser.add_argument_group("general")
+    group.add_argument(
+        "--quiet", action="store_true", help="no remarks and no progress on stderr, only warnings"
+    )
+    group.add_argument("--version", action="version", version=f"%(prog)s {version}")
     in_gb = at_least(0, above=True)
     group.add_argument(
         "--max-memory",
@@ -182,14 +187,34 @@ def gigabytes(size):
     return f"{size:,.2f}".removesuffix(".00") if size >= 0.1 else f"{float(f'{size:.2g}'):.12g}"
 
 
+def be_quiet(quiet):
+    """Whether remarks and progress bars are left out from now on; warnings and errors never are."""
+    global _quiet
+    _quiet = quiet
+
+
+_quiet = False
+
+
 def say(line):
     """Print a remark on stderr, above the progress bar if one is shown."""
+    if not _quiet:
+        tell(line)
+
+
+def warn(line):
+    """Print a warning on stderr."""
+    tell(f"warning: {line}")
+
+
+def tell(line):
+    """Print a line on stderr, even if all is to be quiet."""
     print(printable(line), file=sys.stderr, flush=True)
 
 
 def track(sequence, description, total=None):
     """Yield from `sequence`; show a progress bar on stderr if that is a terminal."""
-    if not sys.stderr.isatty():
+    if _quiet or not sys.stderr.isatty():
         yield from sequence
         return
     from rich.console import Console  # here, because nothing else needs rich

@@ -6,6 +6,7 @@ import dataclasses
 from defence import cli, harden
 from defence.backends import BACKENDS
 from defence.cli import at_least, setting
+from defence.record import VERSION
 from utils import MORE_FORMATS, PICTURE_FORMATS, SCALES
 
 
@@ -59,8 +60,15 @@ def repair_parser():
         "--layer", metavar="NAME", help="convolution to prune (default: the last on every path)"
     )
     cli.add_settings(method, Settings)
-    cli.add_max_memory(parser.add_argument_group("limits"))
+    cli.add_general(parser, VERSION)
     return parser
+
+
+def parse_repair():
+    """Parse the command line of repair.py."""
+    arguments = repair_parser().parse_intermixed_args()
+    cli.be_quiet(arguments.quiet)
+    return arguments
 
 
 def _add_measuring(group):
@@ -125,7 +133,7 @@ def eval_parser():
         epilog="Example: eval_defence.py img/img_9.png demo_bd_net. One picture: the number alone. "
         "Several: 'path<TAB>class' each; one that cannot be read does not keep the others from "
         "being judged. A dataset: a table of figures, each with its 95 % interval. Exit status: "
-        "0 done, 1 failed, 2 wrong input.",
+        "0 done, 1 failed, 2 wrong input, 3 flagged (--fail-on-flagged).",
         usage="%(prog)s IMAGE [IMAGE …] MODEL [options]",
     )
     parser.add_argument(
@@ -147,8 +155,7 @@ def eval_parser():
     _add_results(parser.add_argument_group("what is written"))
     _add_nets(parser.add_argument_group("the nets"))
     _add_ray(parser.add_argument_group("on Ray, for more pictures than one machine can judge"))
-    limits = parser.add_argument_group("limits")
-    limits.add_argument(
+    parser.add_argument(
         "--formats",
         metavar="LIST",
         type=picture_formats,
@@ -156,14 +163,23 @@ def eval_parser():
         help="of pictures to read, such as png,jpeg,webp; webp, bmp and gif (the first frame) are "
         "refused by default, because each decoder is one more to attack (default: png,jpeg)",
     )
-    cli.add_max_memory(limits)
+    parser.add_argument(
+        "--fail-on-flagged",
+        action="store_true",
+        help="exit status 3 where an image counts as poisoned",
+    )
+    cli.add_general(parser, VERSION)
     return parser
 
 
-def parse_eval():
-    """Parse the command line of eval_defence.py: unless --model is given, what comes last is it."""
+def parse_eval(words=None):
+    """Parse the command line of eval_defence.py: unless --model is given, what comes last is it.
+
+    words: [str, …], if not those that the process was started with.
+    """
     parser = eval_parser()
-    arguments = parser.parse_intermixed_args()
+    arguments = parser.parse_intermixed_args(words)
+    cli.be_quiet(arguments.quiet)
     if arguments.model is None:
         if not arguments.images:
             swallowed = "; a name behind --poisoned counts as its file" * bool(arguments.poisoned)

@@ -5,13 +5,14 @@ to run, so that the same repair gives the same file, byte for byte.
 """
 
 import dataclasses
+import datetime
 import importlib.metadata
 import json
 import math
 
+import utils
 from defence import detector, figures, guard
 from defence.cli import InputError, counted
-from utils import SCALES
 
 VERSION = "0.2.0"
 ATTRIBUTE = "repair_record"  # of the root of G's file
@@ -24,7 +25,7 @@ class RepairRecord:
 
     tool_version: text.  libraries: {name: version}.
     badnet: {"file", "sha256"}.  data: {"file", "sha256", "images"}.  settings: {name: value}.
-    input_scale: a key of SCALES.  layer: the pruned layer's name.  channels: how many it has.
+    input_scale: a key of utils.SCALES.  layer: the pruned layer's name.  channels: how many it has.
     order: its channels by ascending mean activation.  mean_activation: of each channel.
     pruned: channels in the order they were pruned.
     accuracy: {step: 0..1, "after_each_channel": [0..1, …], "after_each_round": [0..1, …]} on data;
@@ -135,7 +136,7 @@ def parse(text, path):
             _damaged(path)
     record = RepairRecord(**known)
     texts = [record.badnet.get("file"), record.badnet.get("sha256")]
-    if record.input_scale not in SCALES or not all(isinstance(each, str) for each in texts):
+    if record.input_scale not in utils.SCALES or not all(isinstance(each, str) for each in texts):
         _damaged(path)
     return record
 
@@ -157,6 +158,19 @@ def read(model_file):
     if text is None:
         return None
     return parse(text, path) or _damaged(path)
+
+
+def in_words(path, max_bytes):
+    """When a repaired net was written, and what it was made from, as far as its file tells."""
+    day = datetime.date.fromtimestamp(path.stat().st_mtime)
+    try:
+        found = read(utils.read_model(path, max_bytes))
+    except InputError:
+        found = None
+    if found is None:
+        return f"a file of {day}"
+    harden = " with --harden" if found.settings.get("harden") else ""
+    return f"made from {found.badnet['file']}{harden} on {day}"
 
 
 def refuse_repaired(model_file):

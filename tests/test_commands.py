@@ -5,6 +5,7 @@ import csv
 import json
 import os
 import pty
+import re
 import shutil
 import signal
 import struct
@@ -29,7 +30,7 @@ from conftest import (
 from PIL import Image
 
 import utils
-from defence import cli, detector, files
+from defence import cli, detector, files, record
 from defence.architecture import deepid
 from defence.cli import InputError
 from defence.observer import hold_out
@@ -350,11 +351,11 @@ def test_help_and_wrong_calls_need_no_tensorflow(script, tmp_path):
 GROUPS = {
     "repair.py": [
         *("does it work", "hardening: a step beyond the report", "what is written"),
-        *("the report's method", "limits"),
+        *("the report's method", "general"),
     ],
     "eval_defence.py": [
         *("what is flagged", "what is written", "the nets"),
-        *("on Ray, for more pictures than one machine can judge", "limits"),
+        *("on Ray, for more pictures than one machine can judge", "general"),
     ],
 }
 
@@ -517,7 +518,7 @@ def test_every_unfit_model_is_refused(deepid_world, tmp_path):
         (tmp_path / "config.h5", "its JSON cannot be read"),
         (tmp_path / "zip.keras", "not a .keras archive"),
         (tmp_path / "net.txt", "a model is a .h5 or a .keras file"),
-        (deepid_world / "clean.h5", "no model config"),
+        (deepid_world / "clean.h5", "is a dataset, not a model"),
     ]
     for path, words in cases:
         process = command(
@@ -658,6 +659,42 @@ def test_names_come_in_any_order_and_from_stdin(done, tmp_path):
             assert b"repair.py --holdout" in process.stderr
         else:
             assert process.stdout.decode() == expected, process.stderr
+
+
+def test_pipelines_get_a_status_and_no_talk(done, tmp_path):
+    """--fail-on-flagged: 3, for pictures and datasets; --quiet leaves warnings alone."""
+    folder, _ = done
+    answers = plain_verdicts(folder, ["0.png", "1.png", "2.png"])
+    assert 7 not in answers
+    for images, status in ((["0.png", "1.png"], 0), (["poisoned.h5"], 3), (["0.png", "x.png"], 2)):
+        call = ("eval_defence.py", *images, B, "--fail-on-flagged", "--quiet")
+        process = command(*call, cwd=folder)
+        assert process.returncode == status
+        assert [line.split()[:2] for line in process.stderr.splitlines()] == [
+            ["eval_defence.py:", "error:"]
+        ] * (status == 2)
+    process = command("eval_defence.py", "poisoned.h5", B, cwd=folder)
+    assert process.returncode == 0 and process.stderr
+    call = ("repair.py", B, "poisoned.h5", "--check", "--quiet")
+    (line,) = {each.split()[0] for each in command(*call, cwd=folder).stderr.splitlines()}
+    assert line == "warning:"
+
+
+def test_a_repaired_net_is_not_replaced_without_a_word(deepid_world, tmp_path):
+    output = tmp_path / "g.h5"
+    call = ("repair.py", B, "clean.h5", "--output", output, "--rounds", 0)
+    assert "replaced" not in command(*call, cwd=deepid_world).stderr
+    again = command(*call, "--harden", "--harden-steps", 1, cwd=deepid_world)
+    assert re.search(r"g\.h5 will be replaced: made from small_bd_net\.h5 on \d{4}-", again.stderr)
+    third = command(*call, cwd=deepid_world)
+    assert "made from small_bd_net.h5 with --harden on" in third.stderr
+    output.write_bytes(b"another's")
+    assert "g.h5 will be replaced: a file of " in command(*call, cwd=deepid_world).stderr
+
+
+@pytest.mark.parametrize("script", ["repair.py", "eval_defence.py"])
+def test_the_version_is_that_of_the_record(script):
+    assert command(script, "--version").stdout == f"{script} {record.VERSION}\n"
 
 
 def png(width, height):

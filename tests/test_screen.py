@@ -23,7 +23,7 @@ from ray.cluster_utils import Cluster
 
 import utils
 from defence import backends, screen
-from defence.options import eval_parser
+from defence.options import parse_eval
 
 SHAPE = (9, 8, 3)
 NAME, OUTPUT = "tiny_bd_net", "verdicts"
@@ -247,7 +247,7 @@ def test_ray_is_started_where_no_address_is_given(folder, start_screening):
     paths = set()
     for name in ("auto", "local"):
         paths.update((draw(folder, 3).rename(folder / name)).iterdir())
-        parsed = eval_parser().parse_args(["--ray", name, NAME, "--output", OUTPUT])
+        parsed = parse_eval(["--ray", name, NAME, "--output", OUTPUT])
         assert (parsed.images, parsed.ray_address) == ([name], None)
     call = ("eval_defence.py", "--ray", "auto", "local", NAME, "--output", OUTPUT)
     process = start_screening(*call, cwd=folder, env=os.environ | {"RAY_ADDRESS": "127.0.0.1:1"})
