@@ -27,6 +27,7 @@ from defence.inference import parallel_map
 
 PICTURES = 100  # judged together
 STDIN = "-"  # as IMAGE
+ROW = ("path", "class", "badnet_class", "repaired_class", "score", "error")  # what is told of each
 
 
 def main():
@@ -50,8 +51,8 @@ def main():
     images = utils.list_pictures(arguments.images)
     if datasets and len(images) > 1:
         raise InputError(f"{datasets[0]}: give one dataset alone, or pictures")
-    if (arguments.poisoned or arguments.csv or arguments.plot) and not datasets:
-        raise InputError("--poisoned, --csv and --plot go with a dataset as IMAGE, not pictures")
+    if (arguments.poisoned or arguments.plot) and not datasets:
+        raise InputError("--poisoned and --plot go with a dataset as IMAGE, not pictures")
     outputs = {f"--{name}": getattr(arguments, name) for name in ("json", "csv", "plot")}
     files.check_writable(outputs, [*images, *arguments.poisoned, *models])
     if arguments.plot:
@@ -137,31 +138,43 @@ def judge_pictures(images, models, arguments, alone):
         picture = read(images[0], arguments)  # before the nets are loaded
     found = load(models, arguments, arguments.backend)
     found.require_pictures()
-    results, unread, flagged = [], 0, 0
+    results = []
     count = min(PICTURES, max(1, arguments.max_bytes // (4 * math.prod(found.shape))))
     for start in range(0, len(images), count):
-        judged, inputs = [], []
+        rows, inputs = [], []
         for path in images[start : start + count]:
+            rows.append(dict.fromkeys(ROW) | {"path": str(path)})
             try:
                 picture = picture if alone else read(path, arguments)
                 inputs.append(utils.as_input(picture, found.shape))
-                judged.append(path)
             except InputError as error:
-                cli.tell(f"eval_defence.py: error: {error}")
-                unread += 1
-        if not inputs:
-            continue
-        answers = found.judge(np.stack(inputs))
-        for path, row in zip(judged, detector.rows(answers, found.classes)):
-            answer = row.pop("verdict")
-            print(answer if alone else f"{printable(path)}\t{answer}", flush=True)
-            results.append({"path": str(path), "class": answer, **row})
-            flagged += answer > found.classes
+                rows[-1]["error"] = str(error)
+        judged = [row for row in rows if row["error"] is None]
+        answers = detector.rows(found.judge(np.stack(inputs)), found.classes) if judged else []
+        for row, said in zip(judged, answers):
+            row |= said
+        tell(rows, arguments, alone)
+        results += rows
+    flagged = sum(row["class"] == found.classes + 1 for row in results)
+    unread = sum(row["error"] is not None for row in results)
     if not alone:
-        say(f"{len(results)} judged, {flagged} flagged, {unread} unread")
+        say(f"{len(results) - unread} judged, {flagged} flagged, {unread} unread")
     if arguments.json:
-        files.write_json(results, arguments.json)
+        files.write_json(found.described() | {"pictures": results}, arguments.json)
+    if arguments.csv:
+        files.write_csv(results, arguments.csv)
     return status(arguments, flagged, unread)
+
+
+def tell(rows, arguments, alone):
+    """Print the class of each picture on stdout, or on stderr why it could not be read."""
+    for row in rows:
+        if row["error"] is not None:
+            cli.tell(f"eval_defence.py: error: {row['error']}")
+        elif files.STDOUT not in (arguments.json, arguments.csv):
+            print(
+                row["class"] if alone else f"{printable(row['path'])}\t{row['class']}", flush=True
+            )
 
 
 def read(path, arguments):
@@ -182,8 +195,9 @@ def judge_datasets(images, models, arguments):
         for data in datasets:
             data.fit_to(found.shape, found.classes)
         judged = [judge_dataset(found, data) for data in datasets]
-        results = evaluate(datasets, judged) | {"threshold": found.threshold, "rule": found.rule}
-        print(tables.evaluation(results))
+        results = evaluate(datasets, judged) | found.described()
+        if files.STDOUT not in (arguments.json, arguments.csv):
+            print(tables.evaluation(results))
         if arguments.json:
             files.write_json(results, arguments.json)
         if arguments.csv:

@@ -187,11 +187,11 @@ def main():
         files.write_json(dataclasses.asdict(made) | {"seconds": seconds}, arguments.json)
     if arguments.plot:
         plots.pruning_curve(made, arguments.plot)
-    print(tables.summary(made, seconds))
-    print(f"Saved model: {output}")
+    talk = sys.stderr if arguments.json == files.STDOUT else sys.stdout
+    print(tables.summary(made, seconds), f"Saved model: {output}", sep="\n", file=talk)
     if exported:
         backends.export(badnet, utils.read_model(output, arguments.max_bytes), exported)
-        print(f"Saved detector: {exported}")
+        print(f"Saved detector: {exported}", file=talk)
 
 
 def check_data(badnet, clean, settings):

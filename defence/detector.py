@@ -67,7 +67,7 @@ class Detector:
 
     run: float32 (n, height, width, channels), 0..255 → arrays of badnet, repaired, score, as in
     Answers.  classes: N.  shape: (height, width, channels).  threshold: as for is_flagged.
-    path: of its file, or of B's, for messages.
+    path: of its file, or of B's, for messages.  sha256: {"badnet", "repaired"}, of their files.
     """
 
     run: object
@@ -75,6 +75,7 @@ class Detector:
     shape: tuple
     threshold: float
     path: object
+    sha256: dict
 
     def judge(self, images):
         """Judge images, float32 (n, height, width, channels), 0..255. Returns Answers."""
@@ -86,6 +87,10 @@ class Detector:
         if self.shape[2] not in (1, 3):
             raise InputError(f"{self.path}: takes images of {self.shape[2]} channels, not pictures")
 
+    def described(self):
+        """What judged, as a dict that JSON can hold."""
+        return {"sha256": self.sha256, "threshold": self.threshold, "rule": self.rule}
+
     @property
     def rule(self):
         """What flags an image, in words."""
@@ -95,7 +100,7 @@ class Detector:
 
 
 def rows(answers, classes):
-    """Yield what is written about each image, a dict; classes and verdict as printed, from 1."""
+    """Yield what is written about each image, a dict, its class as printed; they count from 1."""
     for b, g, score, said in zip(
         answers.badnet.tolist(),
         answers.repaired.tolist(),
@@ -103,7 +108,7 @@ def rows(answers, classes):
         verdict(answers.badnet, answers.flagged, classes).tolist(),
     ):
         b, g = (each + 1 if each >= 0 else None for each in (b, g))
-        yield {"badnet_class": b, "repaired_class": g, "verdict": said, "score": score}
+        yield {"class": said, "badnet_class": b, "repaired_class": g, "score": score}
 
 
 # ------------------------------------------------------------------------------------ the score

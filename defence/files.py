@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import h5py
 from defence import cli, guard
 from defence.cli import DEFAULT_MAX_BYTES, InputError
 
+STDOUT = "-"  # as the path of a text file to write
 HDF5_SIGNATURE = b"\x89HDF\r\n\x1a\n"
 
 
@@ -38,7 +40,7 @@ def check_writable(outputs, inputs):
     """
     taken = {Path(path).resolve(): "an input" for path in inputs}
     for option, path in outputs.items():
-        if path is None:
+        if path in (None, STDOUT):
             continue
         path = Path(path)
         if not path.parent.is_dir():
@@ -82,21 +84,32 @@ def replacing(path):
         raise OSError(error.errno, error.strerror, str(path)) from error
 
 
+@contextlib.contextmanager
+def opened_for(path):
+    """A text file to write to, which is to be at `path`; STDOUT stands for stdout."""
+    if path == STDOUT:
+        yield sys.stdout
+        return
+    how = {"encoding": "utf-8", "errors": "surrogateescape", "newline": ""}
+    with replacing(path) as beside, open(beside, "w", **how) as file:
+        yield file
+
+
 def write_json(value, path):
-    """Write `value` to `path` as indented JSON. Raises ValueError at NaN and infinity."""
+    """Write `value` as indented JSON; path: as for opened_for. ValueError at NaN and infinity."""
     text = json.dumps(value, indent=1, allow_nan=False)
-    with replacing(path) as beside:
-        beside.write_text(text + "\n", encoding="utf-8")
+    with opened_for(path) as file:
+        file.write(text + "\n")
 
 
 def write_csv(rows, path):
     """Write dicts of the same keys, at least one, as CSV (RFC 4180), the keys in the first line.
 
-    rows: an iterable; one row is in memory at a time.
+    rows: an iterable; one row is in memory at a time.  path: as for opened_for.
     """
     rows = iter(rows)
     first = next(rows)
-    with replacing(path) as beside, open(beside, "w", encoding="utf-8", newline="") as file:
+    with opened_for(path) as file:
         writer = csv.DictWriter(file, first)
         writer.writeheader()
         writer.writerow(first)

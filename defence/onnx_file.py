@@ -46,7 +46,8 @@ class DetectorFile:
             found = self.run(images)
             return found["badnet_class"] - 1, found["repaired_class"] - 1, found["score"]
 
-        return detector.Detector(run, self.classes, self.shape, threshold, self.path)
+        sha256 = dict(zip(("badnet", "repaired"), self.made_of))
+        return detector.Detector(run, self.classes, self.shape, threshold, self.path, sha256)
 
     def threshold_for(self, rate):
         """The threshold for a false-positive rate. Raises InputError as RepairRecord does."""

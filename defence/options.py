@@ -112,7 +112,7 @@ def _add_hardening(group):
 def _add_writing(group):
     add = group.add_argument
     add("--output", metavar="FILE", help="G's file (default: models/NAME_defence.h5)")
-    add("--json", metavar="FILE", help="also write the repair record as JSON")
+    add("--json", metavar="FILE", help="also write the repair record as JSON; - for stdout")
     add("--plot", metavar="FILE", help="draw the pruning curve, as .png, .svg or .pdf")
     add(
         "--export",
@@ -213,12 +213,13 @@ def _add_judging(group):
 
 def _add_results(group):
     add = group.add_argument
-    add("--json", metavar="FILE", help="also write the verdicts or the table as JSON")
+    add("--json", metavar="FILE", help="also write what is printed as JSON; - writes it to stdout")
     add(
         "--csv",
         metavar="FILE",
-        help="also write a row for each image: dataset, index (from 0, in the dataset's order), "
-        "badnet_class, repaired_class, verdict, score, and label as in the file",
+        help="also write a row for each image: its path, or dataset and index (from 0, in the "
+        "dataset's order); class, as printed, badnet_class, repaired_class, score; error, or label "
+        "as in the file, which counts from 0; - writes it to stdout",
     )
     add(
         "--plot",

@@ -47,6 +47,7 @@ SCHEMA = pa.schema(
         "path": pa.string(),
         "class": pa.int32(),
         "badnet_class": pa.int32(),
+        "repaired_class": pa.int32(),
         "score": pa.float32(),
         "error": pa.string(),
     }
@@ -94,7 +95,7 @@ class Worker:
         if inputs:
             answers = self.detector.judge(np.stack(inputs))
             for row, said in zip(judged, detector.rows(answers, self.detector.classes)):
-                row |= {"class": said["verdict"], **said}
+                row |= said
         return pa.Table.from_pylist(rows, SCHEMA)
 
     def read(self, path):

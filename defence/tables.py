@@ -25,7 +25,9 @@ STEPS = ("before", "pruned", "retrained", "fine_tuned", "hardened")
 
 def evaluation(results):
     """The results of judged datasets, as in eval_defence.py's JSON, as one table."""
-    lines = [f"{'':<40}{'':>12}   95 % interval"]
+    threshold = results["threshold"]
+    rule = "B and G disagree" if threshold is None else f"score > {threshold:.4g}"
+    lines = [f"{'flagged: ' + rule:<40}{'':>12}   95 % interval"]
     for of_data in (results["clean"], *results["poisoned"]):
         rate = of_data["images"] / of_data["seconds"]
         lines.append(

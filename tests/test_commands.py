@@ -134,11 +134,13 @@ def plain_verdicts(folder, names):
 
 def test_pictures_and_folders_print_a_line_each_and_go_on_after_a_broken_one(done, tmp_path):
     folder, _ = done
-    (tmp_path / "broken.png").write_bytes((folder / "0.png").read_bytes()[:300])
+    inside = tmp_path / "in"
+    inside.mkdir()
+    (inside / "broken.png").write_bytes((folder / "0.png").read_bytes()[:300])
     process = command(
         "eval_defence.py",
         "2.png",
-        tmp_path,
+        inside,
         "1.png",
         B,
         "--json",
@@ -150,10 +152,22 @@ def test_pictures_and_folders_print_a_line_each_and_go_on_after_a_broken_one(don
     assert process.stdout == f"2.png\t{answers[0]}\n1.png\t{answers[1]}\n"
     rule, error, count = process.stderr.splitlines()
     assert rule == "flagging images on which B and G disagree"
-    assert error.startswith(f"eval_defence.py: error: {tmp_path / 'broken.png'}: ")
+    assert error.startswith(f"eval_defence.py: error: {inside / 'broken.png'}: ")
     assert count == f"2 judged, {answers.count(7)} flagged, 1 unread"
     written = json.loads((tmp_path / "out.json").read_text())
-    assert [row["class"] for row in written] == answers
+    assert written["rule"] == rule and written["threshold"] is None
+    hashes = {"badnet": files.sha256(folder / B), "repaired": files.sha256(folder / G)}
+    assert written["sha256"] == hashes
+    first, unread, second = written["pictures"]
+    assert [first["class"], second["class"]] == answers and first["error"] is None
+    assert unread.keys() == first.keys() and unread["class"] is unread["score"] is None
+    assert unread["path"].endswith("broken.png") and unread["error"] in error
+    as_json = command("eval_defence.py", "2.png", inside, "1.png", B, "--json", "-", cwd=folder)
+    assert as_json.returncode == 2 and json.loads(as_json.stdout) == written
+    as_csv = command("eval_defence.py", "2.png", inside, "1.png", B, "--csv", "-", cwd=folder)
+    rows = list(csv.DictReader(as_csv.stdout.splitlines()))
+    assert list(rows[0]) == list(first) and [row["path"] for row in rows][::2] == ["2.png", "1.png"]
+    assert [row["class"] for row in rows] == [str(answers[0]), "", str(answers[1])]
 
 
 def test_no_file_of_a_folder_is_passed_over(done, tmp_path):
@@ -226,6 +240,7 @@ def test_a_dataset_prints_a_table(done, tmp_path):
     assert poisoned["attack_success_rate_repaired"] == rates["fine_tuned"]["poisoned.h5"]
     assert judged["threshold"] is None
     shown = process.stdout.splitlines()
+    assert shown[0].startswith("flagged: B and G disagree  ")
     assert shown[1].startswith("clean.h5: 150 images, ") and len(shown) == 1 + 5 + 9
     accuracy = judged["clean"]["figures"]["clean_accuracy_badnet"]
     value, low, high = (f"{100 * accuracy[key]:.2f} %" for key in ("value", "low", "high"))
@@ -249,7 +264,7 @@ def test_a_row_for_each_image_and_a_plot(done, tmp_path):
     with open(tmp_path / "out.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert list(rows[0]) == [
-        *("dataset", "index", "badnet_class", "repaired_class", "verdict", "score", "label")
+        *("dataset", "index", "class", "badnet_class", "repaired_class", "score", "label")
     ]
     clean, poisoned = rows[:150], rows[150:]
     assert [int(row["index"]) for row in rows] == [*range(150), *range(20)]
@@ -258,10 +273,10 @@ def test_a_row_for_each_image_and_a_plot(done, tmp_path):
     judged = json.loads((tmp_path / "out.json").read_text())
     for part, of in ((clean, judged["clean"]), (poisoned, judged["poisoned"][0])):
         rate = "detection_rate" if of is not judged["clean"] else "false_positive_rate"
-        assert of["figures"][rate]["hits"] == sum(row["verdict"] == "7" for row in part)
+        assert of["figures"][rate]["hits"] == sum(row["class"] == "7" for row in part)
         for row in part:
             same = row["badnet_class"] == row["repaired_class"]
-            assert row["verdict"] == (row["badnet_class"] if same else "7")
+            assert row["class"] == (row["badnet_class"] if same else "7")
             assert 0 <= float(row["score"]) <= detector.MOST
     hits = sum(int(row["badnet_class"]) == int(row["label"]) + 1 for row in clean)
     assert hits == judged["clean"]["figures"]["clean_accuracy_badnet"]["hits"]
@@ -307,14 +322,14 @@ def test_held_out_images_change_nothing_and_set_the_threshold(deepid_world, tmp_
         assert process.returncode == 0, process.stderr
         with open(csv_file, newline="") as file:
             rows_written = list(csv.DictReader(file))
-        flagged = [row for row in rows_written if row["verdict"] == "7"]
+        flagged = [row for row in rows_written if row["class"] == "7"]
         assert len(flagged) <= rate * 30
         limit = scores[-1 - int(rate * 30)]  # the lowest that so many lie above, at most
         assert f"whose anomaly score is above {limit:.4g}" in process.stderr
         close = [row for row in rows_written if abs(float(row["score"]) - limit) < 1e-6]
         assert len(flagged) >= int(rate * 30) - len(close)
         for row in rows_written:
-            assert row["verdict"] in ("7", row["badnet_class"])
+            assert row["class"] in ("7", row["badnet_class"])
     process = command(
         "eval_defence.py", tmp_path / "held.h5", deepid_world / B, "--repaired",
         tmp_path / "g.h5", "--fpr", 0.01,
@@ -782,17 +797,13 @@ def test_what_cannot_be_judged_is_refused(done, tmp_path):
         ([folder / "0.png", folder / "clean.h5", B], "give one dataset alone"),
         (
             [folder / "0.png", B, "--poisoned", folder / "clean.h5"],
-            "--poisoned, --csv and --plot go with a dataset",
+            "--poisoned and --plot go with a dataset",
         ),
         (
             [folder / "clean.h5", B, "--json", folder / "clean.h5"],
             "an input; choose another --json",
         ),
         ([folder / "clean.h5", B, "--csv", folder / "clean.h5"], "an input; choose another --csv"),
-        (
-            [folder / "0.png", B, "--csv", "out.csv"],
-            "--poisoned, --csv and --plot go with a dataset",
-        ),
         ([folder / "clean.h5", B, "--plot", "out.txt"], "a plot's name ends in one of"),
         ([folder / "0.png", B, "--fpr", "0"], "'0' is not a number above 0"),
         ([folder / "0.png", B, "--fpr", "0.01"], "repair the BadNet again with: repair.py --hold"),

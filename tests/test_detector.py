@@ -194,7 +194,7 @@ def test_the_file_holds_the_threshold_and_where_it_is_from(at_rate):
         pixels = np.concatenate([x for x, _ in data.batches()]).astype(np.uint8)
     (classes,) = session.run(["class"], {session.get_inputs()[0].name: pixels})
     clean = [row for row in rows if row["dataset"] == "test.h5"]
-    assert classes.tolist() == [int(row["verdict"]) for row in clean]
+    assert classes.tolist() == [int(row["class"]) for row in clean]
     alone = folder / "models" / FILE
     for options, wanted in (([], limit), (["--fpr", "0.5"], None)):
         call = ("test.h5", alone, "--json", "alone.json", *options)
@@ -225,12 +225,12 @@ def test_the_rule_that_flags_is_said(at_rate):
         process = command("eval_defence.py", *call, cwd=folder)
         assert process.returncode == 0 and process.stderr == rule
         rows = read_rows(folder / "rows.csv")
-        flagged = [row["verdict"] == "7" for row in rows]
+        flagged = [row["class"] == "7" for row in rows]
         if rule == above:
             assert flagged == [float(row["score"]) > threshold for row in rows]
         else:
             assert flagged == [row["badnet_class"] != row["repaired_class"] for row in rows]
-        verdicts[model, options] = [row["verdict"] for row in rows]
+        verdicts[model, options] = [row["class"] for row in rows]
     by_name, by_name_at_rate, by_file = verdicts.values()
     assert by_name_at_rate == by_file != by_name
 
@@ -351,7 +351,7 @@ def test_the_readmes_python_needs_onnx_runtime_alone(served, without_tensorflow)
     assert process.returncode == 0, process.stderr
     call = ("eval_defence.py", *paths, "small_bd_net", "--json", "rows.json")
     assert command(*call, cwd=served).returncode == 0
-    rows = json.loads((served / "rows.json").read_text())
+    rows = json.loads((served / "rows.json").read_text())["pictures"]
     for line, row in zip(process.stdout.splitlines(), rows, strict=True):
         path, said, score = line.split(" ")
         assert (path, int(said)) == (row["path"], row["class"])

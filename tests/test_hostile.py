@@ -899,7 +899,7 @@ def test_scores_that_are_no_numbers_are_flagged(good, run, tmp_path):
         *("--json", "out.json"),
     )
     assert (process.returncode, process.stdout) == (0, f"{CLASSES + 1}\n"), process.stderr
-    assert json.loads((tmp_path / "out.json").read_text())[0]["badnet_class"] is None
+    assert json.loads((tmp_path / "out.json").read_text())["pictures"][0]["badnet_class"] is None
 
 
 # ------------------------------------------------------------------------------------- output

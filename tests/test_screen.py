@@ -28,6 +28,7 @@ from defence.options import parse_eval
 SHAPE = (9, 8, 3)
 NAME, OUTPUT = "tiny_bd_net", "verdicts"
 FILE = f"{NAME}_detector.onnx"
+CLASSES = ("class", "badnet_class", "repaired_class")
 JUDGES = "MapBatches(Worker)"  # in the name of Ray's actors that judge, and of nothing else
 AT_WORK = f"{JUDGES}).submit"  # in their name while they do
 
@@ -190,23 +191,25 @@ def test_verdicts_are_those_without_ray(folder, address):
     process = apart(*call, cwd=folder)
     assert process.returncode == 2, process.stderr
     rows = verdicts(folder)
-    assert set(rows) == {str(path) for path in inside.rglob("*") if path.suffix in (".png", ".JPG")}
+    assert set(rows) == {str(path) for path in inside.rglob("*") if path.is_file()}
     unread = {path: row for path, row in rows.items() if row["error"]}
-    names = [*(f"broken{i:02}.png" for i in range(100)), "p00050_cut.png"]
+    names = [*(f"broken{i:02}.png" for i in range(100)), "notes.txt", "p00050_cut.png"]
     assert sorted(Path(path).name for path in unread) == names
     assert all(
         row["class"] is row["badnet_class"] is row["score"] is None for row in unread.values()
     )
     command("eval_defence.py", inside, NAME, "--json", "plain.json", cwd=folder)
-    plain = json.loads((folder / "plain.json").read_text())
-    assert len(plain) == 120
+    plain = json.loads((folder / "plain.json").read_text())["pictures"]
+    assert len(plain) == len(rows) and rows[plain[0]["path"]].keys() == plain[0].keys()
     for row in plain:
         ours = rows[row["path"]]
-        assert (ours["class"], ours["badnet_class"]) == (row["class"], row["badnet_class"])
-        assert ours["score"] == pytest.approx(row["score"], rel=1e-5, abs=1e-5)
+        assert [ours[name] for name in CLASSES] == [row[name] for name in CLASSES]
+        assert (ours["error"] is None) == (row["error"] is None)
+        if row["error"] is None:
+            assert ours["score"] == pytest.approx(row["score"], rel=1e-5, abs=1e-5)
     poisoned = sum(row["class"] == 7 for row in rows.values())
     assert 0 < poisoned < 120
-    assert process.stdout == f"{OUTPUT}: 222 pictures, {poisoned} poisoned, 101 unread\n"
+    assert process.stdout == f"{OUTPUT}: 223 pictures, {poisoned} poisoned, 102 unread\n"
 
     # Once more: what is new is done, and nothing again.
     before = written(folder)

@@ -461,7 +461,7 @@ def compare_engines(folder, people, repeat):
         rows = [
             np.genfromtxt(path, delimiter=",", names=True, usecols=range(1, 7)) for path in answers
         ]
-        apart = sum(np.sum(rows[0][name] != rows[1][name]) for name in ("badnet_class", "verdict"))
+        apart = sum(np.sum(rows[0][name] != rows[1][name]) for name in ("badnet_class", "class"))
         error = np.abs(rows[0]["score"] - rows[1]["score"]) / np.maximum(1, rows[0]["score"])
         print(f"classes and verdicts that differ: {apart}; scores by at most {error.max():.1e}\n")
 
