@@ -194,6 +194,7 @@ def judge_datasets(images, models, arguments):
         found = load(models, arguments, arguments.backend)
         for data in datasets:
             data.fit_to(found.shape, found.classes)
+        warn_of_mistaken(datasets)
         judged = [judge_dataset(found, data) for data in datasets]
         results = evaluate(datasets, judged) | found.described()
         if files.STDOUT not in (arguments.json, arguments.csv):
@@ -205,6 +206,21 @@ def judge_datasets(images, models, arguments):
         if arguments.plot:
             plots.evaluation(results, datasets, [each[0] for each in judged], arguments.plot)
         return status(arguments, sum(np.sum(answers.flagged) for answers, _ in judged))
+
+
+def warn_of_mistaken(datasets):
+    """Warn of a clean Dataset, the first, that looks poisoned, and of others that look clean."""
+    clean, *poisoned = datasets
+    if looks_poisoned(clean):
+        cli.warn(f"{clean.path}: is judged as clean, but looks poisoned; see --poisoned")
+    for data in poisoned:
+        if not looks_poisoned(data):
+            cli.warn(f"{data.path}: is judged as poisoned, but its labels differ, as clean ones do")
+
+
+def looks_poisoned(data):
+    """Whether a Dataset has its images' true labels as well, or one label for all of several."""
+    return data.true_labels is not None or len(data) > 1 == len(np.unique(data.labels))
 
 
 def judge_dataset(found, data):

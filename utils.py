@@ -230,9 +230,10 @@ class Dataset:
             )
         for labels in filter(lambda found: found is not None, (self.labels, self.true_labels)):
             if labels.max() >= classes:
+                from_1 = bool(labels.min() == 1 and labels.max() == classes)
                 raise InputError(
                     f"{self.path}: label {labels.max()} is outside the model's classes, "
-                    f"0..{classes - 1}"
+                    f"0..{classes - 1}{'; labels seem to count from 1: subtract 1' * from_1}"
                 )
         self.channels_first = first
 
@@ -254,7 +255,9 @@ class Dataset:
                 continue
             x = self._read(part, chosen)
             if start == 0 and x.max() <= 1 and self.images.dtype.kind == "f":
-                raise InputError(f"{self.path}: pixels lie in 0..1; they must be 0..255")
+                raise InputError(
+                    f"{self.path}: pixels lie in 0..1; they must be 0..255, so multiply by 255"
+                )
             yield np.divide(x, SCALES[scale], out=x), self.labels[done : done + len(x)]
             done += len(x)
 
@@ -324,7 +327,8 @@ def read_labels(row, name, images, path, max_bytes):
     Raises InputError unless there is one for each image, and each is one of 0, 1, 2, …
     """
     if row.ndim != 1:
-        raise InputError(f"{path}: '{name}' is not a row but {guard.describe(row)}")
+        hot = "; of one-hot labels take argmax(axis=1)" if row.ndim == 2 else ""
+        raise InputError(f"{path}: '{name}' is not a row but {guard.describe(row)}{hot}")
     if len(row) != images:
         raise InputError(f"{path}: {counted(images, 'image')}, but {counted(len(row), name)}")
     guard.check_fits(path, "the labels", 8 * len(row), max_bytes)

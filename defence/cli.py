@@ -30,6 +30,8 @@ class Parser(argparse.ArgumentParser):
     """argparse, with errors of one line."""
 
     def error(self, message):
+        if " -" in message.partition("unrecognized arguments:")[2]:
+            message += "; a file of that name is ./-…"
         self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
 
 
