@@ -44,11 +44,13 @@ def main():
     if STDIN in given:
         names = names_on_stdin(arguments.null)
         arguments.images = [name for name in given if name != STDIN] + names
+        if not arguments.images:
+            raise InputError("-: there are no names on stdin")
     if arguments.ray:
         return judge_on_ray(models, arguments)
     given = map(Path, arguments.images)
     datasets = [path for path in given if path.suffix.lower() in utils.DATASET_SUFFIXES]
-    images = utils.list_pictures(arguments.images)
+    images = files.list_files(arguments.images)
     if datasets and len(images) > 1:
         raise InputError(f"{datasets[0]}: give one dataset alone, or pictures")
     if (arguments.poisoned or arguments.plot) and not datasets:

@@ -9,7 +9,6 @@ import dataclasses
 import functools
 import hashlib
 import io
-import os
 import tempfile
 import warnings
 from pathlib import Path
@@ -343,33 +342,6 @@ def read_labels(row, name, images, path, max_bytes):
 
 
 # ------------------------------------------------------------------------------------- pictures
-
-
-def list_pictures(paths):
-    """Replace each folder in `paths` by all that is in it, at any depth, by name. Returns Paths.
-
-    A link to a folder is not followed, and what is no file is not left out either: both are listed,
-    so that reading them fails. Raises InputError where a folder is empty.
-    """
-    pictures = []
-    for path in map(Path, paths):
-        if path.is_dir():
-            inside = sorted(_walk(path))
-            if not inside:
-                raise InputError(f"{path}: no file in the folder")
-            pictures += inside
-        else:
-            pictures.append(path)
-    return pictures
-
-
-def _walk(folder):
-    """Yield the Path of each file in a folder, and of each folder that cannot be entered."""
-    closed = []
-    for place, folders, names in os.walk(folder, onerror=closed.append):
-        links = (name for name in folders if os.path.islink(os.path.join(place, name)))
-        yield from (Path(place, name) for name in (*names, *links))
-    yield from (Path(error.filename) for error in closed)
 
 
 def read_picture(path, max_bytes=DEFAULT_MAX_BYTES, formats=PICTURE_FORMATS):

@@ -33,6 +33,33 @@ def require_file(path):
     return path
 
 
+def list_files(paths):
+    """Replace each folder in `paths` by all that is in it, at any depth, by name. Returns Paths.
+
+    A link to a folder is not followed, and what is no file is not left out either: both are listed,
+    so that reading them fails. Raises InputError where a folder is empty.
+    """
+    files = []
+    for path in map(Path, paths):
+        if path.is_dir():
+            inside = sorted(_walk(path))
+            if not inside:
+                raise InputError(f"{path}: no file in the folder")
+            files += inside
+        else:
+            files.append(path)
+    return files
+
+
+def _walk(folder):
+    """Yield the Path of each file in a folder, and of each folder that cannot be entered."""
+    closed = []
+    for place, folders, names in os.walk(folder, onerror=closed.append):
+        links = (name for name in folders if os.path.islink(os.path.join(place, name)))
+        yield from (Path(place, name) for name in (*names, *links))
+    yield from (Path(error.filename) for error in closed)
+
+
 def check_writable(outputs, inputs):
     """Raise InputError unless every output can be written, overwrites no input and no other output.
 

@@ -327,7 +327,7 @@ def test_a_folder_stands_for_all_that_is_in_it_at_any_depth(tmp_path):
         (tmp_path / name).touch()
     (tmp_path / "outside").symlink_to(tmp_path / "inner")  # not entered, but not forgotten
     os.mkfifo(tmp_path / "pipe")
-    found = [str(path) for path in utils.list_pictures([tmp_path, "x.png"])]
+    found = [str(path) for path in files.list_files([tmp_path, "x.png"])]
     assert found == [*(str(tmp_path / name) for name in [*names[:4], "outside", "pipe"]),
                      str(tmp_path / names[4]), "x.png"]  # fmt: skip
     for name in ("outside", "pipe"):
@@ -335,7 +335,7 @@ def test_a_folder_stands_for_all_that_is_in_it_at_any_depth(tmp_path):
             utils.read_picture(tmp_path / name)
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match="empty: no file in the folder"):
-        utils.list_pictures([tmp_path / "empty"])
+        files.list_files([tmp_path / "empty"])
 
 
 def test_a_folder_that_cannot_be_entered_is_listed(tmp_path, monkeypatch):
@@ -348,7 +348,7 @@ def test_a_folder_that_cannot_be_entered_is_listed(tmp_path, monkeypatch):
         return scandir(path)
 
     monkeypatch.setattr(os, "scandir", refuse)
-    assert utils.list_pictures([tmp_path]) == [tmp_path / "closed"]
+    assert files.list_files([tmp_path]) == [tmp_path / "closed"]
 
 
 @pytest.mark.parametrize("name", ["webp", "bmp", "gif"])
