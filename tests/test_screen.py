@@ -215,9 +215,9 @@ def test_verdicts_are_those_without_ray(folder, address):
     before = written(folder)
     draw(folder, 7, "new")
     process = apart(*call, "--workers", "1", cwd=folder)
-    assert process.stdout.startswith(f"{OUTPUT}: 229 pictures"), process.stderr
+    assert process.stdout.startswith(f"{OUTPUT}: 230 pictures"), process.stderr
     after = written(folder)
-    assert before.items() < after.items() and len(verdicts(folder)) == 229
+    assert before.items() < after.items() and len(verdicts(folder)) == 230
     new = pyarrow.dataset.dataset([*(after.keys() - before.keys())], format="parquet")
     assert new.count_rows() == 7
     # With a threshold, or of another detector, they would be other verdicts.
