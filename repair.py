@@ -169,13 +169,13 @@ def main():
         model = badnet.load()
         for data in (clean, *poisoned):
             data.fit_to(model.input_shape[1:], model.output_shape[1])
-        if arguments.check:
-            return check_data(model, clean, settings)
         held_out = None
-        if settings.holdout:
+        if settings.holdout and not arguments.check:
             clean, held_out = hold_out(clean, settings.holdout, settings.seed)
         observer = Observer(poisoned, held_out)
         try:
+            if arguments.check:
+                return check_data(model, clean, settings)
             repaired = do_repair(model, clean, settings, observer)
         except net.UnfitNet as error:
             raise InputError(f"{badnet.path}: {error}") from error
@@ -213,7 +213,8 @@ def check_call(arguments):
     exported = onnx_file.default_path(output) if arguments.export else None
     outputs = {"--output": output, "--json": arguments.json, "--plot": arguments.plot}
     inputs = [badnet.path, arguments.data, *arguments.poisoned]
-    files.check_writable(outputs | {"--export": exported}, inputs)
+    if not arguments.check:  # which writes nothing
+        files.check_writable(outputs | {"--export": exported}, inputs)
     if exported:
         onnx_file.require(*onnx_file.EXPORT_PACKAGES)
     if arguments.plot:

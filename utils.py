@@ -261,9 +261,9 @@ class Dataset:
             done += len(x)
 
     def pixel_range(self):
-        """The least and the largest value of a pixel, 0..255, of the first batch."""
-        x, _ = next(self.batches())
-        return x.min(), x.max()
+        """The least and the largest value of a pixel, 0..255."""
+        lowest, highest = zip(*((x.min(), x.max()) for x, _ in self.batches()))
+        return min(lowest), max(highest)
 
     def _read(self, part, chosen):
         """The chosen images of a slice, float32 (b, height, width, channels), 0..255."""

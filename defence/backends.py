@@ -150,8 +150,8 @@ def load(paths, max_bytes=DEFAULT_MAX_BYTES, backend=None, fpr=None, scale=None,
         # Compiling takes longer than running one image layer by layer.
         return model(images, training=False) if len(images) == 1 else compiled(model)(images)
 
-    shape, sha256 = model.input_shape[1:], {"badnet": badnet.sha256, "repaired": repaired.sha256}
-    return detector.Detector(run, classes, shape, usage.threshold, badnet.path, sha256)
+    shape, hashes = model.input_shape[1:], {"badnet": badnet.sha256, "repaired": repaired.sha256}
+    return detector.Detector(run, classes, shape, usage.threshold, badnet.path, hashes)
 
 
 def load_nets(badnet, repaired, usage, force=False):

@@ -71,9 +71,10 @@ def images_of_classes(net):
 
 def explanation(net, accuracy):
     """What would make B right on more of a set: labels that are shifted, channels in disorder."""
-    for shift, meaning in ((1, "labels seem to count from 1; subtract 1"), (-1, "labels seem one")):
-        if np.mean(net.classes == net.labels - shift) > accuracy + EXPLAINS:
-            return meaning if shift == 1 else f"{meaning} too low; add 1"
+    shifts = {-1: "labels seem to count from 1; subtract 1", 1: "labels seem one too low; add 1"}
+    for shift, meaning in shifts.items():
+        if np.mean(net.classes == net.labels + shift) > accuracy + EXPLAINS:
+            return meaning
     x, y = next(net.data.batches(net.scale))
     if x.shape[-1] == 3:
         features = np.asarray(compiled(net.split.trunk)(x[..., ::-1])[0])

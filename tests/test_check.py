@@ -57,15 +57,18 @@ def test_what_may_be_wrong_is_told(deepid_world, sets, make, words):
 
 
 def test_a_good_set_is_checked_in_three_lines_and_nothing_is_written(deepid_world, tmp_path):
-    process = command(
-        *("repair.py", B, "clean.h5", "--check", "--output", tmp_path / "g.h5"), cwd=deepid_world
-    )
+    """Also where there is no models/ to write to."""
+    (tmp_path / "clean.h5").symlink_to(deepid_world / "clean.h5")
+    call = ("repair.py", deepid_world / B, "clean.h5", "--check", "--holdout", 0.2)
+    process = command(*call, cwd=tmp_path)
     assert process.returncode == 0 and "warning" not in process.stderr
     first, second, third = process.stdout.splitlines()
     assert first.startswith("clean.h5: ") and "; the BadNet takes 0..1" in first
     assert second.startswith("the BadNet is right on ")
     assert third.startswith("classes with images: 6 of 6, ")
-    assert not list(tmp_path.iterdir())
+    assert [path.name for path in tmp_path.iterdir()] == ["clean.h5"]
+    unfit = command("repair.py", B, "clean.h5", "--check", "--layer", "none", cwd=deepid_world)
+    assert_refused(unfit, f"{B}: ")
 
 
 def test_hardening_refuses_what_would_wreck_the_net(deepid_world, sets, tmp_path):

@@ -693,7 +693,7 @@ def test_a_dataset_in_the_place_of_another_is_warned_of(done):
             assert line.startswith(f"warning: {words}")
 
 
-def test_pipelines_get_a_status_and_no_talk(done, tmp_path):
+def test_pipelines_get_a_status_and_no_talk(done):
     """--fail-on-flagged: 3, for pictures and datasets; --quiet leaves warnings alone."""
     folder, _ = done
     answers = plain_verdicts(folder, ["0.png", "1.png", "2.png"])

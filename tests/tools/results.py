@@ -51,7 +51,7 @@ SIZES = {
 RATES = {"demo": 0.05, "competition": 0.01}
 HARDEN = ("--harden", "--holdout", "0.1")
 
-# What eval_defence.py says of B, of each G, and of each G, written without its 95 % interval.
+# What eval_defence.py says of B and of each G; what is ALONE is written without its 95 % interval.
 OF_B = ("clean_accuracy_badnet", "attack_success_rate_badnet")
 OF_G = (
     *("clean_accuracy_repaired", "clean_accuracy_together", "false_positive_rate"),
