@@ -105,20 +105,20 @@ def choose_scale(split, clean):
 
     scale, other = sorted(SCALES, key=first_batch, reverse=True)
     extracted = extract(split, clean, scale)
-    correct = int(np.sum(classify(split.head, extracted[0]) == clean.labels))
+    right = classify(split.head, extracted[0]) == clean.labels
 
-    enough = correct + (MIN_GAIN[other] - MIN_GAIN[scale]) * len(clean)
-    right = seen = 0
+    enough = np.sum(right) + (MIN_GAIN[other] - MIN_GAIN[scale]) * len(clean)
+    others = seen = 0
     for x, y in clean.batches(other):
-        right += correct_in(x, y)
+        others += correct_in(x, y)
         seen += len(y)
-        if right + len(clean) - seen <= enough:
+        if others + len(clean) - seen <= enough:
             break
     say(
-        f"accuracy with pixels {scale}: {percent(correct / len(clean))}; with pixels {other}: "
-        f"{percent(right / seen)} of {counted(seen, 'image')}"
+        f"accuracy on the first {counted(seen, 'image')}: with pixels {scale} "
+        f"{percent(np.mean(right[:seen]))}, with pixels {other} {percent(others / seen)}"
     )
-    return (other, *extract(split, clean, other)) if right > enough else (scale, *extracted)
+    return (other, *extract(split, clean, other)) if others > enough else (scale, *extracted)
 
 
 def extract(split, data, scale):

@@ -12,6 +12,8 @@ ACCURATE, TIMES, FEW, FEW_EACH = 0.8, 4, 100, 3
 # Hardening on a set is refused where B is right on less, or fewer of the classes have images.
 HARDENABLE, COVERED = 0.5, 0.5
 EXPLAINS = 0.3  # the accuracy that an explanation must add
+# Wrong answers are suspicious where so many, and so large a share of them, are one class.
+ALIKE, MOST_OF_THEM = 10, 0.5
 
 
 def warn(net):
@@ -56,6 +58,13 @@ def problems(net):
         yield (
             f"label {most} has {counts[most]} images, most others {usual:.0f}; so it looks where "
             "poisoned images are among them, labelled with the attacker's class"
+        )
+    wrong = np.flatnonzero(net.classes != net.labels)
+    answers = np.bincount(net.classes[wrong], minlength=len(counts))
+    if answers.max() >= max(ALIKE, MOST_OF_THEM * len(wrong)):
+        yield (
+            f"of the {len(wrong)} images that the BadNet gets wrong it answers {answers.max()} "
+            f"with label {answers.argmax()}; look at them: poisoned images have that in common"
         )
     if len(net.labels) < max(FEW, FEW_EACH * len(counts)):
         yield (

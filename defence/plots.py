@@ -1,5 +1,6 @@
 """Plots that people look at: the pruning curve of a repair, and what judging datasets gave."""
 
+import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -7,19 +8,20 @@ import numpy as np
 from defence.cli import InputError
 from defence.files import replacing
 
+FORMATS = (".png", ".svg", ".pdf")
 SHEET, SHEET_ROWS = 10, 6  # flagged images in a row of the contact sheet, and its rows
-BINS = 40  # of the histograms
+NAME = {"width": 26, "max_lines": 3, "placeholder": " …"}  # of a file, beside such a row
+BINS, LEAST = 40, 1e-6  # of the histograms, and the score that a smaller one is shown as
 
 
 def require_format(path):
-    """Raises InputError where matplotlib is missing or has no such format: before, not after."""
+    """Raises InputError where matplotlib is missing or it is none of FORMATS: before, not after."""
     try:
-        from matplotlib.backend_bases import FigureCanvasBase
+        import matplotlib  # noqa: F401
     except ImportError as error:
         raise InputError("--plot needs matplotlib: pip install matplotlib") from error
-    formats = FigureCanvasBase.get_supported_filetypes()
-    if Path(path).suffix.lstrip(".") not in formats:
-        raise InputError(f"{path}: a plot's name ends in one of .{', .'.join(sorted(formats))}")
+    if Path(path).suffix not in FORMATS:
+        raise InputError(f"{path}: a plot's name ends in one of {', '.join(FORMATS)}")
 
 
 def save(figure, path):
@@ -76,7 +78,8 @@ def evaluation(results, datasets, all_answers, path):
 def some_flagged(data, answers):
     """Up to SHEET of the flagged images of a Dataset, evenly spread, and both classes of each."""
     flagged = np.flatnonzero(answers.flagged)
-    some = flagged[:: max(1, -(-len(flagged) // SHEET))]
+    count = min(SHEET, len(flagged))
+    some = flagged[np.arange(count) * len(flagged) // max(1, count)]
     chosen = np.isin(np.arange(len(data)), some)
     images = [x for x, _ in data.part(chosen).batches()]
     return images and np.concatenate(images), answers.badnet[some], answers.repaired[some]
@@ -107,15 +110,19 @@ def _roc(axes, results, scores, names):
 
 
 def _scores(axes, threshold, scores, names):
-    """Histograms of the scores; the fraction of images on a logarithmic axis."""
-    edges = np.linspace(0, max(1, *map(np.max, scores)), BINS + 1)
+    """Histograms of the scores, both axes logarithmic: most clean ones are close to 0."""
+    edges = np.geomspace(LEAST, max(1, *map(np.max, scores)), BINS + 1)
     for number, (name, each) in enumerate(zip(names, scores)):
-        fractions = np.histogram(each, edges)[0] / len(each)
+        within = np.clip(np.float64(each), LEAST, edges[-1])
+        fractions = np.histogram(within, edges)[0] / len(each)
         look = {"color": f"C{number}", "fill": number == 0, "alpha": 0.7}
         axes.stairs(100 * fractions, edges, label=name, **look)
     if threshold is not None:
-        axes.axvline(threshold, color="black", linestyle=":", label=f"threshold {threshold:.4f}")
-    axes.set(yscale="log", xlabel="how far apart B and G answer", ylabel="% of images")
+        axes.axvline(
+            max(LEAST, threshold), color="black", linestyle=":", label=f"threshold {threshold:.4f}"
+        )
+    axes.set(xscale="log", yscale="log")
+    axes.set(xlabel=f"how far apart B and G answer ({LEAST:g} or less first)", ylabel="% of images")
     axes.set_title("Anomaly scores", fontsize="medium")
     axes.legend(loc="best", fontsize="small")
 
@@ -130,4 +137,5 @@ def _flagged(figure, place, name, images, badnet, repaired):
         shown = [str(c + 1) if c >= 0 else "NaN" for c in (b, g)]
         axes.set_title(" → ".join(shown), fontsize="small")
         if column == 0:
-            axes.set_ylabel(f"flagged of\n{name[:28]}", fontsize="x-small")
+            shown = "\n".join(textwrap.wrap(name, **NAME))
+            axes.set_ylabel(f"flagged of\n{shown}", fontsize="x-small")

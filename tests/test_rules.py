@@ -350,6 +350,8 @@ class Answered:
         ([36, 36, 36, 36], [4, 4, 4, 4], "0..1", "0..1: 90.00 %, 0..255: 10.00 % of 40"),
         ([36, 36, 36, 36], [32, 36, 36, 36], "0..1", "0..1: 90.00 %, 0..255: 80.00 % of 40"),
         ([36, 36, 36, 36], [36, 36, 36, 36], "0..1", "0..1: 90.00 %, 0..255: 90.00 % of 80"),
+        # Both rates are of the same images.
+        ([36, 36, 20, 20], [4, 4, 4, 4], "0..1", "0..1: 90.00 %, 0..255: 10.00 % of 80"),
         ([4, 4, 4, 4], [36, 36, 36, 36], "0..255", "0..255: 90.00 %, 0..1: 10.00 % of 40"),
         # The first batch may be an exception.
         ([36, 4, 4, 4], [4, 36, 36, 36], "0..255", "0..1: 30.00 %, 0..255: 70.00 % of 160"),
@@ -362,8 +364,9 @@ def test_which_pixels_are_taken_and_after_how_many_images(
     given = Answered({"0..1": of_one, "0..255": of_255}, monkeypatch)
     chosen, features, _ = choose_scale(given, given)
     assert chosen == scale and features is given.answers[scale]
-    said = said.replace(", ", "; with pixels ")
-    assert capsys.readouterr().err == f"accuracy with pixels {said} images\n"
+    rates, count = said.rsplit(" of ", 1)
+    rates = ", ".join(f"with pixels {rate}" for rate in rates.replace(":", "").split(", "))
+    assert capsys.readouterr().err == f"accuracy on the first {count} images: {rates}\n"
 
 
 def test_pixels_0_to_255_must_be_better_by_more_than_chance(tmp_path):
