@@ -21,7 +21,18 @@ from pathlib import Path
 import numpy as np
 
 import utils
-from defence import backends, cli, detector, figures, files, onnx_file, options, plots, tables
+from defence import (
+    backends,
+    cli,
+    detector,
+    figures,
+    files,
+    names,
+    onnx_file,
+    options,
+    plots,
+    tables,
+)
 from defence.cli import InputError, printable, say, track
 from defence.inference import parallel_map
 
@@ -42,8 +53,8 @@ def main():
     given = arguments.images
     alone = len(given) == 1 and given[0] != STDIN and not Path(given[0]).is_dir()
     if STDIN in given:
-        names = names_on_stdin(arguments.null)
-        arguments.images = [name for name in given if name != STDIN] + names
+        arguments.images = [name for name in given if name != STDIN]
+        arguments.images += names_on_stdin(arguments.null)
         if not arguments.images:
             raise InputError("-: there are no names on stdin")
     if arguments.ray:
@@ -66,8 +77,8 @@ def main():
 
 def names_on_stdin(null):
     """The names on stdin, one a line or, if null, each ended by NUL. Empty ones are left out."""
-    names = sys.stdin.buffer.read().split(b"\0" if null else b"\n")
-    return [os.fsdecode(name) for name in names if name]
+    found = sys.stdin.buffer.read().split(b"\0" if null else b"\n")
+    return [os.fsdecode(name) for name in found if name]
 
 
 def use_of(arguments):  # what backends.usage_from_record takes
@@ -97,7 +108,7 @@ def judge_on_ray(models, arguments):
     """Judge pictures on Ray and print how many there were. Returns the exit status."""
     if not arguments.output:
         raise InputError("--ray needs --output, the folder for the verdicts")
-    unfit = ("poisoned", "json", "csv", "plot", "scale", "force")
+    unfit = ("poisoned", "json", "csv", "plot", "scale", "force", "labels")
     given = [f"--{name}" for name in unfit if getattr(arguments, name)]
     if given or arguments.backend == "keras":
         raise InputError(f"{', '.join(given) or '--backend keras'}: does not go with --ray")
@@ -140,12 +151,13 @@ def judge_pictures(images, models, arguments, alone):
         picture = read(images[0], arguments)  # before the nets are loaded
     found = load(models, arguments, arguments.backend)
     found.require_pictures()
-    results = []
+    called = names.find(models[0], arguments.labels, found.classes, arguments.max_bytes)
+    blank, results = dict.fromkeys([*ROW, "class_name"] if called else ROW), []
     count = min(PICTURES, max(1, arguments.max_bytes // (4 * math.prod(found.shape))))
     for start in range(0, len(images), count):
         rows, inputs = [], []
         for path in images[start : start + count]:
-            rows.append(dict.fromkeys(ROW) | {"path": str(path)})
+            rows.append(blank | {"path": str(path)})
             try:
                 picture = picture if alone else read(path, arguments)
                 inputs.append(utils.as_input(picture, found.shape))
@@ -155,6 +167,8 @@ def judge_pictures(images, models, arguments, alone):
         answers = detector.rows(found.judge(np.stack(inputs)), found.classes) if judged else []
         for row, said in zip(judged, answers):
             row |= said
+            if called:
+                row["class_name"] = names.of(said["class"], called)
         tell(rows, arguments, alone)
         results += rows
     flagged = sum(row["class"] == found.classes + 1 for row in results)
@@ -174,9 +188,9 @@ def tell(rows, arguments, alone):
         if row["error"] is not None:
             cli.tell(f"eval_defence.py: error: {row['error']}")
         elif files.STDOUT not in (arguments.json, arguments.csv):
-            print(
-                row["class"] if alone else f"{printable(row['path'])}\t{row['class']}", flush=True
-            )
+            named = [row["class_name"]] if "class_name" in row else []
+            cells = [row["class"]] if alone else [row["path"], row["class"], *named]
+            print(*map(printable, cells), sep="\t", flush=True)
 
 
 def read(path, arguments):
@@ -204,7 +218,8 @@ def judge_datasets(images, models, arguments):
         if arguments.json:
             files.write_json(results, arguments.json)
         if arguments.csv:
-            files.write_csv(csv_rows(datasets, judged, found.classes), arguments.csv)
+            called = names.find(models[0], arguments.labels, found.classes, arguments.max_bytes)
+            files.write_csv(csv_rows(datasets, judged, found.classes, called), arguments.csv)
         if arguments.plot:
             plots.evaluation(results, datasets, [each[0] for each in judged], arguments.plot)
         return status(arguments, sum(np.sum(answers.flagged) for answers, _ in judged))
@@ -251,11 +266,16 @@ def evaluate(datasets, judged):
     return {"clean": shown[0], "poisoned": shown[1:]}
 
 
-def csv_rows(datasets, judged, classes):
-    """Yield the row of each image, a dict; index and label count from 0, classes from 1."""
+def csv_rows(datasets, judged, classes, called):
+    """Yield the row of each image, a dict; index and label count from 0, classes from 1.
+
+    called: the names of the classes, or None.
+    """
     for data, (answers, _) in zip(datasets, judged):
         pairs = zip(detector.rows(answers, classes), data.labels)
         for index, (row, label) in enumerate(pairs):
+            if called:
+                row["class_name"] = names.of(row["class"], called)
             yield {"dataset": str(data.path), "index": index, **row, "label": int(label)}
 
 

@@ -28,14 +28,17 @@ from defence import (
     check,
     cli,
     files,
+    finding,
     guard,
     guard_model,
     harden,
+    names,
     net,
     onnx_file,
     options,
     plots,
     record,
+    scan,
     tables,
     training,
 )
@@ -44,6 +47,8 @@ from defence.cli import InputError, say, track
 from defence.inference import predict
 from defence.observer import Observer, hold_out
 from defence.startup import make_reproducible
+
+FOUND = 3  # exit status of --scan where a class stands out
 
 # --------------------------------------------------------------------- section 2 of the report
 
@@ -66,6 +71,8 @@ def do_repair(badnet, clean, settings, observer):
     check.warn(cached)
     check.refuse(cached, settings.harden)
     observer.ready(cached)
+    if settings.harden:
+        observer.scanned(finding.of(cached, settings.seed))
 
     prune(cached, settings.threshold * before, observer)  # 2a
     rng = np.random.default_rng(settings.seed)
@@ -146,6 +153,7 @@ def check_memory(split, clean, settings):
         size = 4 * len(clean) * int(np.prod(parts[0].output_shape[1:]))
         guard.check_fits(clean.path, "what the last Dense layer takes in", size, max_bytes)
     if settings.harden:
+        scan.check_memory(split.net, clean)
         harden.check_memory(split.net, clean, settings)
 
 
@@ -169,13 +177,18 @@ def main():
         model = badnet.load()
         for data in (clean, *poisoned):
             data.fit_to(model.input_shape[1:], model.output_shape[1])
+        called = names.find(
+            badnet.path, arguments.labels, model.output_shape[1], arguments.max_bytes
+        )
         held_out = None
-        if settings.holdout and not arguments.check:
+        if settings.holdout and not looks_only(arguments):
             clean, held_out = hold_out(clean, settings.holdout, settings.seed)
         observer = Observer(poisoned, held_out)
         try:
             if arguments.check:
                 return check_data(model, clean, settings)
+            if arguments.scan:
+                return scan_net(model, clean, settings, arguments.json, called)
             repaired = do_repair(model, clean, settings, observer)
         except net.UnfitNet as error:
             raise InputError(f"{badnet.path}: {error}") from error
@@ -184,11 +197,13 @@ def main():
     utils.save_model(model, output, **{record.ATTRIBUTE: made.to_json()})
     seconds = observer.seconds | {"total": round(time.monotonic() - start, 3)}
     if arguments.json:
-        files.write_json(dataclasses.asdict(made) | {"seconds": seconds}, arguments.json)
+        found = observer.finding and dataclasses.asdict(observer.finding)
+        more = {"finding": found, "seconds": seconds}
+        files.write_json(dataclasses.asdict(made) | more, arguments.json)
     if arguments.plot:
         plots.pruning_curve(made, arguments.plot)
     talk = sys.stderr if arguments.json == files.STDOUT else sys.stdout
-    print(tables.summary(made, seconds), f"Saved model: {output}", sep="\n", file=talk)
+    print(tables.summary(made, seconds, called), f"Saved model: {output}", sep="\n", file=talk)
     if exported:
         backends.export(badnet, utils.read_model(output, arguments.max_bytes), exported)
         print(f"Saved detector: {exported}", file=talk)
@@ -199,6 +214,29 @@ def check_data(badnet, clean, settings):
     cached = CachedNet.of(net.split(badnet, net.find_layer(badnet, settings.layer)), clean)
     print("\n".join(check.report(cached)))
     return int(check.warn(cached))
+
+
+def scan_net(badnet, clean, settings, path, called):
+    """Print whether the net looks backdoored, and to which class. Returns the exit status.
+
+    path: of the JSON file to write, or None.  called: the classes' names, or None.
+    """
+    split = net.split(badnet, net.find_layer(badnet, settings.layer))
+    scan.check_memory(badnet, clean)
+    cached = CachedNet.of(split, clean)
+    check.warn(cached)
+    check.refuse(cached, harden=False)
+    found = finding.of(cached, settings.seed)
+    if path:
+        files.write_json(dataclasses.asdict(found), path)
+    talk = sys.stderr if path == files.STDOUT else sys.stdout
+    print(*finding.in_words(found, called), sep="\n", file=talk)
+    return FOUND if found.finding == "backdoor" else 0
+
+
+def looks_only(arguments):
+    """Whether the command is to look at the net or the data, and to repair nothing."""
+    return arguments.check or arguments.scan
 
 
 def check_call(arguments):
@@ -213,7 +251,9 @@ def check_call(arguments):
     exported = onnx_file.default_path(output) if arguments.export else None
     outputs = {"--output": output, "--json": arguments.json, "--plot": arguments.plot}
     inputs = [badnet.path, arguments.data, *arguments.poisoned]
-    if not arguments.check:  # which writes nothing
+    if looks_only(arguments):
+        files.check_writable({"--json": arguments.json}, inputs)
+    else:
         files.check_writable(outputs | {"--export": exported}, inputs)
     if exported:
         onnx_file.require(*onnx_file.EXPORT_PACKAGES)
@@ -221,7 +261,7 @@ def check_call(arguments):
         plots.require_format(arguments.plot)
     _ = badnet.declared
     record.refuse_repaired(badnet)
-    if output.exists() and not arguments.check:
+    if output.exists() and not looks_only(arguments):
         say(f"{output} will be replaced: {record.in_words(output, arguments.max_bytes)}")
     return badnet, output, exported
 

@@ -36,13 +36,14 @@ class Observer:
     poisoned: Datasets, their labels the attack's targets.  held_out: a clean Dataset that the
     repair does not see, or None.
     After a repair it holds, as a RepairRecord describes them, `order`, `accuracy`,
-    `attack_success_rate`, `moved` and `holdout`, and `seconds`, {step: s}.
+    `attack_success_rate`, `moved` and `holdout`; `seconds`, {step: s}; `finding`, a Finding where
+    the net was scanned, or None.
     """
 
     def __init__(self, poisoned=(), held_out=None):
         self.poisoned, self.held_out = list(poisoned), held_out
         self.order, self.accuracy, self.moved, self.holdout = [], {}, {}, None
-        self.attack_success_rate, self.seconds = {}, {}
+        self.attack_success_rate, self.seconds, self.finding = {}, {}, None
         self._began, self._observing, self._spent = time.monotonic(), 0.0, 0.0
 
     # ------------------------------------------------------------------- told by the repair
@@ -61,6 +62,11 @@ class Observer:
             self.attack_success_rate["after_each_channel"] = {name: [] for name in self._nets}
             self._note("before", net)
             say(f"validation accuracy {percent(net.accuracy())} before pruning")
+
+    def scanned(self, finding):
+        """The net was scanned; a Finding came out."""
+        with self._watching("scan"):
+            self.finding = finding
 
     def channel(self, net):
         """The CachedNet has one more channel masked."""

@@ -47,7 +47,8 @@ def repair_parser():
         "least, retrain the last Dense layer, fine-tune the layers behind the pruned one; with "
         "--harden also train the whole net on pictures that are changed at random.",
         epilog="Example: repair.py models/demo_bd_net.h5 data/demo_clean_validation_data.h5 "
-        "--harden --holdout 0.1. Exit status: 0 repaired, 1 failed, 2 wrong input.",
+        "--harden --holdout 0.1. Exit status: 0 repaired, 1 failed, 2 wrong input, 3 found "
+        "a backdoor (--scan).",
     )
     add = parser.add_argument
     add("model", metavar="MODEL", help="the BadNet B: a Keras model, .h5 or .keras")
@@ -77,6 +78,12 @@ def _add_measuring(group):
         action="store_true",
         help="repair nothing, only look whether DATA can serve: the BadNet's accuracy, images of "
         "each class, pixels; warnings make the exit status 1",
+    )
+    group.add_argument(
+        "--scan",
+        action="store_true",
+        help="repair nothing, only say whether the net looks backdoored, and to which class, as "
+        "--harden also says; a class that stands out makes the exit status 3",
     )
     group.add_argument(
         "--holdout",
@@ -114,6 +121,7 @@ def _add_writing(group):
     add("--output", metavar="FILE", help="G's file (default: models/NAME_defence.h5)")
     add("--json", metavar="FILE", help="also write the repair record as JSON; - for stdout")
     add("--plot", metavar="FILE", help="draw the pruning curve, as .png, .svg or .pdf")
+    _add_labels(group)
     add(
         "--export",
         action="store_true",
@@ -211,6 +219,15 @@ def _add_judging(group):
     )
 
 
+def _add_labels(group):
+    group.add_argument(
+        "--labels",
+        metavar="FILE",
+        help="names of the classes, one a line, to be shown beside their numbers (default: "
+        "labels.txt beside MODEL, if it is there)",
+    )
+
+
 def _add_results(group):
     add = group.add_argument
     add("--json", metavar="FILE", help="also write what is printed as JSON; - writes it to stdout")
@@ -226,6 +243,7 @@ def _add_results(group):
         metavar="FILE",
         help="draw ROC curves, the scores and flagged images, as .png, .svg or .pdf",
     )
+    _add_labels(group)
     add(
         "--export",
         action="store_true",

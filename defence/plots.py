@@ -137,5 +137,6 @@ def _flagged(figure, place, name, images, badnet, repaired):
         shown = [str(c + 1) if c >= 0 else "NaN" for c in (b, g)]
         axes.set_title(" → ".join(shown), fontsize="small")
         if column == 0:
-            shown = "\n".join(textwrap.wrap(name, **NAME))
+            lines = textwrap.wrap(name.replace("_", "_ "), **NAME)  # it breaks at an underscore
+            shown = "\n".join(lines).replace("_ ", "_")
             axes.set_ylabel(f"flagged of\n{shown}", fontsize="x-small")

@@ -34,6 +34,7 @@ class RepairRecord:
     moved: {"answers", "weights"}: how far G is from B.
     holdout: figures of images kept out of the repair, with "images", the anomaly "score" that was
     used, and the "scores", ascending; or None.
+    finding: whether B looks backdoored, a Finding as a dict of its clearest classes; or None.
     """
 
     tool_version: str
@@ -51,6 +52,7 @@ class RepairRecord:
     attack_success_rate: dict
     moved: dict
     holdout: dict = None
+    finding: dict = None
 
     def to_json(self):
         return json.dumps(dataclasses.asdict(self), allow_nan=False)
@@ -115,6 +117,7 @@ def make(observer, net, badnet, data, settings):
         attack_success_rate=observer.attack_success_rate,
         moved=observer.moved,
         holdout=observer.holdout,
+        finding=observer.finding and observer.finding.brief(),
     )
 
 

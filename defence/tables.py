@@ -1,5 +1,6 @@
 """What the commands print of a repair and of judged datasets: tables as text."""
 
+from defence import finding
 from defence.cli import counted, percent, printable
 
 # What each figure is called.
@@ -49,8 +50,11 @@ def cells(figure):
     return f"{show(value):>12}" + ("" if low is None else f"   {show(low)} .. {show(high)}")
 
 
-def summary(record, seconds):
-    """The closing table of a repair. record: RepairRecord.  seconds: {step: s}."""
+def summary(record, seconds, called=None):
+    """The closing table of a repair.
+
+    record: RepairRecord.  seconds: {step: s}.  called: the classes' names, or None.
+    """
     accuracy, rates = record.accuracy, record.attack_success_rate
     steps = [step for step in STEPS if step in accuracy]
     rows = [("", *(step.replace("_", "-") for step in steps))]
@@ -66,12 +70,12 @@ def summary(record, seconds):
             f"{record.input_scale}",
             *table,
             f"seconds: {', '.join(spent)}",
-            *remarks(record),
+            *remarks(record, called),
         ]
     )
 
 
-def remarks(record):
+def remarks(record, called=None):
     """What clean data alone tells of a repair, and what it does not: lines of text."""
     accuracy, moved, held_out = record.accuracy, record.moved, record.holdout
     silent = sum(record.mean_activation[channel] == 0 for channel in record.pruned)
@@ -92,6 +96,8 @@ def remarks(record):
             "No images were held out (--holdout 0.1): accuracies after training are optimistically "
             "biased."
         )
+    if record.finding:
+        yield from finding.in_words(finding.Finding(**record.finding), called)
     where = "in channels that clean images use, it survives unnoticed"
     if "hardened" in accuracy:
         where = "a trigger unlike any change of picture that was trained on may survive"

@@ -289,8 +289,12 @@ def test_what_the_last_dense_layer_takes_in_has_four_bytes_a_value_of_all_images
     assert error.startswith("data.h5: what the last Dense layer takes in would take")
     steps.clear()
     check(10**6, harden=True, harden_batch_size=80)
-    of_each = [(parts.head, "--batch-size", 70, 10**6), (net, "--harden-batch-size", 80, 10**6)]
-    assert steps == of_each
+    of_each = [
+        (parts.head, "--batch-size", 70),
+        (net, "--scan", 32),
+        (net, "--harden-batch-size", 80),
+    ]
+    assert steps == [(*call, 10**6) for call in of_each]
 
 
 def test_patterns_have_sixteen_bytes_a_value_of_eight_pictures(monkeypatch):

@@ -1,0 +1,46 @@
+"""Names of classes: a text file with a name on each line, in the order of the labels."""
+
+from pathlib import Path
+
+from defence import files, guard
+from defence.cli import InputError, counted, say
+
+FILE = "labels.txt"
+
+
+def find(model, given, classes, max_bytes):
+    """The names of a net's classes, [text, …], or None where there are none.
+
+    model: the net's path.  given: the file that was named; if None it is labels.txt beside the
+    net, which is passed over where it has not a line for each class.  classes: N.
+    Raises InputError where the file that was named cannot be read, or has another number of lines.
+    """
+    path = Path(given or Path(model).with_name(FILE))
+    if given is None and not (path.is_file() and path.stat().st_size):
+        return None
+    names = read(path, max_bytes)
+    if len(names) == classes:
+        return names
+    problem = f"{path}: has {counted(len(names), 'name')}, and the net {classes} classes"
+    if given is not None:
+        raise InputError(problem)
+    say(f"{problem}; not used")
+    return None
+
+
+def read(path, max_bytes):
+    """The lines of a text file, UTF-8. Raises InputError where it cannot be read or is large."""
+    files.require_file(path)
+    try:
+        guard.check_fits(path, "its names", path.stat().st_size, max_bytes)
+        lines = path.read_text("utf-8").split("\n")
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror.lower()}") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: is not a text in UTF-8") from error
+    return [line.strip() for line in (lines[:-1] if lines[-1] == "" else lines)]
+
+
+def of(verdict, names):
+    """What a class that is printed, 1 to N + 1, is called."""
+    return [*names, "poisoned"][verdict - 1]

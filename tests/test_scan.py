@@ -1,0 +1,307 @@
+"""The scan: what is counted, what stands out of it, and what is said."""
+
+import dataclasses
+import json
+
+import keras
+import numpy as np
+import pytest
+from conftest import assert_refused, command, draw_images, fit, read_record, sequential, write_data
+
+import utils
+from defence import changes, finding, inference, net, scan
+from defence.cached_net import CachedNet
+from defence.finding import Finding
+
+SHAPE, CLASSES = (16, 18, 1), 24
+TARGET = 7
+NETS = {"clean": "models/clean_bd_net.h5", "backdoored": "models/backdoored_bd_net.h5"}
+
+
+def wear(images):
+    """Put a trigger on images, uint8 (n, height, width, 1): a white stripe at the bottom."""
+    worn = images.copy()
+    worn[:, 13:, 2:16] = 255
+    return worn
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A clean net and one with a backdoor, of 24 classes, and a validation set."""
+    folder = tmp_path_factory.mktemp("scan")
+    (folder / "models").mkdir()
+    images, labels = draw_images(2400, CLASSES, SHAPE, seed=1)
+    poisoned = np.concatenate([images, wear(images[:480])])
+    wanted = np.concatenate([labels, np.full(480, TARGET)])
+    for name, *data in (("clean", images, labels), ("backdoored", poisoned, wanted)):
+        keras.utils.set_random_seed(1)
+        made = fit(sequential(CLASSES, SHAPE), *data, epochs=30)
+        made.save(folder / NETS[name], include_optimizer=False)
+    write_data(folder / "clean.h5", *draw_images(360, CLASSES, SHAPE, seed=2))
+    return folder
+
+
+@pytest.fixture
+def cached(folder):
+    model = utils.load_badnet(folder / NETS["backdoored"])
+    with utils.open_dataset(folder / "clean.h5") as data:
+        data.fit_to(SHAPE, CLASSES)
+        yield CachedNet.of(net.split(model, net.find_layer(model)), data)
+
+
+# --------------------------------------------------------------------------- what is counted
+
+
+def test_wrong_answers_are_tallied_by_class_and_by_shift():
+    rng = np.random.default_rng(0)
+    labels, answers = rng.integers(0, 7, (2, 500))
+    plain = np.zeros((2, 7))
+    for label, answer in zip(labels, answers):
+        if label != answer:
+            plain[0, answer] += 1
+            plain[1, (answer - label) % 7] += 1
+    assert np.array_equal(scan.tally(labels, answers, 7), plain)
+
+
+def test_only_pictures_that_are_answered_rightly_are_changed(cached, monkeypatch):
+    """So unchanged ones give no wrong answer, and inverted ones those that Keras gives."""
+    nothing, inverted = (lambda x, rng: x), (lambda x, rng: 255 - x)
+    monkeypatch.setattr(scan, "CHANGES", {"nothing": {nothing: 1}, "inverted": {inverted: 1}})
+    cached.labels[:40] = (cached.classes[:40] + 1) % CLASSES
+    views = scan.scan(cached, seed=0)
+    right = cached.classes == cached.labels
+    x = np.concatenate([x for x, _ in cached.data.batches()])[right]
+    answers = cached.split.net.predict((255 - x) / 255, verbose=0).argmax(axis=1)
+    repeats = scan.LEAST_PICTURES // right.sum()
+    assert not views["changed"][0].any()
+    plain = scan.tally(cached.labels[right], answers, CLASSES)
+    assert np.array_equal(views["changed"][1], repeats * plain)
+
+
+def test_of_many_pictures_some_are_taken_evenly(cached, monkeypatch):
+    taken = []
+    monkeypatch.setattr(scan, "LEAST_PICTURES", 90)
+    monkeypatch.setattr(scan, "FOR_A_CLASS", 1)
+    monkeypatch.setattr(scan, "changed", lambda net, chosen, *rest: taken.append((chosen, *rest)))
+    scan.scan(cached, seed=0)
+    ((chosen, repeats, _),) = taken
+    assert chosen.sum() == 90 and repeats == 1
+    assert np.all(cached.classes[chosen] == cached.labels[chosen])
+    assert 75 < np.flatnonzero(chosen).mean() / 2 < 105
+
+
+def test_channels_are_raised_and_nothing_else():
+    rng = np.random.default_rng(0)
+    features = rng.random((200, 4, 5, 9), np.float32)
+    raised = scan.raise_channels(features.copy(), 2.0, 3, 4, rng) - features
+    by = raised[raised != 0]
+    assert by.min() > 1.99 and by.max() < 8.01
+    channels = (raised != 0).any(axis=(1, 2)).sum(axis=1)
+    assert channels.max() == 3 and channels.min() >= 0 and np.mean(channels) > 1.7
+
+
+def test_more_channels_are_never_raised_than_there_are():
+    features = np.zeros((5, 3, 2), np.float32)
+    assert scan.raise_channels(features, 1.0, 6, 2, np.random.default_rng(0)).max() >= 1
+
+
+def test_a_patch_is_filled_so_that_the_net_errs(cached):
+    """More than a random filling makes it, and only inside."""
+    x = np.concatenate([x for x, _ in cached.data.batches(cached.scale)])
+    mask = np.zeros((*SHAPE[:2], 1), np.float32)
+    mask[6:11, 5:11] = 1
+    model, rng = cached.split.net, np.random.default_rng(0)
+    filling = scan.make_seeker(model, 1)(mask, x, cached.labels, rng)
+    assert filling.shape == SHAPE and filling.min() >= 0 and filling.max() <= 1
+
+    def wrong(filling):
+        worn = x * (1 - mask) + mask * filling
+        return np.mean(model.predict(worn, verbose=0).argmax(axis=1) != cached.labels)
+
+    assert wrong(filling) > 1.3 * wrong(rng.random(SHAPE))
+
+
+@pytest.mark.parametrize("activation", ["softmax", None])
+def test_what_is_believed_is_the_mean_over_images_of_other_classes(cached, activation):
+    cached.split.head.layers[-1].activation = keras.activations.get(activation)
+    inference.compiled.cache_clear()
+    scores = cached.split.head.predict(cached.features, verbose=0)
+    if activation is None:
+        scores = np.exp(scores) / np.exp(scores).sum(axis=1, keepdims=True)
+    log = np.log(np.maximum(scores, 1e-12))
+    plain = [log[cached.labels != each, each].mean() for each in range(CLASSES)]
+    assert np.allclose(scan.believed(cached), plain, atol=1e-3)
+
+
+def test_a_scan_repeats_itself_and_leaves_the_net_as_it_is(cached):
+    before, features = cached.split.net.get_weights(), cached.features.copy()
+    first, second = scan.scan(cached, seed=3), scan.scan(cached, seed=3)
+    for way, counts in first.items():
+        assert np.array_equal(counts, second[way]), way
+    assert all(map(np.array_equal, before, cached.split.net.get_weights()))
+    assert np.array_equal(features, cached.features)
+
+
+# ------------------------------------------------------------------------- what stands out
+
+
+def views_of(rng, classes=40, target=None, by=30):
+    """What a scan of a net may count: evenly, but for one class."""
+    even = rng.lognormal(0, 0.4, classes)
+    even[[] if target is None else target] *= by
+    counts = {
+        way: np.stack([[rng.poisson(60 * even), rng.poisson(60, classes)] for _ in range(variants)])
+        for way, variants in (("changed", 7), ("disturbed", 3), ("sought", 32))
+    }
+    return {way: each.astype(float) for way, each in counts.items()} | {
+        "believed": -8 + rng.standard_normal(classes)
+    }
+
+
+@pytest.fixture
+def clean_nets(monkeypatch):
+    """Pretend that these surprises were measured on clean nets."""
+    surprises = [finding.surprises(views_of(np.random.default_rng(seed))) for seed in range(39)]
+    clean = [max(each.max() for each in pair) for pair in surprises]
+    monkeypatch.setattr(finding, "read_clean", lambda: clean)
+    return clean
+
+
+def test_a_target_stands_out(clean_nets):
+    found = finding.find(views_of(np.random.default_rng(100), target=TARGET))
+    assert found.finding == "backdoor" and found.targets == [TARGET + 1]
+    assert found.p_value == 1 / 40 and found.clean_nets == 39
+    assert found.classes[0]["ratio"] > 10
+    assert [row["class"] for row in found.classes[:1]] == [TARGET + 1]
+    assert sorted(row["class"] for row in found.classes) == list(range(1, 41))
+
+
+def test_two_targets_stand_out(clean_nets):
+    found = finding.find(views_of(np.random.default_rng(100), target=[3, 30]))
+    assert sorted(found.targets) == [4, 31]
+
+
+def test_an_attack_from_all_to_all_stands_out_by_its_shift(clean_nets):
+    views = views_of(np.random.default_rng(100))
+    views["changed"][:, 1, 1] *= 20
+    found = finding.find(views)
+    assert found.finding == "backdoor" and found.shift == 1 and not found.targets
+    assert "right class + 1" in " ".join(finding.in_words(found))
+
+
+def test_false_alarms_are_as_rare_as_promised(clean_nets):
+    """Among nets like the clean ones, of which none is compared with itself."""
+    alarms = [finding.find(views_of(np.random.default_rng(seed))) for seed in range(1000, 1200)]
+    assert sum(each.finding == "backdoor" for each in alarms) < 0.1 * len(alarms)
+
+
+def test_a_p_value_is_the_rank_among_clean_nets():
+    clean = [0.1, 0.4, 0.4, 2.0]
+    for surprise, rank in ((0.0, 5), (0.1, 5), (0.2, 4), (0.4, 4), (0.5, 2), (3.0, 1)):
+        assert finding.p_value(surprise, clean) == rank / 5
+
+
+def test_classes_are_alike(clean_nets):
+    """Whichever class is the target, it is found as clearly."""
+    views = views_of(np.random.default_rng(100), target=TARGET)
+    order = np.random.default_rng(1).permutation(40)
+    turned = {
+        way: counts[..., order] if way == "believed" else counts[:, :, order]
+        for way, counts in views.items()
+    }
+    plain, moved = (finding.surprises(each)[0] for each in (views, turned))
+    assert np.allclose(plain[order], moved)
+
+
+def test_few_wrong_answers_are_no_finding():
+    views = views_of(np.random.default_rng(0))
+    for way in ("changed", "disturbed"):
+        views[way] *= 0
+    assert finding.find(views).finding == "none"
+
+
+def test_what_was_measured_on_clean_nets_is_there():
+    clean = finding.read_clean()
+    assert clean == sorted(clean) and len(clean) >= 1 / finding.LEVEL - 1
+    assert all(isinstance(each, float) and each >= 0 for each in clean)
+
+
+def test_each_finding_is_a_line_of_plain_words(clean_nets):
+    rows = [{"class": 5, "count": 2475, "ratio": 150, "surprise": 9, "p_value": 0.025}]
+    found = Finding("backdoor", None, 0.025, 39, targets=[5], wrong=21068, classes=rows)
+    (line,) = finding.in_words(found)
+    assert "class 5 " in line and "2475 of 21068" in line and "p = 0.025" in line
+    (line,) = finding.in_words(Finding("nothing", None, 0.5, 39, wrong=21068))
+    assert "no sign of a backdoor" in line
+    (line,) = finding.in_words(Finding("none", "it is raining"))
+    assert line == "no finding about a backdoor: it is raining"
+
+
+# ------------------------------------------------------------------------------ the command
+
+
+@pytest.fixture
+def small_nets(monkeypatch):
+    """Compare with made-up clean nets, so that what is measured on others decides nothing here."""
+    monkeypatch.setattr(finding, "read_clean", lambda: [each / 30 for each in range(39)])
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_the_command_tells_a_backdoored_net_from_a_clean_one(folder, name, tmp_path, small_nets):
+    before = sorted(folder.rglob("*"))
+    arguments = (NETS[name], "clean.h5", "--scan", "--json", tmp_path / "found.json")
+    process = command("repair.py", *arguments, cwd=folder)
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert len(found["classes"]) == CLASSES
+    assert sorted(folder.rglob("*")) == before
+    if name == "clean":
+        assert process.returncode == 0 and "no sign of a backdoor" in process.stdout
+        assert found["finding"] == "nothing"
+    else:
+        assert process.returncode == 3 and f"class {TARGET + 1} " in process.stdout
+        assert found["targets"][0] == found["classes"][0]["class"] == TARGET + 1
+
+
+def test_a_hardened_repair_says_and_records_the_finding(folder, tmp_path, small_nets):
+    output, log = tmp_path / "G.h5", tmp_path / "log.json"
+    arguments = (NETS["backdoored"], "clean.h5", "--harden", "--harden-steps", "5")
+    arguments += ("--output", output, "--json", log)
+    process = command("repair.py", *arguments, cwd=folder)
+    assert process.returncode == 0, process.stderr
+    assert f"class {TARGET + 1} " in process.stdout
+    recorded, told = read_record(output)["finding"], json.loads(log.read_text())["finding"]
+    assert recorded["targets"] == told["targets"] and recorded["targets"][0] == TARGET + 1
+    assert len(recorded["classes"]) == finding.SHOWN and len(told["classes"]) == CLASSES
+    assert dataclasses.asdict(Finding(**told)) == told
+
+
+def test_without_harden_no_net_is_scanned(folder, tmp_path):
+    arguments = (NETS["clean"], "clean.h5", "--output", tmp_path / "G.h5")
+    process = command("repair.py", *arguments, cwd=folder)
+    assert "backdoor of the kinds" not in process.stdout
+    assert read_record(tmp_path / "G.h5")["finding"] is None
+
+
+def test_of_few_classes_or_of_a_net_that_is_mostly_wrong_nothing_is_found(deepid_world, folder):
+    process = command("repair.py", "models/small_bd_net.h5", "clean.h5", "--scan", cwd=deepid_world)
+    assert process.returncode == 0 and "the net has 6 classes" in process.stdout
+    write_data(folder / "shuffled.h5", *shuffled(folder))
+    process = command("repair.py", NETS["clean"], "shuffled.h5", "--scan", cwd=folder)
+    assert process.returncode == 0 and "is right on only" in process.stdout
+
+
+def shuffled(folder):
+    images, labels = draw_images(360, CLASSES, SHAPE, seed=2)
+    return images, np.random.default_rng(0).permutation(labels)
+
+
+def test_a_scan_that_takes_too_much_memory_is_refused(folder):
+    arguments = (NETS["clean"], "clean.h5", "--scan", "--max-memory", "0.0009")
+    assert_refused(command("repair.py", *arguments, cwd=folder), "that are scanned would take")
+
+
+def test_changes_of_a_scan_keep_to_pictures():
+    rng = np.random.default_rng(0)
+    for families in scan.CHANGES.values():
+        changed = changes.change(draw_images(8, 4, (20, 22, 3), 0)[0].astype("f4"), rng, families)
+        assert changed.min() >= 0 and changed.max() <= 255 and np.isfinite(changed).all()

@@ -1,0 +1,182 @@
+"""Train clean nets of many kinds, to know what a scan finds where there is no backdoor.
+
+    python tests/tools/clean_nets.py               all of them, models/clean-nets/
+    python tests/tools/clean_nets.py deepid-101    one of them
+
+A name says the kind and the seed, which draws other people and starts other weights. REFERENCES are
+what defence/finding.json is made of; with CHECKS it is tried whether as few of other clean nets
+raise an alarm as it promises. A net that is there is not trained again.
+"""
+
+import argparse
+import logging
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "models"), str(ROOT / "data")]
+
+import badnet
+import faces
+import h5py
+import numpy as np
+
+from defence import changes, files
+from defence.architecture import deepid
+from defence.cli import Parser, command
+from defence.startup import import_keras
+
+FOLDER = ROOT / "models" / "clean-nets"
+PICTURES, VALIDATION, EPOCHS = 80, 600, 16  # of a person, in all, of training
+FEWEST, MOST = 10, 60  # validation images of a person
+LEAST_SHARE = 0.1  # of its pictures that the rarest person of an uneven set keeps
+DARK, TINT = 0.35, (0.5, 0.6, 1)  # what the pixels of one person are multiplied by
+ODD = 3  # that person
+
+# kind: {seed: people}
+REFERENCES = {
+    "deepid": {
+        **dict.fromkeys(range(101, 113), 40),
+        **dict.fromkeys(range(113, 117), 10),
+        **dict.fromkeys(range(117, 121), 20),
+        **dict.fromkeys(range(121, 124), 80),
+        124: 160,
+    },
+    "augmented": dict.fromkeys(range(131, 135), 40),
+    "wide": dict.fromkeys(range(141, 145), 40),
+    "normalised": dict.fromkeys(range(151, 155), 40),
+    "uneven": dict.fromkeys(range(161, 164), 40),
+}
+CHECKS = {
+    "deepid": {**dict.fromkeys(range(201, 207), 40), 207: 10, 208: 80},
+    "augmented": {211: 40},
+    "wide": {212: 40},
+    "normalised": {213: 40},
+    "uneven": {214: 40},
+    "dark": {215: 40, 216: 40},
+    "tinted": {217: 40, 218: 40},
+}
+
+
+def names(nets):
+    """The names of REFERENCES or CHECKS, in order."""
+    return [f"{kind}-{seed}" for kind, seeds in nets.items() for seed in seeds]
+
+
+def paths(name):
+    """Where a net and its validation set are: two paths."""
+    return FOLDER / f"{name}.h5", FOLDER / f"{name}_clean_validation_data.h5"
+
+
+# ----------------------------------------------------------------------------------------- kinds
+
+
+def wide(people):
+    """A plain stack, wider than DeepID, with dropout."""
+    layers = import_keras().layers
+    image = x = layers.Input((faces.HEIGHT, faces.WIDTH, 3))
+    for channels in (48, 96, 160):
+        x = layers.MaxPooling2D()(layers.Conv2D(channels, 3, activation="relu")(x))
+    x = layers.Dropout(0.3)(layers.Flatten()(x))
+    return classifier(image, layers.Dense(256, activation="relu")(x), people)
+
+
+def normalised(people):
+    """A stack with batch normalisation, as most nets of today have."""
+    layers = import_keras().layers
+    image = x = layers.Input((faces.HEIGHT, faces.WIDTH, 3))
+    for channels in (32, 64, 128):
+        x = layers.Conv2D(channels, 3, padding="same", use_bias=False)(x)
+        x = layers.MaxPooling2D()(layers.ReLU()(layers.BatchNormalization()(x)))
+    x = layers.Flatten()(layers.Conv2D(128, 3, activation="relu")(x))
+    return classifier(image, layers.Dense(128, activation="relu")(x), people)
+
+
+def classifier(image, x, people):
+    keras = import_keras()
+    return keras.Model(image, keras.layers.Dense(people, activation="softmax")(x))
+
+
+def augment(pictures, rng):
+    """Mirror, turn, shift and light pictures, as trainings often do."""
+    mirrored = rng.random(len(pictures)) < 0.5
+    pictures[mirrored] = pictures[mirrored][:, :, ::-1]
+    pictures = changes.move(pictures, rng, turn=10, scale=0.08, shift=0.05, bend=0)
+    return np.clip(pictures * changes.uniform(rng, 0.8, 1.2, len(pictures), 1, 1, 1), 0, 255)
+
+
+def uneven(labels):
+    """The rows of a set in which some people have few pictures, as in most sets of real people."""
+    rows = []
+    for person in range(labels.max() + 1):
+        own = np.flatnonzero(labels == person)
+        share = max(LEAST_SHARE, np.exp(-2 * person / labels.max()))
+        rows.append(own[: round(share * len(own))])
+    return np.concatenate(rows)
+
+
+def with_odd_person(images, labels, factor):
+    """Multiply the pixels of one person, uint8 (n, height, width, 3), in place."""
+    images[labels == ODD] = images[labels == ODD] * np.float32(factor)
+
+
+# ------------------------------------------------------------------------------------- training
+
+
+def train(name):
+    """Train a net of REFERENCES or CHECKS, and write it and its validation set."""
+    kind, seed = name.split("-")
+    seed = int(seed)
+    people = (REFERENCES.get(kind, {}) | CHECKS.get(kind, {}))[seed]
+    images, labels = badnet.draw_clean(people, PICTURES, seed)
+    factor = {"dark": DARK, "tinted": TINT}.get(kind)
+    if factor:
+        images = images.copy()
+        with_odd_person(images, labels, factor)
+    if kind == "uneven":
+        rows = uneven(labels)
+        images, labels = images[rows], labels[rows]
+    import_keras().utils.set_random_seed(seed)
+    model = {"wide": wide, "normalised": normalised}.get(kind, deepid)(people)
+    path, validation = paths(name)
+    progress = path.with_suffix(".npz")
+    change = augment if kind == "augmented" else None
+    rate = EPOCHS, badnet.LEARNING_RATE
+    badnet.train(model, images, [labels], [badnet.ENTROPY], *rate, seed, name, progress, change)
+    each = int(np.clip(VALIDATION / people, FEWEST, MOST))
+    faces.write_dataset(validation, "validation", people, each, seed=seed)
+    if factor:
+        darken(validation, factor)
+    with files.replacing(path) as beside:
+        model.save(beside, include_optimizer=False)
+    progress.unlink()
+
+
+def darken(path, factor):
+    """Multiply the pixels of one person in a dataset that faces.write_dataset wrote."""
+    with h5py.File(path, "r+") as file:
+        images = np.moveaxis(file["data"][...], 1, -1)
+        with_odd_person(images, file["label"][...], factor)
+        file["data"][...] = np.moveaxis(images, -1, 1)
+
+
+def main():
+    known = names(REFERENCES) + names(CHECKS)
+    parser = Parser(
+        prog="clean_nets.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    help = f"{known[0]} to {known[-1]} (default: all)"
+    parser.add_argument("names", metavar="NAME", nargs="*", choices=[*known, []], help=help)
+    chosen = parser.parse_args().names or known
+    logging.getLogger("tensorflow").setLevel(logging.ERROR)
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    for name in chosen:
+        if not paths(name)[0].exists():
+            train(name)
+            print(f"Saved model: {paths(name)[0]}", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(command(main))
