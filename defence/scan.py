@@ -87,10 +87,8 @@ def check_memory(badnet, clean):
 def tally(labels, answers, classes):
     """Wrong answers by class, and by how far they are beyond the label: float64 (2, N)."""
     wrong = answers != labels
-    beyond = (answers - labels)[wrong] % classes
-    return (
-        np.stack([np.bincount(each, minlength=classes) for each in (answers[wrong], beyond)]) * 1.0
-    )
+    both = answers[wrong], (answers - labels)[wrong] % classes
+    return np.float64([np.bincount(each, minlength=classes) for each in both])
 
 
 def changed(net, chosen, repeats, rng):
