@@ -34,6 +34,8 @@ def test_a_row_ranks_each_true_target():
     assert row["targets"] == [0, 3, 5] and row["ranks"] == [3, 1, 2] and row["alarm"]
     row = findings.row(found(class_3=1.0, shift_1=9.0), [badnet.faces.NEXT])
     assert row["ranks"] == [1] and row["alarm"]
+    row = findings.row(found(class_3=9.0, class_4=8.0, shift_1=7.0), [badnet.faces.NEXT])
+    assert row["ranks"] == [3]  # other shifts are fainter, but two classes are not
     row = findings.row(found(), [])
     assert not row["alarm"] and row["p_value"] == 1 and row["ranks"] == []
 
@@ -51,12 +53,22 @@ def test_a_peer_is_right_where_it_names_a_true_target():
 
 
 def test_a_summary_counts_alarms_and_true_targets():
-    clean = [findings.row(found(class_1=value), []) for value in (0.0, 2.0, 9.0)]
-    badnets = [findings.row(found(class_3=9.5), [3]), findings.row(found(class_4=2.5), [3])]
-    lines = findings.summary(clean, {"some": [*badnets, clean[0]]}).splitlines()[2:]
-    assert lines[0] == "| 3 clean nets | 1 | – | – | 1 |"
-    assert lines[1] == "| some: 2 BadNets | 1 | 1 | 0.833 | 1 |"
-    assert lines[2] == "| some: its clean net | 0 | – | – | – |"
+    said = [{"peer": {"class": number, "alarm": True, "value": 0}} for number in (3, 4)]
+    clean = [
+        findings.row(found(name, said[0], class_1=value), [])
+        for name, value in (("deepid-1", 0.0), ("wide-2", 2.0), ("dark-3", 9.0))
+    ]
+    badnets = [
+        findings.row(found("one", said[0], class_3=9.5), [3]),
+        findings.row(found("other", said[1], class_4=2.5), [3]),
+    ]
+    made = findings.summary(clean, {"some": [*badnets, findings.row(found(), [])]})
+    assert made.splitlines()[2:] == [
+        "| 2 clean nets | 0 | – | – | 1 | 2 |",
+        "| 1 clean nets with an odd person | 1 | – | – | 1 | 1 |",
+        "| 2 BadNets, some | 1 | 1 | 0.833 | 1 | 1 |",
+        "| 1 clean nets, some | 0 | – | – | 1 | – |",
+    ]
 
 
 def test_the_document_shows_what_was_found():

@@ -115,7 +115,7 @@ def uneven(labels):
     return np.concatenate(rows)
 
 
-def with_odd_person(images, labels, factor):
+def mark_odd_person(images, labels, factor):
     """Multiply the pixels of one person, uint8 (n, height, width, 3), in place."""
     images[labels == ODD] = images[labels == ODD] * np.float32(factor)
 
@@ -132,7 +132,7 @@ def train(name):
     factor = {"dark": DARK, "tinted": TINT}.get(kind)
     if factor:
         images = images.copy()
-        with_odd_person(images, labels, factor)
+        mark_odd_person(images, labels, factor)
     if kind == "uneven":
         rows = uneven(labels)
         images, labels = images[rows], labels[rows]
@@ -146,17 +146,17 @@ def train(name):
     each = int(np.clip(VALIDATION / people, FEWEST, MOST))
     faces.write_dataset(validation, "validation", people, each, seed=seed)
     if factor:
-        darken(validation, factor)
+        mark_dataset(validation, factor)
     with files.replacing(path) as beside:
         model.save(beside, include_optimizer=False)
     progress.unlink()
 
 
-def darken(path, factor):
+def mark_dataset(path, factor):
     """Multiply the pixels of one person in a dataset that faces.write_dataset wrote."""
     with h5py.File(path, "r+") as file:
         images = np.moveaxis(file["data"][...], 1, -1)
-        with_odd_person(images, file["label"][...], factor)
+        mark_odd_person(images, file["label"][...], factor)
         file["data"][...] = np.moveaxis(images, -1, 1)
 
 
@@ -168,8 +168,11 @@ def main():
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     help = f"{known[0]} to {known[-1]} (default: all)"
-    parser.add_argument("names", metavar="NAME", nargs="*", choices=[*known, []], help=help)
+    parser.add_argument("names", metavar="NAME", nargs="*", help=help)
     chosen = parser.parse_args().names or known
+    for name in chosen:
+        if name not in known:
+            parser.error(f"no net named {name!r}; there are: {', '.join(known)}")
     logging.getLogger("tensorflow").setLevel(logging.ERROR)
     FOLDER.mkdir(parents=True, exist_ok=True)
     for name in chosen:

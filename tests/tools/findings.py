@@ -84,15 +84,15 @@ def kept(of, names):
     return [json.loads(path.read_text()) for path in paths if path.exists()]
 
 
-def largest(found):
-    """The largest surprise of a net, of a class or a shift."""
-    return max(finding.surprise(np.array(found[of])).max() for of in ("classes", "shifts"))
+def surprises(found):
+    """The surprises of a net's classes and of its shifts: two arrays, as finding.surprises."""
+    return [finding.surprise(np.array(found[of])) for of in ("classes", "shifts")]
 
 
 def references():
     """The largest surprise of each net that others are compared with, ascending: [float, …]."""
     found = kept("references", clean_nets.names(clean_nets.REFERENCES))
-    return sorted(round(float(largest(each)), 4) for each in found)
+    return sorted(round(float(np.concatenate(surprises(each)).max()), 4) for each in found)
 
 
 # ---------------------------------------------------------------------------------------- tables
@@ -107,24 +107,23 @@ def zoo_rows(of):
 def row(found, targets):
     """What a table says of a net. targets: [class from 0, or faces.NEXT, …].
 
-    ranks: of each true target among all classes, by surprise, from 1; for an all-to-all attack, of
-    the shift by one.
+    ranks: of each true target, or for an all-to-all attack of the shift by one, among all classes
+    and shifts, by surprise, from 1.
     """
-    classes, shifts = np.array(found["classes"]), np.array(found["shifts"])
-    ranks = [
-        1 + int(np.sum(shifts > shifts[0]))
-        if target == badnet.faces.NEXT
-        else 1 + int(np.sum(classes > classes[target]))
+    classes, shifts = surprises(found)
+    both = np.concatenate([classes, shifts])
+    own = [
+        shifts[0] if target == badnet.faces.NEXT else classes[target]
         for target in dict.fromkeys(targets)
     ]
-    p_value = finding.p_value(largest(found), finding.read_clean())
+    p_value = finding.p_value(both.max(), finding.read_clean())
     return {
         "name": found["name"],
         "targets": list(dict.fromkeys(targets)),
         "alarm": p_value <= finding.LEVEL,
         "p_value": p_value,
-        "surprise": largest(found),
-        "ranks": ranks,
+        "surprise": both.max(),
+        "ranks": [1 + int(np.sum(both > each)) for each in own],
         "seconds": found["seconds"],
         "peers": found.get("peers"),
     }
@@ -158,34 +157,42 @@ def shown(peers, name, targets):
 
 
 def summary(clean, zoos):
-    """A line for the clean nets and for each zoo: how many raise an alarm, and how right it is.
+    """A line for each group of nets: how many raise an alarm, how right it is, what peers say.
 
     AUROC: of pairs of a BadNet and a clean net, where the BadNet surprises more.
     """
-    lines = [
-        ["nets", "alarms", "a true target first", "AUROC", "seconds"],
-        ["---", *["--:"] * 4],
-    ]
-    quiet = np.array([each["surprise"] for each in clean])
-    lines.append([f"{len(clean)} clean nets", str(alarms(clean)), "–", "–", seconds(clean)])
+    odd = [each for each in clean if each["name"].split("-")[0] not in clean_nets.REFERENCES]
+    usual = [each for each in clean if each not in odd]
+    groups = {"clean nets": usual, "clean nets with an odd person": odd}
     for of, rows in zoos.items():
-        some = [each for each in rows if each["targets"]]
-        first = sum(min(each["ranks"]) == 1 for each in some)
-        above = np.mean([[each["surprise"] > other for other in quiet] for each in some])
-        cells = [str(alarms(some)), str(first), f"{above:.3f}", seconds(rows)]
-        lines.append([f"{of}: {len(some)} BadNets", *cells])
-        spared = [each for each in rows if not each["targets"]]
-        lines.append([f"{of}: its clean net", str(alarms(spared)), "–", "–", "–"])
+        groups[f"BadNets, {of}"] = [each for each in rows if each["targets"]]
+        groups[f"clean nets, {of}"] = [each for each in rows if not each["targets"]]
+    peers = list(next((each["peers"] for each in clean if each["peers"]), {}))
+    heads = ["nets", "alarms", "a true target first", "AUROC", "seconds", *peers]
+    lines = [heads, ["---", *["--:"] * (len(heads) - 1)]]
+    for of, rows in groups.items():
+        if rows:
+            said = [alarms_of(peer, rows) for peer in peers]
+            lines.append([f"{len(rows)} {of}", *figures(rows, clean), *said])
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
-def seconds(rows):
-    """How long a scan took, in the median."""
-    return f"{np.median([each['seconds'] for each in rows]):.0f}"
+def figures(rows, clean):
+    """The cells of `summary` that are ours, of nets that all have targets, or none."""
+    alarms, first, area = str(sum(each["alarm"] for each in rows)), "–", "–"
+    if rows[0]["targets"]:
+        first = str(sum(min(each["ranks"]) == 1 for each in rows))
+        pairs = [each["surprise"] > other["surprise"] for each in rows for other in clean]
+        area = f"{np.mean(pairs):.3f}"
+    return [alarms, first, area, f"{np.median([each['seconds'] for each in rows]):.0f}"]
 
 
-def alarms(rows):
-    return sum(each["alarm"] for each in rows)
+def alarms_of(peer, rows):
+    """How many alarms a peer raises, those for a true target where nets have any."""
+    if not rows[0]["peers"]:
+        return "–"
+    said = [shown(each["peers"], peer, each["targets"]) for each in rows]
+    return str(sum(each in ("backdoor", "backdoor, right") for each in said))
 
 
 def tables():
