@@ -94,7 +94,7 @@ def load(models, arguments, backend):
 
 def export(models, arguments):
     """Write the detector of B and G to its file, and print where that is."""
-    unfit = ("images", "backend", "ray", "poisoned", "json", "csv", "plot")
+    unfit = ("images", "backend", "ray", "poisoned", "json", "csv", "plot", "labels")
     if len(models) == 1 or any(getattr(arguments, name) for name in unfit):
         raise InputError("--export goes with a MODEL alone, one that is not an .onnx file")
     path = onnx_file.default_path(models[1])
@@ -108,7 +108,7 @@ def judge_on_ray(models, arguments):
     """Judge pictures on Ray and print how many there were. Returns the exit status."""
     if not arguments.output:
         raise InputError("--ray needs --output, the folder for the verdicts")
-    unfit = ("poisoned", "json", "csv", "plot", "scale", "force", "labels")
+    unfit = ("poisoned", "json", "csv", "plot", "scale", "force")
     given = [f"--{name}" for name in unfit if getattr(arguments, name)]
     if given or arguments.backend == "keras":
         raise InputError(f"{', '.join(given) or '--backend keras'}: does not go with --ray")
@@ -116,6 +116,7 @@ def judge_on_ray(models, arguments):
     from defence import screen
 
     found = load(models, arguments, "onnx")
+    called = names.find(models[0], arguments.labels, found.classes, arguments.max_bytes)
     counts = screen.screen(
         arguments.images,
         found,
@@ -124,6 +125,7 @@ def judge_on_ray(models, arguments):
         arguments.workers,
         arguments.max_bytes,
         arguments.formats,
+        called,
     )
     print(
         f"{printable(arguments.output)}: {counts['pictures']} pictures, {counts['poisoned']} "
@@ -164,11 +166,10 @@ def judge_pictures(images, models, arguments, alone):
             except InputError as error:
                 rows[-1]["error"] = str(error)
         judged = [row for row in rows if row["error"] is None]
-        answers = detector.rows(found.judge(np.stack(inputs)), found.classes) if judged else []
-        for row, said in zip(judged, answers):
-            row |= said
-            if called:
-                row["class_name"] = names.of(said["class"], called)
+        if judged:
+            answers = found.judge(np.stack(inputs))
+            for row, said in zip(judged, detector.rows(answers, found.classes, called)):
+                row |= said
         tell(rows, arguments, alone)
         results += rows
     flagged = sum(row["class"] == found.classes + 1 for row in results)
@@ -210,6 +211,7 @@ def judge_datasets(images, models, arguments):
         found = load(models, arguments, arguments.backend)
         for data in datasets:
             data.fit_to(found.shape, found.classes)
+        called = names.find(models[0], arguments.labels, found.classes, arguments.max_bytes)
         warn_of_mistaken(datasets)
         judged = [judge_dataset(found, data) for data in datasets]
         results = evaluate(datasets, judged) | found.described()
@@ -218,7 +220,6 @@ def judge_datasets(images, models, arguments):
         if arguments.json:
             files.write_json(results, arguments.json)
         if arguments.csv:
-            called = names.find(models[0], arguments.labels, found.classes, arguments.max_bytes)
             files.write_csv(csv_rows(datasets, judged, found.classes, called), arguments.csv)
         if arguments.plot:
             plots.evaluation(results, datasets, [each[0] for each in judged], arguments.plot)
@@ -272,10 +273,8 @@ def csv_rows(datasets, judged, classes, called):
     called: the names of the classes, or None.
     """
     for data, (answers, _) in zip(datasets, judged):
-        pairs = zip(detector.rows(answers, classes), data.labels)
+        pairs = zip(detector.rows(answers, classes, called), data.labels)
         for index, (row, label) in enumerate(pairs):
-            if called:
-                row["class_name"] = names.of(row["class"], called)
             yield {"dataset": str(data.path), "index": index, **row, "label": int(label)}
 
 

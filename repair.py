@@ -185,10 +185,12 @@ def main():
             clean, held_out = hold_out(clean, settings.holdout, settings.seed)
         observer = Observer(poisoned, held_out)
         try:
-            if arguments.check:
-                return check_data(model, clean, settings)
-            if arguments.scan:
-                return scan_net(model, clean, settings, arguments.json, called)
+            if looks_only(arguments):
+                layer = net.find_layer(model, settings.layer)
+                cached = CachedNet.of(net.split(model, layer), clean)
+                if arguments.check:
+                    return check_data(cached)
+                return scan_net(cached, settings.seed, arguments.json, called)
             repaired = do_repair(model, clean, settings, observer)
         except net.UnfitNet as error:
             raise InputError(f"{badnet.path}: {error}") from error
@@ -209,24 +211,21 @@ def main():
         print(f"Saved detector: {exported}", file=talk)
 
 
-def check_data(badnet, clean, settings):
+def check_data(cached):
     """Print what --check tells of the validation set. Returns the exit status."""
-    cached = CachedNet.of(net.split(badnet, net.find_layer(badnet, settings.layer)), clean)
     print("\n".join(check.report(cached)))
     return int(check.warn(cached))
 
 
-def scan_net(badnet, clean, settings, path, called):
+def scan_net(cached, seed, path, called):
     """Print whether the net looks backdoored, and to which class. Returns the exit status.
 
     path: of the JSON file to write, or None.  called: the classes' names, or None.
     """
-    split = net.split(badnet, net.find_layer(badnet, settings.layer))
-    scan.check_memory(badnet, clean)
-    cached = CachedNet.of(split, clean)
+    scan.check_memory(cached.split.net, cached.data)
     check.warn(cached)
     check.refuse(cached, harden=False)
-    found = finding.of(cached, settings.seed)
+    found = finding.of(cached, seed)
     if path:
         files.write_json(dataclasses.asdict(found), path)
     talk = sys.stderr if path == files.STDOUT else sys.stdout

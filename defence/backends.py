@@ -151,7 +151,8 @@ def load(paths, max_bytes=DEFAULT_MAX_BYTES, backend=None, fpr=None, scale=None,
         return model(images, training=False) if len(images) == 1 else compiled(model)(images)
 
     shape, hashes = model.input_shape[1:], {"badnet": badnet.sha256, "repaired": repaired.sha256}
-    return detector.Detector(run, classes, shape, usage.threshold, badnet.path, hashes)
+    held_out = usage.record.held_out(repaired.path) if usage.threshold is not None else None
+    return detector.Detector(run, classes, shape, usage.threshold, badnet.path, hashes, held_out)
 
 
 def load_nets(badnet, repaired, usage, force=False):

@@ -9,7 +9,7 @@ import math
 
 import numpy as np
 
-from defence import net
+from defence import names, net
 from defence.cli import InputError
 from defence.startup import import_keras
 from utils import SCALES
@@ -68,6 +68,8 @@ class Detector:
     run: float32 (n, height, width, channels), 0..255 → arrays of badnet, repaired, score, as in
     Answers.  classes: N.  shape: (height, width, channels).  threshold: as for is_flagged.
     path: of its file, or of B's, for messages.  sha256: {"badnet", "repaired"}, of their files.
+    held_out: where there is a threshold, the anomaly scores of the clean images that G's repair
+    kept out; None where it kept none.
     """
 
     run: object
@@ -76,6 +78,7 @@ class Detector:
     threshold: float
     path: object
     sha256: dict
+    held_out: list = None
 
     def judge(self, images):
         """Judge images, float32 (n, height, width, channels), 0..255. Returns Answers."""
@@ -96,11 +99,18 @@ class Detector:
         """What flags an image, in words."""
         if self.threshold is None:
             return "flagging images on which B and G disagree"
-        return f"flagging images whose anomaly score is above {self.threshold:.4g}"
+        above = f"flagging images whose anomaly score is above {self.threshold:.4g}"
+        if self.held_out is None:
+            return above
+        exceed = sum(score > self.threshold for score in self.held_out)
+        return f"{above}, which {exceed} of {len(self.held_out)} held-out clean images exceed"
 
 
-def rows(answers, classes):
-    """Yield what is written about each image, a dict, its class as printed; they count from 1."""
+def rows(answers, classes, called=None):
+    """Yield what is written about each image, a dict, its class as printed; they count from 1.
+
+    called: the classes' names, or None, which leaves out what the class is called.
+    """
     for b, g, score, said in zip(
         answers.badnet.tolist(),
         answers.repaired.tolist(),
@@ -108,7 +118,8 @@ def rows(answers, classes):
         verdict(answers.badnet, answers.flagged, classes).tolist(),
     ):
         b, g = (each + 1 if each >= 0 else None for each in (b, g))
-        yield {"class": said, "badnet_class": b, "repaired_class": g, "score": score}
+        row = {"class": said, "badnet_class": b, "repaired_class": g, "score": score}
+        yield row | ({"class_name": names.of(said, called)} if called else {})
 
 
 # ------------------------------------------------------------------------------------ the score

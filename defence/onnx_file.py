@@ -47,7 +47,11 @@ class DetectorFile:
             return found["badnet_class"] - 1, found["repaired_class"] - 1, found["score"]
 
         sha256 = dict(zip(("badnet", "repaired"), self.made_of))
-        return detector.Detector(run, self.classes, self.shape, threshold, self.path, sha256)
+        known = threshold is not None and self.record is not None
+        held_out = self.record.held_out(self.path) if known else None
+        return detector.Detector(
+            run, self.classes, self.shape, threshold, self.path, sha256, held_out
+        )
 
     def threshold_for(self, rate):
         """The threshold for a false-positive rate. Raises InputError as RepairRecord does."""

@@ -73,13 +73,14 @@ def parse_repair():
 
 
 def _add_measuring(group):
-    group.add_argument(
+    look = group.add_mutually_exclusive_group()
+    look.add_argument(
         "--check",
         action="store_true",
         help="repair nothing, only look whether DATA can serve: the BadNet's accuracy, images of "
         "each class, pixels; warnings make the exit status 1",
     )
-    group.add_argument(
+    look.add_argument(
         "--scan",
         action="store_true",
         help="repair nothing, only say whether the net looks backdoored, and to which class, as "

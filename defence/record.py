@@ -57,15 +57,22 @@ class RepairRecord:
     def to_json(self):
         return json.dumps(dataclasses.asdict(self), allow_nan=False)
 
+    def held_out(self, path):
+        """The anomaly scores of the held-out clean images, ascending: [float, …], or None.
+
+        path: of G's file, for messages.  Raises InputError where they are damaged.
+        """
+        return None if self.holdout is None else _checked_scores(self.holdout, path)
+
     def threshold(self, rate, path):
         """The anomaly score that this fraction of the held-out clean images exceeded.
 
         rate: above 0, at most 1.  path: of G's file, for messages.
         Raises InputError where no images were held out, or too few for the rate.
         """
-        if self.holdout is None:
+        scores = self.held_out(path)
+        if scores is None:
             raise no_threshold(path)
-        scores = _checked_scores(self.holdout, path)
         if rate < 1 / len(scores):
             least = math.ceil(1e4 / len(scores)) / 1e4
             raise InputError(

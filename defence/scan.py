@@ -25,7 +25,6 @@ import numpy as np
 from defence import changes, detector, guard, guard_model
 from defence.cli import track
 from defence.inference import classify, compiled, parallel_map, predict
-from defence.startup import import_keras
 from utils import BATCH_VALUES, SCALES
 
 # Pictures that are changed or disturbed in each way, for each class, within limits; where there are
@@ -177,8 +176,6 @@ def make_seeker(model, most):
     and returns the filling, float32 (height, width, channels).
     """
     import tensorflow as tf
-
-    import_keras()
 
     @tf.function(autograph=False)
     def step(filling, mask, x, labels, rate):

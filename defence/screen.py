@@ -52,6 +52,7 @@ SCHEMA = pa.schema(
         "error": pa.string(),
     }
 )
+NAMED = SCHEMA.append(pa.field("class_name", pa.string()))  # where classes have names
 
 
 class Listing(Datasource):
@@ -78,9 +79,10 @@ class Listing(Datasource):
 class Worker:
     """A Ray actor: a detector, opened once, that judges batch after batch of paths."""
 
-    def __init__(self, threshold, filesystem, max_bytes, formats):
+    def __init__(self, threshold, filesystem, max_bytes, formats, called):
         self.detector = onnx_file.read(FILE, max_bytes, threads=1).detector(threshold)
         self.filesystem, self.max_bytes, self.formats = filesystem, max_bytes, formats
+        self.called = called
 
     def __call__(self, batch):
         paths = batch["path"].to_pylist()
@@ -94,9 +96,10 @@ class Worker:
                 judged.append(row)
         if inputs:
             answers = self.detector.judge(np.stack(inputs))
-            for row, said in zip(judged, detector.rows(answers, self.detector.classes)):
-                row |= said
-        return pa.Table.from_pylist(rows, SCHEMA)
+            said = detector.rows(answers, self.detector.classes, self.called)
+            for row, more in zip(judged, said):
+                row |= more
+        return pa.Table.from_pylist(rows, NAMED if self.called else SCHEMA)
 
     def read(self, path):
         """A picture as an input of the nets, and None; or None, and why it cannot be read."""
@@ -118,6 +121,7 @@ def screen(
     workers=None,
     max_bytes=DEFAULT_MAX_BYTES,
     formats=utils.PICTURE_FORMATS,
+    called=None,
 ):
     """Judge pictures with a detector's file, on Ray. Returns what `summary` does.
 
@@ -126,11 +130,13 @@ def screen(
     output: a folder, or its URI, for the verdicts. What is in it already is not done again.
     address: of a Ray cluster; if None, Ray is started on this machine.  workers: at most.
     max_bytes: what a picture or the detector may take.  formats: as for utils.decode_picture.
+    called: the classes' names, or None.
     Raises InputError where there are no pictures, or `output` contains something else.
     """
     found.require_pictures()
     filesystem, paths = list_pictures(pictures)
     facts = {"detector": sha256(found.path), "threshold": found.threshold}
+    facts |= {"class_names": called} if called else {}
     kept, folder = open_output(output, facts)
     with cluster(address, found.path):
         context = ray.data.DataContext.get_current()
@@ -142,7 +148,7 @@ def screen(
         listed = ray.data.read_datasource(Listing(paths), num_cpus=SHARE)
         judged = listed.map_batches(
             Worker,
-            fn_constructor_args=(found.threshold, filesystem, max_bytes, formats),
+            fn_constructor_args=(found.threshold, filesystem, max_bytes, formats, called),
             batch_size=BATCH,
             batch_format="pyarrow",
             compute=ray.data.ActorPoolStrategy(min_size=1, initial_size=workers, max_size=workers),
@@ -193,7 +199,7 @@ def open_output(output, facts):
     """Make the folder for verdicts, or resume in it. Returns (pyarrow file system, path there).
 
     facts: a dict that JSON can hold, of the detector.
-    Raises InputError where the folder contains something else, or verdicts of another detector.
+    Raises InputError where the folder contains something else, or verdicts with other facts.
     """
     filesystem, folder = locate(output)
     try:
@@ -204,7 +210,7 @@ def open_output(output, facts):
             with filesystem.open_input_file(f"{folder}/{DETECTOR}") as file:
                 if json.loads(file.read()) != facts:
                     raise InputError(
-                        f"{output}: contains verdicts of another detector or threshold"
+                        f"{output}: contains verdicts of another detector, threshold or names"
                     )
         elif names:
             raise InputError(f"{output}: has other files in it; choose another folder")

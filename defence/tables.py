@@ -26,9 +26,7 @@ STEPS = ("before", "pruned", "retrained", "fine_tuned", "hardened")
 
 def evaluation(results):
     """The results of judged datasets, as in eval_defence.py's JSON, as one table."""
-    threshold = results["threshold"]
-    rule = "B and G disagree" if threshold is None else f"score > {threshold:.4g}"
-    lines = [f"{'flagged: ' + rule:<40}{'':>12}   95 % interval"]
+    lines = [results["rule"], f"{'':<52}   95 % interval"]
     for of_data in (results["clean"], *results["poisoned"]):
         rate = of_data["images"] / of_data["seconds"]
         lines.append(
@@ -50,7 +48,7 @@ def cells(figure):
     return f"{show(value):>12}" + ("" if low is None else f"   {show(low)} .. {show(high)}")
 
 
-def summary(record, seconds, called=None):
+def summary(record, seconds, called):
     """The closing table of a repair.
 
     record: RepairRecord.  seconds: {step: s}.  called: the classes' names, or None.
@@ -75,7 +73,7 @@ def summary(record, seconds, called=None):
     )
 
 
-def remarks(record, called=None):
+def remarks(record, called):
     """What clean data alone tells of a repair, and what it does not: lines of text."""
     accuracy, moved, held_out = record.accuracy, record.moved, record.holdout
     silent = sum(record.mean_activation[channel] == 0 for channel in record.pruned)

@@ -240,12 +240,12 @@ def test_a_dataset_prints_a_table(done, tmp_path):
     assert poisoned["attack_success_rate_repaired"] == rates["fine_tuned"]["poisoned.h5"]
     assert judged["threshold"] is None
     shown = process.stdout.splitlines()
-    assert shown[0].startswith("flagged: B and G disagree  ")
-    assert shown[1].startswith("clean.h5: 150 images, ") and len(shown) == 1 + 5 + 9
+    assert shown[0] == judged["rule"] == "flagging images on which B and G disagree"
+    assert shown[2].startswith("clean.h5: 150 images, ") and len(shown) == 2 + 5 + 9
     accuracy = judged["clean"]["figures"]["clean_accuracy_badnet"]
     value, low, high = (f"{100 * accuracy[key]:.2f} %" for key in ("value", "low", "high"))
-    assert shown[2].startswith("  clean accuracy of B  ")
-    assert f"{value}   {low} .. {high}" in shown[2]
+    assert shown[3].startswith("  clean accuracy of B  ")
+    assert f"{value}   {low} .. {high}" in shown[3]
 
 
 def test_a_row_for_each_image_and_a_plot(done, tmp_path):

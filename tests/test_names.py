@@ -101,3 +101,10 @@ def test_another_number_of_names_is_refused(demo, tmp_path):
     file = write(tmp_path / "people.txt", 39)
     process = command("eval_defence.py", *PICTURES, "demo_bd_net", "--labels", file, cwd=demo)
     assert_refused(process, "has 39 names, and the net 40 classes")
+
+
+def test_names_are_read_before_a_dataset_is_judged(demo, tmp_path):
+    """Also where no row is written that they would stand in."""
+    data = ROOT / "data" / "demo_clean_validation_data.h5"
+    process = command("eval_defence.py", data, "demo_bd_net", "--labels", "absent.txt", cwd=demo)
+    assert_refused(process, "absent.txt: no such file")

@@ -275,6 +275,11 @@ def test_a_hardened_repair_says_and_records_the_finding(folder, tmp_path, small_
     assert dataclasses.asdict(Finding(**told)) == told
 
 
+def test_a_net_is_scanned_or_its_data_checked(folder):
+    process = command("repair.py", NETS["clean"], "clean.h5", "--scan", "--check", cwd=folder)
+    assert_refused(process, "--check", "--scan")
+
+
 def test_without_harden_no_net_is_scanned(folder, tmp_path):
     arguments = (NETS["clean"], "clean.h5", "--output", tmp_path / "G.h5")
     process = command("repair.py", *arguments, cwd=folder)

@@ -225,6 +225,18 @@ def test_verdicts_are_those_without_ray(folder, address):
     assert_refused(command(*call, cwd=folder), OUTPUT, "another detector")
 
 
+def test_names_are_written(folder, address):
+    draw(folder, 3)
+    names = [f"person {number}" for number in range(1, 7)]
+    (folder / "people.txt").write_text("\n".join(names))
+    call = (*CALL, "--ray-address", address)
+    assert apart(*call, "--labels", "people.txt", cwd=folder).returncode == 0
+    for row in verdicts(folder).values():
+        assert row["class_name"] == [*names, "poisoned"][row["class"] - 1]
+    # Without them it would be another table.
+    assert_refused(command(*call, cwd=folder), OUTPUT, "or names")
+
+
 def test_both_nodes_of_a_cluster_judge(folder, address, start_screening):
     """One is stopped while it judges; what is left is then for the other one."""
     picture = draw(folder, 1) / "p00000.png"
