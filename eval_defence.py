@@ -27,6 +27,7 @@ from defence import (
     detector,
     figures,
     files,
+    folder,
     names,
     onnx_file,
     options,
@@ -52,6 +53,8 @@ def main():
         raise InputError("give an IMAGE, or --export")
     given = arguments.images
     alone = len(given) == 1 and given[0] != STDIN and not Path(given[0]).is_dir()
+    if arguments.null and STDIN not in given:
+        raise InputError("-0 goes with -, for the names on stdin")
     if STDIN in given:
         arguments.images = [name for name in given if name != STDIN]
         arguments.images += names_on_stdin(arguments.null)
@@ -59,9 +62,15 @@ def main():
             raise InputError("-: there are no names on stdin")
     if arguments.ray:
         return judge_on_ray(models, arguments)
+    if arguments.labelled and not (len(given) == 1 and Path(given[0]).is_dir()):
+        raise InputError("--labelled goes with one folder as IMAGE")
     given = map(Path, arguments.images)
-    datasets = [path for path in given if path.suffix.lower() in utils.DATASET_SUFFIXES]
-    images = files.list_files(arguments.images)
+    datasets = [
+        path
+        for path in given
+        if arguments.labelled or path.suffix.lower() in utils.DATASET_SUFFIXES
+    ]
+    images = datasets if arguments.labelled else files.list_files(arguments.images)
     if datasets and len(images) > 1:
         raise InputError(f"{datasets[0]}: give one dataset alone, or pictures")
     if (arguments.poisoned or arguments.plot) and not datasets:
@@ -77,8 +86,12 @@ def main():
 
 def names_on_stdin(null):
     """The names on stdin, one a line or, if null, each ended by NUL. Empty ones are left out."""
-    found = sys.stdin.buffer.read().split(b"\0" if null else b"\n")
-    return [os.fsdecode(name) for name in found if name]
+    given = sys.stdin.buffer.read()
+    if null:
+        return [os.fsdecode(name) for name in given.split(b"\0") if name]
+    if b"\0" in given:
+        raise InputError("-: the names end in NUL; add -0")
+    return [os.fsdecode(name) for name in given.replace(b"\r\n", b"\n").split(b"\n") if name]
 
 
 def use_of(arguments):  # what backends.usage_from_record takes
@@ -86,10 +99,8 @@ def use_of(arguments):  # what backends.usage_from_record takes
 
 
 def load(models, arguments, backend):
-    """The Detector that the options ask for, run by a backend; say which rule flags."""
-    found = backends.load(models, arguments.max_bytes, backend, **use_of(arguments))
-    say(found.rule)
-    return found
+    """The Detector that the options ask for, run by a backend."""
+    return backends.load(models, arguments.max_bytes, backend, **use_of(arguments))
 
 
 def export(models, arguments):
@@ -116,6 +127,7 @@ def judge_on_ray(models, arguments):
     from defence import screen
 
     found = load(models, arguments, "onnx")
+    say(found.rule)
     called = names.find(models[0], arguments.labels, found.classes, arguments.max_bytes)
     counts = screen.screen(
         arguments.images,
@@ -152,6 +164,7 @@ def judge_pictures(images, models, arguments, alone):
     if alone:
         picture = read(images[0], arguments)  # before the nets are loaded
     found = load(models, arguments, arguments.backend)
+    say(found.rule)
     found.require_pictures()
     called = names.find(models[0], arguments.labels, found.classes, arguments.max_bytes)
     blank, results = dict.fromkeys([*ROW, "class_name"] if called else ROW), []
@@ -213,6 +226,7 @@ def judge_datasets(images, models, arguments):
             data.fit_to(found.shape, found.classes)
         called = names.find(models[0], arguments.labels, found.classes, arguments.max_bytes)
         warn_of_mistaken(datasets)
+        warn_of_known(datasets, found.repaired_with or {})
         judged = [judge_dataset(found, data) for data in datasets]
         results = evaluate(datasets, judged) | found.described()
         if files.STDOUT not in (arguments.json, arguments.csv):
@@ -265,6 +279,13 @@ def evaluate(datasets, judged):
             answers, data.labels, data.true_labels, clean.score, of_clean
         )
     return {"clean": shown[0], "poisoned": shown[1:]}
+
+
+def warn_of_known(datasets, known):
+    """Warn of a dataset that G was repaired with, {"file", "sha256"}, as its record says."""
+    for data in datasets:
+        if data.path.name == known.get("file") and folder.sha256(data.path) == known.get("sha256"):
+            cli.warn(f"{data.path}: G was repaired with it, so that the figures flatter G")
 
 
 def csv_rows(datasets, judged, classes, called):

@@ -29,6 +29,8 @@ from defence import (
     cli,
     files,
     finding,
+    folder,
+    graph,
     guard,
     guard_model,
     harden,
@@ -43,18 +45,19 @@ from defence import (
     training,
 )
 from defence.cached_net import CachedNet
-from defence.cli import InputError, say, track
+from defence.cli import InputError, percent, say, track
 from defence.inference import predict
 from defence.observer import Observer, hold_out
 from defence.startup import make_reproducible
 
 FOUND = 3  # exit status of --scan where a class stands out
+WORTH = 0.9  # the part of B's accuracy that G should have
 
 # --------------------------------------------------------------------- section 2 of the report
 
 
 def do_repair(badnet, clean, settings, observer):
-    """Turn B into G, in place, by the report's three steps, and by harden.py's where asked to.
+    """Turn B into G by the report's three steps, and by harden.py's where asked to.
 
     badnet: Keras classifier.  clean: Dataset, the validation set.  settings: options.Settings.
     observer: an Observer, told of every step; decides nothing.
@@ -62,11 +65,11 @@ def do_repair(badnet, clean, settings, observer):
     Raises net.UnfitNet and InputError where B cannot be repaired with this data, WorkError where
     training diverges.  Source: report, section 2.
     """
-    split = net.split(badnet, net.find_layer(badnet, settings.layer))
-    last_dense = net.last_dense(split.head)
+    split = net.split(badnet, settings.layer)
+    last = net.last_weighted(split.head)
     check_memory(split, clean, settings)
 
-    cached = CachedNet.of(split, clean)
+    cached = CachedNet.of(split, clean, settings.scale)
     before = cached.accuracy()
     check.warn(cached)
     check.refuse(cached, settings.harden)
@@ -76,7 +79,7 @@ def do_repair(badnet, clean, settings, observer):
 
     prune(cached, settings.threshold * before, observer)  # 2a
     rng = np.random.default_rng(settings.seed)
-    retrain(cached, last_dense, settings, rng)  # 2b
+    retrain(cached, last, settings, rng)  # 2b
     observer.retrained(cached)
     fine_tune(cached, before, settings, rng, observer)  # 2c
     observer.fine_tuned(cached)
@@ -84,7 +87,7 @@ def do_repair(badnet, clean, settings, observer):
     if settings.harden:
         harden.harden(cached, settings, rng)
         observer.hardened(cached)
-    badnet.trainable = True  # what this run trained, and what not, should not show in G
+    net.all_trainable(split)  # what this run trained, and what not, should not show in G
     observer.done(cached)
     return cached
 
@@ -106,19 +109,19 @@ def prune(cached, enough, observer):
     observer.pruned(cached, order, enough)
 
 
-def retrain(cached, last_dense, settings, rng):
-    """Train the last Dense layer alone, in place.
+def retrain(cached, last, settings, rng):
+    """Train the last layer with weights alone, in place: a Dense layer, or a convolution.
 
     Everything before that layer is frozen, so what goes into it is computed once, where it can be.
     Source: report, section 2b.
     """
     model, x = cached.split.head, cached.features
-    if parts := net.cut_before(last_dense, cached.split):
+    if parts := net.cut_before(last, cached.split):
         before, model = parts
         x = np.concatenate(list(predict(before, x)))
     rate, option = settings.retrain_learning_rate, "--retrain-learning-rate"
     train_epoch = training.make_trainer(
-        model, [last_dense], rate, settings.batch_size, rng, option=option
+        model, [last], rate, settings.batch_size, rng, option=option
     )
     for epoch in track(range(1, settings.retrain_epochs + 1), "retrain"):
         loss = train_epoch(x, cached.labels)
@@ -132,7 +135,7 @@ def fine_tune(cached, until, settings, rng, observer):
     Stops after the first round whose validation accuracy, 0..1, is at least `until`.
     observer: told of every round.  Source: report, section 2c.
     """
-    head, layers = cached.split.head, list(net.leaves(cached.split.head))
+    head, layers = cached.split.head, list(graph.leaves(cached.split.head))
     train_epoch = training.make_trainer(
         head, layers, settings.learning_rate, settings.batch_size, rng, option="--learning-rate"
     )
@@ -149,9 +152,9 @@ def check_memory(split, clean, settings):
     """Raise InputError where a step of the repair would take more memory than the dataset may."""
     max_bytes = clean.max_bytes
     guard_model.check_step_fits(split.head, "--batch-size", settings.batch_size, max_bytes)
-    if parts := net.cut_before(net.last_dense(split.head), split):
+    if parts := net.cut_before(net.last_weighted(split.head), split):
         size = 4 * len(clean) * int(np.prod(parts[0].output_shape[1:]))
-        guard.check_fits(clean.path, "what the last Dense layer takes in", size, max_bytes)
+        guard.check_fits(clean.path, "what the last layer takes in", size, max_bytes)
     if settings.harden:
         scan.check_memory(split.net, clean)
         harden.check_memory(split.net, clean, settings)
@@ -171,7 +174,7 @@ def main():
             for path in (arguments.data, *arguments.poisoned)
         ]
         # Read while TensorFlow is imported, which keeps one processor busy and no disk.
-        digest = ThreadPool(1).apply_async(files.sha256, [arguments.data])
+        digest = ThreadPool(1).apply_async(folder.sha256, [clean.path])
         say("loading TensorFlow and the BadNet")
         make_reproducible(settings.seed)
         model = badnet.load()
@@ -185,9 +188,10 @@ def main():
             clean, held_out = hold_out(clean, settings.holdout, settings.seed)
         observer = Observer(poisoned, held_out)
         try:
+            if settings.layer == "help":
+                return print("\n".join(map(net.in_words, net.feature_maps(model))))
             if looks_only(arguments):
-                layer = net.find_layer(model, settings.layer)
-                cached = CachedNet.of(net.split(model, layer), clean)
+                cached = CachedNet.of(net.split(model, settings.layer), clean, settings.scale)
                 if arguments.check:
                     return check_data(cached)
                 return scan_net(cached, settings.seed, arguments.json, called)
@@ -196,7 +200,8 @@ def main():
             raise InputError(f"{badnet.path}: {error}") from error
         data = {"file": clean.path.name, "sha256": digest.get(), "images": len(clean)}
     made = record.make(observer, repaired, badnet, data, settings)
-    utils.save_model(model, output, **{record.ATTRIBUTE: made.to_json()})
+    warn_if_ruined(made)
+    utils.save_model(repaired.split.net, output, **{record.ATTRIBUTE: made.to_json()})
     seconds = observer.seconds | {"total": round(time.monotonic() - start, 3)}
     if arguments.json:
         found = observer.finding and dataclasses.asdict(observer.finding)
@@ -209,6 +214,16 @@ def main():
     if exported:
         backends.export(badnet, utils.read_model(output, arguments.max_bytes), exported)
         print(f"Saved detector: {exported}", file=talk)
+
+
+def warn_if_ruined(made):
+    """Warn where G knows much less than B did. made: the RepairRecord."""
+    before, *_, after = (made.accuracy[step] for step in tables.STEPS if step in made.accuracy)
+    if after < WORTH * before:
+        cli.warn(
+            f"G is right on {percent(after)} of the images, the BadNet was on {percent(before)}: "
+            "it flags what it has forgotten"
+        )
 
 
 def check_data(cached):
@@ -244,7 +259,8 @@ def check_call(arguments):
     Returns (B's ModelFile, G's path, the detector's path or None).  Raises InputError.
     """
     badnet = utils.read_model(arguments.model, arguments.max_bytes)
-    output = Path(arguments.output or utils.default_output(badnet.path))
+    made = utils.default_output(badnet.path)
+    output = Path(made if arguments.output is None else arguments.output)
     if output.suffix != ".h5":
         raise InputError(f"{output}: the repaired net is saved as a .h5 file")
     exported = onnx_file.default_path(output) if arguments.export else None

@@ -16,7 +16,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from defence import architecture, guard, guard_model
+from defence import architecture, folder, guard, guard_model, pixels
 from defence.cli import DEFAULT_MAX_BYTES, InputError, counted, one_line
 from defence.files import (
     file_fingerprint,
@@ -25,15 +25,21 @@ from defence.files import (
     replacing,
     require_file,
 )
+from defence.pictures import (
+    MORE_FORMATS,
+    PICTURE_FORMATS,
+    as_input,
+    decode_picture,
+    read_picture,
+)
 from defence.startup import import_keras
 
+__all__ = ["MORE_FORMATS", "PICTURE_FORMATS", "as_input", "decode_picture", "read_picture"]
+
 MODELS = Path("models")
-SCALES = {"0..1": 255.0, "0..255": 1.0}  # what B expects its pixels in: the divisor of 0..255
 BATCH_VALUES = 2**19  # numbers held at a time: 2 MB as float32, 67 images of DeepID
 MODEL_SUFFIXES = (".h5", ".hdf5", ".keras")
 DATASET_SUFFIXES = (".h5", ".hdf5")
-PICTURE_FORMATS = ("PNG", "JPEG")  # as Pillow calls them
-MORE_FORMATS = ("WEBP", "BMP", "GIF")  # only if asked for: each decoder may have holes of its own
 
 
 # --------------------------------------------------------------------------------------- models
@@ -108,6 +114,7 @@ class ModelFile:
                     model = make()
                 guard_model.check_classifier(model, path)
                 guard_model.check_outputs(model, path, max_bytes)
+                guard_model.check_prepared(model, path)
                 guard_model.check_shapes(model, shapes, path)
                 model.load_weights(weights)
                 guard_model.check_finite(model, path)
@@ -219,6 +226,8 @@ class Dataset:
 
         shape: (height, width, channels) of the net's input.  classes: its N.
         """
+        if hasattr(self.images, "fit_to"):  # pictures in a folder
+            self.images.fit_to(shape, classes)
         height, width, channels = shape
         stored = self.images.shape[1:]
         first = stored == (channels, height, width)
@@ -239,7 +248,7 @@ class Dataset:
     def batches(self, scale="0..255"):
         """Yield (images, labels): float32 (b, height, width, channels) and int64 (b,).
 
-        scale: a key of SCALES, the range that the pixels are brought to.
+        scale: a key of pixels.SCALES, the range that the pixels are brought to.
         Only one batch is in memory; none is empty. Raises InputError at a pixel that is NaN or
         outside 0..255, and at a first batch of floating-point images that never exceed 1;
         RuntimeError before `fit_to`.
@@ -257,7 +266,7 @@ class Dataset:
                 raise InputError(
                     f"{self.path}: pixels lie in 0..1; they must be 0..255, so multiply by 255"
                 )
-            yield np.divide(x, SCALES[scale], out=x), self.labels[done : done + len(x)]
+            yield pixels.scaled(x, scale), self.labels[done : done + len(x)]
             done += len(x)
 
     def pixel_range(self):
@@ -270,6 +279,8 @@ class Dataset:
         last = min(part.stop, len(self.images)) - 1
         try:
             stored = self.images[part]
+        except InputError:
+            raise
         except Exception as error:  # h5py raises what libhdf5 says
             raise InputError(f"{self.path}: images {part.start}..{last} are damaged") from error
         # libhdf5 reads zeros where a file was cut off since it was opened.
@@ -294,8 +305,13 @@ def open_dataset(path, max_bytes=DEFAULT_MAX_BYTES):
     The file has `data`, n images, uint8 or floating point, and `label` (n,), whole numbers of any
     type; `original_label`, of the same kind, if poisoned images carry their true labels. Images
     stay on disk.  max_bytes: what the labels, or a chunk, may take.
+    A folder of pictures, in a folder for each class, is read as such a file: see folder.py.
     Raises InputError where the file is not like that, or contains what the guards do not allow.
     """
+    if Path(path).is_dir():
+        images, labels = folder.find_pictures(Path(path), max_bytes)
+        yield Dataset(Path(path), max_bytes, images, labels, None, file_fingerprint(path))
+        return
     path = require_file(path)
     fingerprint = file_fingerprint(path)
     with open_hdf5(path, path, max_bytes) as file:
@@ -339,59 +355,3 @@ def read_labels(row, name, images, path, max_bytes):
     if not whole.all():
         raise InputError(f"{path}: label {labels[~whole][0]} is not one of 0, 1, 2, …")
     return labels.astype(np.int64)
-
-
-# ------------------------------------------------------------------------------------- pictures
-
-
-def read_picture(path, max_bytes=DEFAULT_MAX_BYTES, formats=PICTURE_FORMATS):
-    """Decode a picture's file. Returns and raises what decode_picture does."""
-    return decode_picture(require_file(path), path, max_bytes, formats)
-
-
-def decode_picture(file, path, max_bytes=DEFAULT_MAX_BYTES, formats=PICTURE_FORMATS):
-    """Decode a picture's file. Returns a Pillow image, turned as its EXIF rotation says.
-
-    file: its path, or a binary file open to read.  path: its name, for messages.
-    max_bytes: of memory; a pixel takes up to twelve of them until it is an input of a net.
-    formats: of PICTURE_FORMATS and MORE_FORMATS. The file's first bytes tell which it is, not its
-    name; of an animation the first frame is decoded.
-    Raises InputError where the file is not such a picture, is cut short, or too large to decode.
-    """
-    from PIL import Image, ImageOps
-
-    Image.MAX_IMAGE_PIXELS = None  # they are counted below
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about metadata
-            with Image.open(file, formats=formats) as picture:
-                width, height = picture.size
-                size = 12 * width * height
-                guard.check_fits(path, f"{width}×{height} pixels", size, max_bytes)
-                picture.load()
-                if picture.mode == "P":  # here, where a damaged palette is noticed
-                    picture = picture.convert("RGBA")
-                return ImageOps.exif_transpose(picture)
-    except InputError:
-        raise
-    except Image.UnidentifiedImageError as error:
-        raise InputError(f"{path}: not a {' or '.join(formats)} picture") from error
-    except Exception as error:  # Pillow raises whatever the damage leads to
-        raise InputError(f"{path}: the picture is damaged: {one_line(error)}") from error
-
-
-def as_input(picture, shape):
-    """Make a Pillow image of any size and mode the input of a net.
-
-    shape: (height, width, channels) of the net; channels is 1 (grey) or 3 (RGB). Alpha is dropped.
-    Returns float32 (height, width, channels), 0..255, resized bicubically where the size differs.
-    """
-    from PIL import Image
-
-    height, width, channels = shape
-    if picture.mode.startswith("I"):  # 16 bits a pixel, which Pillow would cut off at 255
-        picture = Image.fromarray((np.asarray(picture) / 257).astype(np.uint8))
-    picture = picture.convert("RGB" if channels == 3 else "L")
-    if picture.size != (width, height):
-        picture = picture.resize((width, height), Image.Resampling.BICUBIC)
-    return np.asarray(picture, np.float32).reshape(shape)

@@ -2,7 +2,7 @@
 
 import h5py
 
-from defence import guard, guard_model
+from defence import graph, guard, guard_model
 from defence.cli import InputError
 from defence.startup import import_keras
 
@@ -88,16 +88,12 @@ def portable(config):
 
 
 def as_functional(model):
-    """A classifier as a Functional model, one tensor in, one out.
+    """A classifier as a Functional model of layers alone, one tensor in, one out.
 
-    A Sequential is built anew: while layers were added to it, Keras called each on several inputs.
+    A Sequential is built anew, since Keras calls its layers on several inputs each, and so is a
+    net in which graph.flat has something to change.
     """
     keras = import_keras()
-    if not isinstance(model, keras.Sequential):
-        return keras.Model(model.inputs[0], model.outputs[0], name=model.name)
-    image = x = keras.Input(model.input_shape[1:], name="input")
-    for layer in model.layers:
-        x = type(layer).from_config(layer.get_config())(x)
-    functional = keras.Model(image, x, name=model.name)
-    functional.set_weights(model.get_weights())
-    return functional
+    if isinstance(model, keras.Sequential) or not graph.is_flat(model):
+        return graph.flat(model)
+    return keras.Model(model.inputs[0], model.outputs[0], name=model.name)

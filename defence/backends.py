@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 import utils
-from defence import detector, onnx_file, record
+from defence import detector, onnx_file, pixels, record
 from defence.cli import DEFAULT_MAX_BYTES, InputError, say, warn
 from defence.files import require_file, sha256
 from defence.inference import compiled
@@ -19,7 +19,7 @@ BACKENDS = ("keras", "onnx")
 class Usage:
     """How B and G are to be used.
 
-    scale: a key of utils.SCALES.  layer: the pruned layer's name, or None where that is not known.
+    scale: a key of pixels.SCALES.  layer: the pruned layer's name, or None where that is not known.
     threshold: as for detector.is_flagged.  record: G's RepairRecord, or None.
     """
 
@@ -77,9 +77,11 @@ def find_badnet(model):
     if path.name != str(model):
         raise InputError(f"{model}: no such file")
     there = sorted(
-        path.stem
-        for path in utils.MODELS.glob("*")
-        if path.suffix in utils.MODEL_SUFFIXES and not path.stem.endswith("_defence")
+        {
+            path.stem
+            for path in utils.MODELS.glob("*")
+            if path.suffix in utils.MODEL_SUFFIXES and not path.stem.endswith("_defence")
+        }
     )
     known = f"the BadNets there are {', '.join(there)}" if there else "there are no BadNets there"
     raise InputError(f"{utils.MODELS / path.name}{suffixes[0]}: no such file; {known}")
@@ -89,7 +91,7 @@ def usage_from_record(badnet, repaired, fpr=None, scale=None, force=False):
     """The Usage of B and G, ModelFiles, from G's repair record.
 
     fpr: above 0, at most 1, the false-positive rate that the threshold stands for; None for none.
-    scale: a key of utils.SCALES, for a G without a record.  force: take a G of another B.
+    scale: a key of pixels.SCALES, for a G without a record.  force: take a G of another B.
     Raises InputError where B is no BadNet but a repaired net, or G itself; where the record is of
     another B or scale, or has no threshold for `fpr`.
     """
@@ -101,7 +103,7 @@ def usage_from_record(badnet, repaired, fpr=None, scale=None, force=False):
     if found is None:
         if fpr is not None:
             raise record.no_threshold(repaired.path)
-        scale = scale or next(iter(utils.SCALES))
+        scale = scale or pixels.DEFAULT
         say(f"{repaired.path}: no repair record; assuming pixels {scale} (see --scale)")
         return Usage(scale, None, None, None)
     if found.badnet["sha256"] != badnet.sha256:
@@ -152,7 +154,10 @@ def load(paths, max_bytes=DEFAULT_MAX_BYTES, backend=None, fpr=None, scale=None,
 
     shape, hashes = model.input_shape[1:], {"badnet": badnet.sha256, "repaired": repaired.sha256}
     held_out = usage.record.held_out(repaired.path) if usage.threshold is not None else None
-    return detector.Detector(run, classes, shape, usage.threshold, badnet.path, hashes, held_out)
+    data = usage.record and usage.record.data
+    return detector.Detector(
+        run, classes, shape, usage.threshold, badnet.path, hashes, held_out, data
+    )
 
 
 def load_nets(badnet, repaired, usage, force=False):

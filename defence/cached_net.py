@@ -6,28 +6,28 @@ runs over the images once, and whatever changes the head or masks a channel star
 
 import numpy as np
 
-from defence import guard, net
+from defence import guard, net, pixels
 from defence.cli import InputError, counted, percent, say, track
 from defence.inference import classify, compiled, parallel_map
-from utils import SCALES
 
-# What pixels 0..255 must gain in accuracy over 0..1. A net for 0..1 answers most images alike at
+# What other pixels must gain in accuracy over 0..1. A net for 0..1 answers most images alike at
 # 0..255, and by chance a few better; a net for 0..255 is right on almost none at 0..1.
-MIN_GAIN = {"0..1": 0, "0..255": 0.05}
+MIN_GAIN = 0.05
 
 
 class CachedNet:
     """A net and a dataset, between them the features that the net's trunk makes of the images.
 
-    split: net.Split.  data: Dataset.  scale: a key of SCALES, what the net takes pixels in.
+    split: net.Split.  data: Dataset.  scale: a key of pixels.SCALES, what the net takes pixels in.
     features: float32 (n, …, C), those of masked channels overwritten.  labels: int64 (n,), 0..N-1.
     mean_activation: float64 (C,), of each channel of the layer to prune, over all images and
     positions.  masked: channels in the order they were masked, [int, …].
     classes: int64 (n,), 0..N-1, what the net answers as it is now.
+    rival: another scale that the net may take pixels in as well, or None.
     """
 
-    def __init__(self, split, data, scale, features, mean_activation):
-        self.split, self.data, self.scale = split, data, scale
+    def __init__(self, split, data, scale, features, mean_activation, rival=None):
+        self.split, self.data, self.scale, self.rival = split, data, scale, rival
         self.features, self.labels = features, data.labels
         self.mean_activation = mean_activation
         self.when_masked = np.broadcast_to(net.masked_features(split), (1, *features.shape[1:]))
@@ -35,12 +35,14 @@ class CachedNet:
         self.refresh()
 
     @classmethod
-    def of(cls, split, clean):
-        """The net on its clean dataset, at the pixel scale that serves it better.
+    def of(cls, split, clean, scale=None):
+        """The net on its clean dataset. scale: of its pixels; if None, what serves it best.
 
         Raises InputError where the features would take too much memory, or are not finite.
         """
         check_memory(split, [clean])
+        if scale:
+            return cls(split, clean, scale, *extract(split, clean, scale))
         return cls(split, clean, *choose_scale(split, clean))
 
     def on(self, data):
@@ -88,37 +90,46 @@ def check_memory(split, datasets):
 
 
 def choose_scale(split, clean):
-    """Find what a net was trained on, pixels 0..1 or 0..255, by its accuracy on a clean dataset.
+    """Find what a net was trained on, of pixels.SCALES, by its accuracy on a clean dataset.
 
-    All images are run with the pixels that serve the first batch better; with the others, only as
-    many as it takes to see that these cannot win on the whole. 0..255 must win by MIN_GAIN.
-    Returns (scale, features, mean activation): a key of SCALES, and what `extract` returns for it.
+    All images are run at the scale that serves the first batch best; at the others, only as many
+    as it takes to see that none of them can win on the whole. Another than pixels.DEFAULT must
+    win by MIN_GAIN over that, and over answering always the same.
+    Returns (scale, features, mean activation, rival): a key of SCALES, what `extract` returns for
+    it, and a scale that serves the net as well or better, if there is one, else None.
     """
+    known, count = pixels.scales_of(split.trunk.input_shape[3]), len(clean)
+    margin = {name: 0 if name == pixels.DEFAULT else MIN_GAIN for name in known}
+    least = np.max(np.bincount(clean.labels)) + MIN_GAIN * count
 
-    def correct_in(x, y):
-        features = np.asarray(compiled(split.trunk)(x)[0])
+    def right_at(name, x, y):
+        features = np.asarray(compiled(split.trunk)(pixels.scaled(x, name))[0])
         return int(np.sum(classify(split.head, features) == y))
 
-    def first_batch(scale):
-        x, y = next(clean.batches(scale))
-        return correct_in(x, y) - MIN_GAIN[scale] * len(y)
-
-    scale, other = sorted(SCALES, key=first_batch, reverse=True)
+    x, y = next(clean.batches())
+    scale, *others = sorted(known, key=lambda name: margin[name] * len(y) - right_at(name, x, y))
     extracted = extract(split, clean, scale)
     right = classify(split.head, extracted[0]) == clean.labels
+    good = scale == pixels.DEFAULT or np.sum(right) > least
+    own = np.sum(right) - margin[scale] * count if good else -np.inf
+    enough = {name: own + margin[name] * count for name in others}
+    enough |= {name: max(enough[name], least) for name in others if name != pixels.DEFAULT}
 
-    enough = np.sum(right) + (MIN_GAIN[other] - MIN_GAIN[scale]) * len(clean)
-    others = seen = 0
-    for x, y in clean.batches(other):
-        others += correct_in(x, y)
+    found, seen = dict.fromkeys(others, 0), 0
+    for x, y in clean.batches():
         seen += len(y)
-        if others + len(clean) - seen <= enough:
+        for name in others:
+            found[name] += right_at(name, x, y)
+        if all(found[name] + count - seen <= enough[name] for name in others):
             break
-    say(
-        f"accuracy on the first {counted(seen, 'image')}: with pixels {scale} "
-        f"{percent(np.mean(right[:seen]))}, with pixels {other} {percent(others / seen)}"
-    )
-    return (other, *extract(split, clean, other)) if others > enough else (scale, *extracted)
+    reached = {scale: np.mean(right[:seen])} | {name: found[name] / seen for name in others}
+    shown = ", ".join(f"{name} {percent(reached[name])}" for name in known)
+    say(f"accuracy on the first {counted(seen, 'image')} with pixels {shown}")
+    best = max(others, key=lambda name: found[name] - enough[name])
+    if found[best] > enough[best]:
+        scale, extracted = best, extract(split, clean, best)
+    rivals = [name for name in known if name != scale and reached[name] >= reached[scale] > 0]
+    return scale, *extracted, rivals[0] if rivals else None
 
 
 def extract(split, data, scale):

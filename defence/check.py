@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from defence import cli
+from defence import cli, pixels
 from defence.cli import InputError, counted, percent
 from defence.inference import classify, compiled
 
@@ -11,7 +11,7 @@ from defence.inference import classify, compiled
 ACCURATE, TIMES, FEW, FEW_EACH = 0.8, 4, 100, 3
 # Hardening on a set is refused where B is right on less, or fewer of the classes have images.
 HARDENABLE, COVERED = 0.5, 0.5
-EXPLAINS = 0.3  # the accuracy that an explanation must add
+EXPLAINS = 0.5  # the part of the wrong answers that an explanation must make right
 # Wrong answers are suspicious where so many, and so large a share of them, are one class.
 ALIKE, MOST_OF_THEM = 10, 0.5
 
@@ -47,6 +47,11 @@ def problems(net):
     accuracy, counts = net.accuracy(), images_of_classes(net)
     if accuracy < ACCURATE:
         yield f"the BadNet is right on only {percent(accuracy)}; {explanation(net, accuracy)}"
+    if net.rival:
+        yield (
+            f"it does not tell whether the net takes pixels {net.scale} or {net.rival}; "
+            f"{net.scale} are taken, unless --scale says otherwise"
+        )
     absent = np.flatnonzero(counts == 0)
     if len(absent):
         yield (
@@ -68,7 +73,7 @@ def problems(net):
         )
     if len(net.labels) < max(FEW, FEW_EACH * len(counts)):
         yield (
-            f"{counted(len(net.labels), 'image')} for {len(counts)} classes are few; "
+            f"only {counted(len(net.labels), 'image')} for {len(counts)} classes; "
             f"{max(FEW, FEW_EACH * len(counts))} or more are better"
         )
 
@@ -81,14 +86,15 @@ def images_of_classes(net):
 def explanation(net, accuracy):
     """What would make B right on more of a set: labels that are shifted, channels in disorder."""
     shifts = {-1: "labels seem to count from 1; subtract 1", 1: "labels seem one too low; add 1"}
+    enough = accuracy + EXPLAINS * (1 - accuracy)
     for shift, meaning in shifts.items():
-        if np.mean(net.classes == net.labels + shift) > accuracy + EXPLAINS:
+        if np.mean(net.classes == net.labels + shift) > enough:
             return meaning
-    x, y = next(net.data.batches(net.scale))
-    if x.shape[-1] == 3:
-        features = np.asarray(compiled(net.split.trunk)(x[..., ::-1])[0])
+    x, y = next(net.data.batches())
+    for scale in pixels.SCALES if x.shape[-1] == 3 else ():
+        features = np.asarray(compiled(net.split.trunk)(pixels.scaled(x[..., ::-1], scale))[0])
         right = np.mean(classify(net.split.head, features) == y)
-        if right > accuracy + EXPLAINS:
+        if right > enough:
             return f"its pixels seem to be BGR, not RGB: so turned it is right on {percent(right)}"
     return "is it another net's set, or are its labels in disorder?"
 

@@ -5,6 +5,7 @@ import codecs
 import dataclasses
 import math
 import os
+import re
 import shutil
 import signal
 import sys
@@ -28,6 +29,14 @@ class WorkError(Exception):
 
 class Parser(argparse.ArgumentParser):
     """argparse, with errors of one line."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self._negative_number_matcher = re.compile(r"-\.?\d")  # a value, such as -1..1: no option
+
+    def parse_known_args(self, *arguments, **options):
+        self._has_negative_number_optionals.clear()  # -0 is an option, and -1 a value still
+        return super().parse_known_args(*arguments, **options)
 
     def error(self, message):
         if " -" in message.partition("unrecognized arguments:")[2]:
@@ -110,13 +119,18 @@ def command(main):
     printed, by whatever runs at that moment.
     """
     name = Path(sys.argv[0]).name
+    for stream, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, stream) is None:  # it was closed by whoever started the process
+            setattr(sys, stream, open(os.devnull, mode))  # noqa: SIM115
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _stop)
     sys.stdout.reconfigure(errors=_as_it_can.__name__)
     if not sys.flags.dev_mode:  # of libraries about each other; as errors they would end the work
         warnings.simplefilter("ignore")
     try:
-        return main() or 0
+        status = main() or 0
+        sys.stdout.flush()
+        return status
     except InputError as error:
         print(f"{name}: error: {printable(error)[:MESSAGE_LENGTH]}", file=sys.stderr)
         return 2

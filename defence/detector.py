@@ -9,10 +9,9 @@ import math
 
 import numpy as np
 
-from defence import names, net
+from defence import graph, names, net, pixels
 from defence.cli import InputError
 from defence.startup import import_keras
-from utils import SCALES
 
 SCORE = "Jeffreys divergence of B's and G's answers"  # a repair record names it
 LEAST = 1e-12  # what a smaller probability counts as, in the score
@@ -70,6 +69,7 @@ class Detector:
     path: of its file, or of B's, for messages.  sha256: {"badnet", "repaired"}, of their files.
     held_out: where there is a threshold, the anomaly scores of the clean images that G's repair
     kept out; None where it kept none.
+    repaired_with: {"file", "sha256", "images"} of the dataset that G was repaired with, or None.
     """
 
     run: object
@@ -79,6 +79,7 @@ class Detector:
     path: object
     sha256: dict
     held_out: list = None
+    repaired_with: dict = None
 
     def judge(self, images):
         """Judge images, float32 (n, height, width, channels), 0..255. Returns Answers."""
@@ -135,7 +136,7 @@ def probabilities(scores, model):
     scores = tf.cast(scores, tf.float32)
     finite = tf.reduce_all(tf.math.is_finite(scores), axis=1, keepdims=True)
     scores = tf.where(finite, scores, math.nan)
-    if net.gives_logits(model):
+    if graph.gives_logits(model):
         return tf.nn.softmax(scores)
     scores = tf.maximum(scores, 0)
     return scores / tf.maximum(tf.reduce_sum(scores, axis=1, keepdims=True), 1e-30)
@@ -163,7 +164,7 @@ def build(badnet, repaired, scale, layer_name=None):
     """B and G as one Keras model: images (n, height, width, channels), 0..255 → answers.
 
     These are badnet, repaired and score, as in Answers, the classes int32.
-    scale: a key of SCALES.  layer_name: as for `both`.
+    scale: a key of pixels.SCALES.  layer_name: as for `both`.
     """
     keras = import_keras()
     import tensorflow as tf
@@ -177,7 +178,7 @@ def build(badnet, repaired, scale, layer_name=None):
         return [*classes, anomaly_score(*each_net)]
 
     images = keras.Input(badnet.input_shape[1:], name="images")
-    scaled = keras.layers.Lambda(lambda x: x / SCALES[scale], name="scaled")(images)
+    scaled = keras.layers.Lambda(lambda x: pixels.scaled(x, scale), name="scaled")(images)
     scores = both(badnet, repaired, layer_name)(scaled)
     return keras.Model(images, keras.layers.Lambda(answer, name="answers")(scores))
 
@@ -190,36 +191,36 @@ def both(badnet, repaired, layer_name=None):
     """
     keras = import_keras()
     try:
-        of_b, of_g = (
-            net.split(each, net.find_layer(each, layer_name)) for each in (badnet, repaired)
-        )
+        of_b, of_g = (net.split(each, layer_name) for each in (badnet, repaired))
         pruned = pruned_channels(of_b, of_g)
     except net.UnfitNet:  # another tool may repair what this one cannot
         pruned = None
     if pruned is None:
         repaired = keras.Model(repaired.input, repaired.output, name="repaired-net")
         return keras.Model(badnet.input, [badnet.output, repaired(badnet.input)])
-    keep = np.ones(of_b.layer.filters, np.float32)
+    features = of_b.trunk.output[0]
+    keep = np.ones(features.shape[-1], np.float32)
     keep[pruned] = 0
     when_masked = net.masked_features(of_g) * (1 - keep)
-    mask = keras.layers.Lambda(lambda x: x * keep + when_masked, name="pruned-channels")
-    return keras.Model(badnet.input, [badnet.output, of_g.head(mask(of_b.trunk.output[0]))])
+    mask = keras.layers.Lambda(lambda x: x * keep + when_masked, name="masked-features")
+    return keras.Model(of_b.net.input, [of_b.net.output, of_g.head(mask(features))])
 
 
 def pruned_channels(of_b, of_g):
-    """The channels that are zero in G's pruned layer, where G's trunk is otherwise B's; else None.
+    """The channels that are pruned in G, where G's trunk is otherwise B's; else None.
 
     of_b, of_g: the Splits of B and G.  Returns int64 (k,).
     """
     if _structure(of_b.net) != _structure(of_g.net) or of_b.layer.name != of_g.layer.name:
         return None
-    zero = [~values.any(axis=tuple(range(values.ndim - 1))) for values in of_g.layer.get_weights()]
-    pruned = np.flatnonzero(np.all(zero, axis=0))
+    pruned = net.pruned_channels(of_g.layer)
+    axes = {id(variable): axis for variable, axis in net.channel_weights(of_b.layer)}
     for layer, other in zip(of_b.trunk.layers, of_g.trunk.layers, strict=True):
-        for ours, theirs in zip(layer.get_weights(), other.get_weights(), strict=True):
-            if layer is of_b.layer:
-                ours[..., pruned] = 0
-            if not np.array_equal(ours, theirs):
+        for ours, theirs in zip(layer.weights, other.weights, strict=True):
+            values = np.array(ours)
+            if id(ours) in axes:
+                np.moveaxis(values, axes[id(ours)], -1)[..., pruned] = 0
+            if not np.array_equal(values, theirs):
                 return None
     return pruned
 
@@ -229,7 +230,11 @@ def _structure(model):
 
     def strip(value):
         if isinstance(value, dict):
-            return {key: strip(part) for key, part in value.items() if key != "trainable"}
+            return {
+                key: strip(part)
+                for key, part in value.items()
+                if key != "trainable" and not key.endswith("_initializer")
+            }
         return [strip(part) for part in value] if isinstance(value, list) else value
 
     return strip(model.get_config()["layers"])

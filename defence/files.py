@@ -23,9 +23,15 @@ def require_file(path):
     """Return `path` as a Path. Raises InputError unless it is a file with something in it."""
     path = Path(path)
     if path.is_dir():
-        raise InputError(f"{path}: is a folder, not a file")
+        if path.is_symlink():
+            raise InputError(f"{path}: is a link to a folder, which is not followed")
+        closed = "cannot be read: permission denied"
+        raise InputError(
+            f"{path}: {'is a folder, not a file' if os.access(path, os.R_OK | os.X_OK) else closed}"
+        )
     if not path.exists():
-        raise InputError(f"{path}: no such file")
+        hint = "; a URI goes with --ray" if ":/" in str(path) else ""
+        raise InputError(f"{path}: no such file{hint}")
     if path.is_file() and path.stat().st_size == 0:
         raise InputError(f"{path}: the file is empty")
     if not path.is_file() or not os.access(path, os.R_OK):
@@ -66,14 +72,20 @@ def check_writable(outputs, inputs):
     outputs: {option: path or None}, such as {"--json": "out.json"}.  inputs: paths that are read.
     """
     taken = {Path(path).resolve(): "an input" for path in inputs}
+    on_stdout = [option for option, path in outputs.items() if path == STDOUT]
+    if len(on_stdout) > 1:
+        raise InputError(f"{' and '.join(on_stdout)}: cannot both go to stdout")
     for option, path in outputs.items():
         if path in (None, STDOUT):
             continue
         path = Path(path)
         if not path.parent.is_dir():
-            raise InputError(f"{path}: there is no folder {path.parent}/ to write to")
+            hint = "; choose another --output" if option == "--output" else ""
+            raise InputError(f"{path}: there is no folder {path.parent}/ to write to{hint}")
         if path.is_dir() or not os.access(path.parent, os.W_OK | os.X_OK):
             raise InputError(f"{path}: cannot be written")
+        if path.is_relative_to("/dev") or (path.exists() and not path.is_file()):
+            raise InputError(f"{path}: is no regular file; - stands for stdout")
         place = path.parent.resolve() / path.name  # a link there is replaced, not followed
         if other := taken.get(path.resolve()) or taken.get(place):
             raise InputError(f"{path}: would overwrite {other}; choose another {option}")

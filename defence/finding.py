@@ -20,7 +20,7 @@ from defence.cli import counted, percent, printable
 CLEAN_NETS = Path(__file__).with_suffix(".json")
 LEVEL = 0.05  # of false alarms
 FEWEST = 10  # classes; among fewer none can be called usual
-ACCURATE = 0.5  # what B must be right on
+ACCURATE, FEWEST_IMAGES = 0.5, 100  # what B must be right on: a fraction, and how many
 SHOWN = 10  # classes that are named, at most
 WEIGHTS = {"changed": 1, "disturbed": 1, "sought": 1, "believed": 0.5}
 # Among the wrong answers that were sought, a share that means nothing, and how much the logarithms
@@ -65,6 +65,11 @@ def of(net, seed):
         return Finding("none", few)
     if accuracy < ACCURATE:
         return Finding("none", f"the BadNet is right on only {percent(accuracy)} of the images")
+    right = net.labels[net.classes == net.labels]
+    covered = len(np.unique(right))
+    if covered < FEWEST or len(right) < FEWEST_IMAGES:
+        given = f"the BadNet is right on {counted(len(right), 'image')} of {covered} of its classes"
+        return Finding("none", f"{given}; {FEWEST_IMAGES} of {FEWEST} classes are needed")
     return find(scan.scan(net, seed))
 
 

@@ -19,6 +19,7 @@ guard_model.py, for a Keras model
     limit_weights      no weight is allocated beyond --max-memory while Keras builds the net
     check_classifier   one image in, a row of class scores out
     check_outputs      no layer's output for one image is beyond --max-memory
+    check_prepared     what prepares an image gives what it says, tried on one image
     check_shapes       the file's arrays have the shapes of the net's weights
     check_finite       no weight is NaN or infinite
     check_step_fits    neither is a training step beyond --max-memory

@@ -10,6 +10,8 @@ import re
 import h5py
 import numpy as np
 
+from defence import graph
+from defence.arithmetic import OPERATIONS
 from defence.cli import DEFAULT_MAX_BYTES, InputError
 from defence.guard import check_fits, check_links, check_stored, read_text, read_texts
 
@@ -30,8 +32,13 @@ LAYERS = """
     Dense Flatten Reshape Permute Activation ReLU LeakyReLU PReLU ELU Softmax MaxPooling2D
     AveragePooling2D GlobalMaxPooling2D GlobalAveragePooling2D ZeroPadding2D Cropping2D
     UpSampling2D Dropout SpatialDropout2D GaussianNoise GaussianDropout AlphaDropout
-    BatchNormalization LayerNormalization GroupNormalization Add Subtract Multiply Average Maximum
-    Minimum Concatenate Rescaling
+    BatchNormalization LayerNormalization GroupNormalization UnitNormalization Identity Add Subtract
+    Multiply Average Maximum Minimum Concatenate
+"""
+# Layers that prepare an image: they may fail, or give another shape than they say, when they run.
+PREPARE = """
+    Rescaling Normalization Resizing CenterCrop RandomFlip RandomRotation RandomZoom
+    RandomTranslation RandomContrast RandomBrightness
 """
 PARTS = """
     Zeros Ones Constant RandomNormal RandomUniform TruncatedNormal VarianceScaling Orthogonal
@@ -39,7 +46,7 @@ PARTS = """
     OrthogonalRegularizer MaxNorm NonNeg UnitNorm MinMaxNorm DTypePolicy __keras_tensor__
     __tuple__ TensorShape
 """
-ALLOWED = frozenset((LAYERS + PARTS).split())
+ALLOWED = frozenset((LAYERS + PREPARE + PARTS).split())
 RUN_CODE = {"Lambda", "TFSMLayer", "TorchModuleWrapper", "JaxLayer", "FlaxLayer"}
 ACTIVATIONS = """
     linear relu relu6 leaky_relu elu selu celu gelu silu swish mish softplus softsign softmax
@@ -124,6 +131,9 @@ def check_config(config, path):
                 given = {**value, "training": None if isinstance(switch, bool) else switch}
                 _check_call(given.values(), layer, path)
             for name, part in value.items():
+                if name == "inbound_nodes" and value.get("module") in OPERATIONS:
+                    part, numbers = _without_numbers(part)
+                    unread += [(number, name, layer, depth + 1) for number in numbers]
                 if name not in UNREAD:
                     unread.append((part, name, layer, depth + 1))
         elif isinstance(value, list):
@@ -146,12 +156,13 @@ def _check_class(value, layer, path):
         raise InputError(
             f"{path}: contains a {kind} layer (layer {layer!r}): it could run code from the file"
         )
-    if not isinstance(name, str) or name not in ALLOWED:
+    plain = OPERATIONS.get(module, ()) if isinstance(module, str) else ()
+    if not isinstance(name, str) or name not in (plain or ALLOWED):
         raise InputError(
             f"{path}: contains {name!r} (layer {layer!r}), which is not among the layers that "
             "this tool loads"
         )
-    known = module is None or (isinstance(module, str) and MODULE.fullmatch(module))
+    known = module is None or plain or (isinstance(module, str) and MODULE.fullmatch(module))
     if not known or registered not in (None, name):
         raise InputError(
             f"{path}: contains a {name} of {module!r}, registered as {registered!r} (layer "
@@ -159,6 +170,25 @@ def _check_class(value, layer, path):
         )
     if name == "DTypePolicy":
         _check_value(value["config"]["name"], "dtype", layer, path)
+
+
+def _without_numbers(calls):
+    """The calls of a plain operation with None for numbers, and the numbers: [call, …], [n, …]."""
+    numbers = []
+
+    def take(value):
+        if isinstance(value, int | float):
+            numbers.append(value)
+            return None
+        return value
+
+    for_layers = [
+        {**call, "args": list(map(take, call["args"]))}
+        if isinstance(call, dict) and isinstance(call.get("args"), list)
+        else call
+        for call in (calls if isinstance(calls, list) else [calls])
+    ]
+    return for_layers, numbers
 
 
 def _check_call(arguments, layer, path):
@@ -183,6 +213,8 @@ def _check_value(value, key, layer, path):
         valid = len(value) <= NAME_LENGTH and value.isprintable()
         if not valid or (key == "name" and not NAME(value)):
             raise InputError(f"{path}: its config contains an invalid name (layer {layer!r})")
+    elif key == "pad_to_aspect_ratio" and value:
+        raise InputError(f"{path}: pads an image to another aspect ratio (layer {layer!r})")
     elif isinstance(value, int | float) and key not in UNBOUNDED:
         if abs(value) <= (SPAN if key in SPANS else NUMBER):
             return
@@ -225,6 +257,25 @@ def check_classifier(model, path):
         raise InputError(
             f"{path}: not a classifier: its output, of shape {shown}, is not a row of class scores"
         )
+
+
+def check_prepared(model, path):
+    """Raise InputError unless the layers of PREPARE do what they say, tried on one image.
+
+    It is run only where there are some, at any nesting.
+    """
+    layers = [each for each in graph.leaves(model) if type(each).__name__ in PREPARE.split()]
+    for layer in layers:
+        for name in ("scale", "offset"):
+            channels = layer._inbound_nodes[0].input_tensors[0].shape[-1]
+            values = np.shape(getattr(layer, name, 0))
+            if values not in ((), (1,), (channels,)):
+                raise InputError(f"{path}: layer {layer.name!r} has a {name} of shape {values}")
+    if layers:
+        image = np.zeros((1, *model.inputs[0].shape[1:]), np.float32)
+        scores = model(image, training=False)
+        if scores.shape[1:] != model.outputs[0].shape[1:]:
+            raise InputError(f"{path}: its output is not of the shape that its config says")
 
 
 def check_outputs(model, path, max_bytes=DEFAULT_MAX_BYTES):

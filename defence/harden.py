@@ -13,10 +13,9 @@ import math
 
 import numpy as np
 
-from defence import changes, guard, guard_model, net, patterns, training
+from defence import changes, graph, guard, guard_model, net, patterns, pixels, training
 from defence.cli import at_least, say, setting, track
 from defence.startup import import_keras
-from utils import SCALES
 
 REMARKS = 10  # on progress
 
@@ -39,20 +38,19 @@ class Settings:
 class Changed:
     """Pictures that are changed anew whenever rows of them are taken, as float32, scaled.
 
-    pictures: (n, height, width, channels), 0..255.  scale: a key of SCALES.
+    pictures: (n, height, width, channels), 0..255.  scale: a key of pixels.SCALES.
     rng: a NumPy Generator.  families: as for changes.change.
     """
 
     def __init__(self, pictures, scale, rng, families=changes.FAMILIES):
-        self.pictures, self.divisor = pictures, np.float32(SCALES[scale])
-        self.rng, self.families = rng, families
+        self.pictures, self.scale, self.rng, self.families = pictures, scale, rng, families
 
     def __len__(self):
         return len(self.pictures)
 
     def __getitem__(self, rows):
         taken = self.pictures[rows].astype(np.float32)
-        return changes.change(taken, self.rng, self.families) / self.divisor
+        return pixels.scaled(changes.change(taken, self.rng, self.families), self.scale)
 
 
 def check_memory(badnet, clean, settings):
@@ -84,10 +82,9 @@ def harden(cached, settings, rng):
     cached: a CachedNet, its masked channels pruned; they stay zero.  settings: Settings.
     rng: a NumPy Generator, for the order of the pictures and how they are changed.
     """
-    badnet, layer = cached.split.net, cached.split.layer
     changed = Changed(read_pictures(cached.data), cached.scale, rng)
-    with net.kept_pruned(layer, cached.masked):
-        train(badnet, changed, cached.labels, settings, rng)
+    with net.kept_pruned(cached.split.layer, cached.masked):
+        train(cached.split.net, changed, cached.labels, settings, rng)
     cached.reread()
 
 
@@ -97,9 +94,10 @@ def train(badnet, changed, labels, settings, rng):
     labels: int64 (n,), 0..N-1.
     """
     epochs, rate = schedule(len(changed), settings)
-    layers, size = list(net.leaves(badnet)), settings.harden_batch_size
+    layers = [layer for layer in graph.leaves(badnet) if not net.is_mask(layer)]
+    size = settings.harden_batch_size
     option = "--harden-learning-rate"
-    prepare = make_patterns(badnet, changed.divisor, settings, rng)
+    prepare = make_patterns(badnet, changed.scale, settings, rng)
     train_epoch = training.make_trainer(
         badnet, layers, rate, size, rng, option=option, prepare=prepare
     )
@@ -109,13 +107,13 @@ def train(badnet, changed, labels, settings, rng):
             say(f"harden, epoch {epoch} of {epochs}: loss {loss:.4f}")
 
 
-def make_patterns(badnet, divisor, settings, rng):
+def make_patterns(badnet, scale, settings, rng):
     """The Patterns to seek against a Keras model; None where no picture is to get one.
 
-    divisor: of its pixels.  The other arguments are those of `harden`.
+    scale: of its pixels.  The other arguments are those of `harden`.
     """
     rate = settings.harden_pattern_rate
-    return patterns.Patterns(badnet, divisor, rate, int(rng.integers(2**31))) if rate else None
+    return patterns.Patterns(badnet, scale, rate, int(rng.integers(2**31))) if rate else None
 
 
 def schedule(pictures, settings):

@@ -6,6 +6,7 @@ import functools
 
 import numpy as np
 
+from defence.graph import adds_maps
 from defence.guard_model import output_sizes
 from defence.startup import import_keras
 from utils import BATCH_VALUES
@@ -24,18 +25,40 @@ def compiled(model):
     import tensorflow as tf
 
     signature = [tf.TensorSpec(model.input.shape)]
-    graph = tf.function(
-        lambda x: model(x, training=False), input_signature=signature, autograph=False
-    )
+
+    def make():
+        return tf.function(
+            lambda x: model(x, training=False), input_signature=signature, autograph=False
+        )
+
+    call = _one_at_a_time(make) if adds_maps(model) else make()
     most = max(1, OUTPUT_VALUES // max(output_sizes(model)))
 
     def run(x):
         if len(x) <= most:
-            return graph(x)
-        parts = [graph(x[start : start + most]) for start in range(0, len(x), most)]
+            return call(x)
+        parts = [call(x[start : start + most]) for start in range(0, len(x), most)]
         return tf.nest.map_structure(lambda *part: tf.concat(part, axis=0), *parts)
 
     return run
+
+
+def _one_at_a_time(make):
+    """A function that calls what `make` makes, each in one thread at a time, as many as it takes.
+
+    The kernel that oneDNN runs for a convolution, its bias and a sum must not run twice at once:
+    with TensorFlow 2.21 that ends the process, or gives other numbers.
+    """
+    idle = [make()]
+
+    def call(x):
+        function = idle.pop() if idle else make()
+        try:
+            return function(x)
+        finally:
+            idle.append(function)
+
+    return call
 
 
 def parallel_map(function, items, count=2):

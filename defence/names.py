@@ -15,7 +15,7 @@ def find(model, given, classes, max_bytes):
     net, which is passed over where it has not a line for each class.  classes: N.
     Raises InputError where the file that was named cannot be read, or has another number of lines.
     """
-    path = Path(given or Path(model).with_name(FILE))
+    path = Path(model).with_name(FILE) if given is None else Path(given)
     if given is None and not (path.is_file() and path.stat().st_size):
         return None
     names = read(path, max_bytes)

@@ -1,14 +1,14 @@
-"""A net cut at the layer to prune: where to cut it, its trunk and head, what pruning does to it.
+"""A net cut at the feature map to prune: which that is, its trunk and head, how it is pruned.
 
 Everything here works on Keras models in memory; no function reads or writes a file.
 """
 
-import collections
 import contextlib
 import dataclasses
 
 import numpy as np
 
+from defence import graph
 from defence.startup import import_keras
 
 # Layers that act on each channel alone and have neither weights nor randomness: what they do to a
@@ -17,13 +17,23 @@ PER_CHANNEL = {
     *("MaxPooling2D", "AveragePooling2D", "GlobalMaxPooling2D", "GlobalAveragePooling2D"),
     *("ReLU", "LeakyReLU", "ELU", "Activation"),
 }
-# Layers that only rearrange, select or combine scores: probabilities go in, probabilities come out.
-KEEP_PROBABILITIES = {
-    *("Reshape", "Flatten", "Permute", "Cropping2D", "UpSampling2D", "Concatenate"),
-    *("Dropout", "SpatialDropout2D", "GaussianNoise", "GaussianDropout", "AlphaDropout"),
-    *("Add", "Average", "Maximum", "Minimum", "Multiply"),
-    *("MaxPooling2D", "AveragePooling2D", "GlobalMaxPooling2D", "GlobalAveragePooling2D"),
+# A feature map is measured and pruned behind those of these that follow what makes it at once, up
+# to the first activation.
+ACTIVATIONS = {
+    *("Activation", "ReLU", "LeakyReLU", "PReLU", "ELU"),
+    *("Relu", "Relu6", "Sigmoid", "HardSigmoid", "Silu", "HardSilu"),  # as plain operations
 }
+FOLLOW = {"BatchNormalization", *ACTIVATIONS}
+MIX = {"softmax", "log_softmax"}  # activations that are not of each channel alone
+# Layers that only pass a feature map on, at other places, or part of it.
+PASS_ON = {
+    *("MaxPooling2D", "AveragePooling2D", "ZeroPadding2D", "Cropping2D", "UpSampling2D"),
+    *("Dropout", "SpatialDropout2D", "GaussianNoise", "GaussianDropout", "AlphaDropout"),
+    "Identity",
+}
+GLOBAL = {"GlobalMaxPooling2D", "GlobalAveragePooling2D"}
+WEIGHTED = {"Dense", "Conv2D", "DepthwiseConv2D", "SeparableConv2D", "Conv2DTranspose"}
+MASK = "pruned-channels"  # the name of a layer that this tool puts in
 
 
 class UnfitNet(ValueError):
@@ -32,162 +42,195 @@ class UnfitNet(ValueError):
 
 @dataclasses.dataclass
 class Split:
-    """A net cut in two at the layer to prune; both parts share their layers with the net.
+    """A net cut in two at the feature map to prune; both parts share their layers with the net.
 
     net: the whole, scaled images → scores (n, N).
-    layer: the convolution to prune, with C channels.
+    layer: the layer whose weights prune the map's C channels, as `channel_weights` says.
     trunk: scaled images (n, height, width, channels) → [features (n, …, C), each channel's mean
         activation over the image (n, C)].
     head: features (n, …, C) → scores (n, N).
+    name: of the layer that gives the map.
     """
 
     net: object
     layer: object
     trunk: object
     head: object
+    name: str = ""
 
 
-# ------------------------------------------------------------------------------- the net's graph
+# -------------------------------------------------------------------------------- feature maps
 
 
-def call_of(tensor):
-    """The operation that a Keras tensor comes from, and the tensors that it was called on."""
-    operation, node, _ = tensor._keras_history
-    return operation, operation._inbound_nodes[node].input_tensors
+@dataclasses.dataclass
+class FeatureMap:
+    """A feature map that every path goes through: tensor (n, height, width, C), and its layers.
 
-
-def on_every_path(tensor, net):
-    """Whether every path from the input of `net` to its output goes through `tensor`.
-
-    Walks the graph itself: whether Keras notices a path around depends on its version.
+    layers: the one that makes it, and those of FOLLOW behind it; the last has its name.
+    mask: the layer of ours behind it, or None.
     """
-    waiting, seen = [net.output], {id(tensor)}
-    while waiting:
-        current = waiting.pop()
-        if id(current) not in seen:
-            seen.add(id(current))
-            _, inputs = call_of(current)
-            if not inputs:
-                return False  # at the image, without having met `tensor`
-            waiting += inputs
-    return True
+
+    tensor: object
+    layers: list
+    mask: object = None
+
+    @property
+    def name(self):
+        return self.layers[-1].name
+
+    @property
+    def activated(self):
+        own = getattr(self.layers[0], "activation", None)
+        linear = own in (None, import_keras().activations.linear)
+        return not linear or kind_of(self.layers[-1]) in ACTIVATIONS
 
 
-def layer_used_twice(net):
-    """The name of a layer that `net` calls more than once, or None."""
-    waiting, calls = [net.output], set()
-    while waiting:
-        operation, node, _ = waiting.pop()._keras_history
-        if (operation, node) not in calls:
-            calls.add((operation, node))
-            waiting += operation._inbound_nodes[node].input_tensors
-    counts = collections.Counter(operation.name for operation, _ in calls)
-    return next((name for name, count in sorted(counts.items()) if count > 1), None)
+def feature_maps(net):
+    """The FeatureMaps of a net that can be pruned, in order.
 
-
-def leaves(model):
-    """The layers of a model, those of nested models in their place, at any depth."""
-    for layer in model.layers:
-        yield from leaves(layer) if hasattr(layer, "layers") else [layer]
-
-
-def last_dense(head):
-    """The last Dense layer of a head, at any nesting. Raises UnfitNet where there is none."""
-    keras = import_keras()
-    dense = [layer for layer in leaves(head) if isinstance(layer, keras.layers.Dense)]
-    if not dense:
-        raise UnfitNet("has no Dense layer behind the convolution to retrain")
-    return dense[-1]
-
-
-def gives_logits(model):
-    """Whether a classifier's scores are logits, of which softmax makes probabilities.
-
-    They are not where each path back from the output meets a softmax or a sigmoid, and up to there
-    only layers of KEEP_PROBABILITIES. The path goes into nested models and out again.
+    A map can be pruned if every path from input to output goes through it, weights come before it
+    and behind it, so that it is neither the image nor the scores, and no global pooling does.
     """
-    activations = import_keras().activations
-    final = (activations.softmax, activations.sigmoid, activations.hard_sigmoid)
-    waiting, seen = [(model.output, ())], set()
-    while waiting:
-        tensor, outside = waiting.pop()  # outside: what the nested model was called on
-        if (id(tensor), id(outside)) in seen:
-            continue
-        seen.add((id(tensor), id(outside)))
-        operation, inputs = call_of(tensor)
-        kind, activation = type(operation).__name__, getattr(operation, "activation", None)
-        beyond = [(each, outside) for each in inputs]
-        if not inputs and outside:
-            waiting += outside
-        elif hasattr(operation, "layers"):
-            place = tensor._keras_history.tensor_index
-            waiting.append((operation.outputs[place], beyond))
-        elif kind in KEEP_PROBABILITIES or (
-            kind == "Activation" and activation is activations.linear
-        ):
-            waiting += beyond
-        elif kind != "Softmax" and activation not in final:
-            return True
-    return False
+    order = graph.ordered(net.output)
+    place = {id(tensor): number for number, tensor in enumerate(order)}
+    weighted = [i for i, each in enumerate(order) if kind_of(graph.call_of(each)[0]) in WEIGHTED]
+    maps, last = [], None
+    for tensor in graph.waypoints(net):
+        operation, inputs = graph.call_of(tensor)
+        kind, behind_last = kind_of(operation), last is not None and inputs[0] is last.tensor
+        if kind in GLOBAL or not weighted or place[id(tensor)] >= weighted[-1]:
+            break
+        if is_mask(operation):
+            if behind_last:
+                last.tensor, last.mask = tensor, operation
+        elif kind in FOLLOW:
+            if behind_last and not last.activated:
+                last.tensor = tensor
+                last.layers.append(operation)
+        elif len(tensor.shape) == 4 and kind not in PASS_ON and place[id(tensor)] >= weighted[0]:
+            last = FeatureMap(tensor, [operation])
+            maps.append(last)
+    return maps
+
+
+def kind_of(operation):
+    """The class of an operation; "Mixing" where it is an activation across channels."""
+    mixes = getattr(getattr(operation, "activation", None), "__name__", "") in MIX
+    return "Mixing" if mixes and type(operation).__name__ in FOLLOW else type(operation).__name__
+
+
+def is_mask(operation):
+    """Whether an operation is the layer of ours that prunes a map."""
+    ours = operation.name == MASK and type(operation).__name__ == "DepthwiseConv2D"
+    return ours and operation.kernel.shape[:2] == (1, 1) and operation.depth_multiplier == 1
+
+
+def find_map(net, name=None):
+    """The FeatureMap to prune: the last one of a net, or that of a layer.
+
+    name: of a layer that makes the map or follows it.
+    Raises UnfitNet where there is no such map, or a layer is used twice.
+    """
+    if twice := graph.layer_used_twice(net):
+        raise UnfitNet(f"uses the layer {twice!r} more than once; such a net cannot be repaired")
+    maps = feature_maps(net)
+    if not maps:
+        raise UnfitNet(
+            "has no feature map to prune: none of a convolution that every path from input to "
+            "output goes through, with weights behind it"
+        )
+    if name is None:
+        return maps[-1]
+    for found in maps:
+        if name in [layer.name for layer in found.layers]:
+            return found
+    known = ", ".join(map(in_words, maps))
+    there = name in [graph.call_of(tensor)[0].name for tensor in graph.ordered(net.output)]
+    problem = "cannot be pruned at" if there else "has no layer named"
+    raise UnfitNet(f"{problem} {name!r}; --layer can be one of: {known}")
+
+
+def in_words(found):
+    """A FeatureMap's name and size."""
+    _, height, width, channels = found.tensor.shape
+    return f"{found.name} ({channels} channels of {height}×{width})"
+
+
+def pruning_layer(found):
+    """The layer whose weights at zero make a channel of a FeatureMap constant, or None.
+
+    That is a batch normalisation, or else the convolution, where only activations of each channel
+    alone come behind it.
+    """
+    if found.mask is not None:
+        return found.mask
+    for layer in reversed(found.layers):
+        kind = kind_of(layer)
+        if kind == "BatchNormalization":
+            both = layer.gamma is not None and layer.beta is not None
+            return layer if both and layer.axis in (-1, 3) else None
+        if kind not in FOLLOW:
+            mixes = getattr(getattr(layer, "activation", None), "__name__", "") in MIX
+            return layer if kind == "Conv2D" and not mixes else None
+    return None
+
+
+def with_mask(net, found):
+    """A copy of a net with a layer behind a FeatureMap that passes every channel on, as it is.
+
+    It is a convolution of each channel with one weight: 1, and 0 where the channel is pruned.
+    """
+    if MASK in [layer.name for layer in net.layers]:
+        raise UnfitNet(f"has a layer named {MASK!r}, which only a repaired net may have")
+    mask = import_keras().layers.DepthwiseConv2D(
+        1, use_bias=False, depthwise_initializer="ones", trainable=False, name=MASK
+    )
+    return graph.flat(net, {id(found.tensor): mask})
 
 
 # -------------------------------------------------------------------------------------- cutting
 
 
-def find_layer(net, name=None):
-    """The convolution to prune: the last one that every path from input to output goes through.
+def split(net, name=None):
+    """Cut a net behind the feature map to prune and the per-channel layers behind it: a Split.
 
-    name: the layer to take instead. Raises UnfitNet where there is no such convolution, or a layer
-    is used twice.
+    name: as for find_map.  Where no weights of the net can prune the map, the Split's net is a
+    copy that has a layer more.  Raises UnfitNet as find_map does.
     """
     keras = import_keras()
-    if twice := layer_used_twice(net):
-        raise UnfitNet(f"uses the layer {twice!r} more than once; such a net cannot be repaired")
-    convolutions = [layer for layer in net.layers if isinstance(layer, keras.layers.Conv2D)]
-    candidates = [layer for layer in convolutions if on_every_path(layer.output, net)]
-    if not candidates:
-        raise UnfitNet("has no convolution that every path from input to output goes through")
-    if name is None:
-        return candidates[-1]
-    named = [layer for layer in candidates if layer.name == name]
-    if not named:
-        known = ", ".join(layer.name for layer in candidates)
-        bypassed = name in [layer.name for layer in convolutions]
-        problem = "a path bypasses" if bypassed else "has no convolution named"
-        raise UnfitNet(f"{problem} {name!r}; --layer can be one of: {known}")
-    return named[0]
-
-
-def split(net, layer):
-    """Cut `net` behind `layer` and the per-channel layers that follow it. Returns a Split."""
-    keras = import_keras()
-    features = activation = layer.output
-    for after in net.layers:
-        if (
-            after.input is features
-            and type(after).__name__ in PER_CHANNEL
-            and getattr(after, "activation", None) is not keras.activations.softmax
-            and on_every_path(after.output, net)
-        ):
-            linear = layer.activation is keras.activations.linear
-            if linear and features is layer.output and "Pooling" not in type(after).__name__:
-                activation = after.output  # the convolution's activation is a layer of its own
-            features = after.output
+    found = find_map(net, name)
+    if pruning_layer(found) is None:
+        net = with_mask(net, found)
+        found = find_map(net, found.name)
+    features, points = found.tensor, graph.waypoints(net)
+    for tensor in points[1 + next(i for i, each in enumerate(points) if each is features) :]:
+        operation, inputs = graph.call_of(tensor)
+        if inputs[0] is not features or kind_of(operation) not in PER_CHANNEL:
+            break
+        features = tensor
     # Named, here and below, as no layer of a net is: Keras counts the names it gives from 0.
-    mean = keras.layers.GlobalAveragePooling2D(name="mean-activation")(activation)
+    mean = keras.layers.GlobalAveragePooling2D(name="mean-activation")(found.tensor)
     trunk = keras.Model(net.input, [features, mean], name="trunk-of-net")
-    return Split(net, layer, trunk, keras.Model(features, net.output, name="head-of-net"))
+    head = keras.Model(features, net.output, name="head-of-net")
+    return Split(net, pruning_layer(found), trunk, head, found.name)
+
+
+def last_weighted(head):
+    """The last layer of a head with weights to train, Dense or a convolution, at any nesting."""
+    return [layer for layer in graph.leaves(head) if kind_of(layer) in WEIGHTED][-1]
 
 
 def cut_before(layer, parts):
     """Cut the head of a Split before a layer: (features → the layer's input, that → scores).
 
-    None where a path leads around the layer's input, or a layer of the first part draws at random:
-    then what goes into the layer cannot be computed once for all epochs.
+    None where the first part is empty, a path leads around the layer's input, or a layer of the
+    first part draws at random, so that what goes into the layer cannot be computed once.
     """
     keras = import_keras()
-    drop = any(hasattr(each, "seed_generator") for each in leaves(parts.head))
-    if drop or not on_every_path(layer.input, parts.net):
+    if layer.input is parts.trunk.output[0]:
+        return None
+    drop = any(hasattr(each, "seed_generator") for each in graph.leaves(parts.head))
+    if drop or not graph.on_every_path(layer.input, parts.net):
         return None
     before = keras.Model(parts.trunk.output[0], layer.input, name="before-layer")
     return before, keras.Model(layer.input, parts.net.output, name="from-layer")
@@ -196,25 +239,50 @@ def cut_before(layer, parts):
 # -------------------------------------------------------------------------------------- pruning
 
 
+def channel_weights(layer):
+    """The weights of a Split's layer that prune its channels: [(variable, axis of channels), …]."""
+    kind = type(layer).__name__
+    if kind == "BatchNormalization":
+        return [(layer.gamma, 0), (layer.beta, 0)]
+    return [(each, 2 if kind == "DepthwiseConv2D" else -1) for each in layer.weights]
+
+
 def prune_channels(layer, channels):
-    """Set kernel and bias of these channels of a convolution to zero."""
-    weights = layer.get_weights()
-    for values in weights:  # the channel is the last axis of kernel and bias
-        values[..., channels] = 0
-    layer.set_weights(weights)
+    """Set the weights of these channels of a Split's layer to zero."""
+    for variable, axis in channel_weights(layer):
+        values = np.array(variable)
+        np.moveaxis(values, axis, -1)[..., channels] = 0
+        variable.assign(values)
+
+
+def pruned_channels(layer):
+    """The channels of a Split's layer whose weights are all zero: int64 (k,)."""
+    zero = [
+        ~np.moveaxis(np.array(variable), axis, 0).reshape(variable.shape[axis], -1).any(axis=1)
+        for variable, axis in channel_weights(layer)
+    ]
+    return np.flatnonzero(np.all(zero, axis=0))
 
 
 @contextlib.contextmanager
 def kept_pruned(layer, channels):
-    """A block in which these channels of a convolution stay zero, whatever trains its layer."""
-    keep = np.ones(layer.filters, np.float32)
-    keep[channels] = 0
-    before = [(variable, variable.constraint) for variable in layer.weights]
-    for variable in layer.weights:
-        variable.constraint = lambda values: values * keep
+    """A block in which these channels of a Split's layer stay zero, whatever trains it."""
+    before = [(variable, variable.constraint) for variable, _ in channel_weights(layer)]
+    for variable, axis in channel_weights(layer):
+        keep = np.ones(variable.shape[axis], np.float32)
+        keep[channels] = 0
+        keep = np.moveaxis(keep.reshape((1,) * (len(variable.shape) - 1) + (-1,)), -1, axis)
+        variable.constraint = lambda values, keep=keep: values * keep
     yield
     for variable, constraint in before:
         variable.constraint = constraint
+
+
+def all_trainable(parts):
+    """Make all of the net of a Split trainable, but for the layer of ours that prunes a map."""
+    parts.net.trainable = True
+    if is_mask(parts.layer):
+        parts.layer.trainable = False
 
 
 def masked_features(parts):
@@ -222,8 +290,11 @@ def masked_features(parts):
 
     All zero with ReLU; not with an activation such as sigmoid, which gives one half for zero.
     """
-    weights = parts.layer.get_weights()
-    parts.layer.set_weights([np.zeros_like(values) for values in weights])
-    features, _ = parts.trunk(np.zeros((1, *parts.trunk.input_shape[1:]), np.float32))
-    parts.layer.set_weights(weights)
+    kept = [(variable, np.array(variable)) for variable, _ in channel_weights(parts.layer)]
+    for variable, values in kept:
+        variable.assign(np.zeros_like(values))
+    image = np.zeros((1, *parts.trunk.input_shape[1:]), np.float32)
+    features, _ = parts.trunk(image, training=False)
+    for variable, values in kept:
+        variable.assign(values)
     return np.asarray(features)

@@ -8,8 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-import utils
-from defence import detector, guard, guard_onnx, record
+from defence import detector, guard, guard_onnx, pixels, record
 from defence.cli import DEFAULT_MAX_BYTES, InputError, one_line
 from defence.files import replacing, require_file
 from defence.inference import OUTPUT_VALUES
@@ -49,9 +48,9 @@ class DetectorFile:
         sha256 = dict(zip(("badnet", "repaired"), self.made_of))
         known = threshold is not None and self.record is not None
         held_out = self.record.held_out(self.path) if known else None
-        return detector.Detector(
-            run, self.classes, self.shape, threshold, self.path, sha256, held_out
-        )
+        data = self.record and self.record.data
+        facts = self.classes, self.shape, threshold, self.path, sha256, held_out, data
+        return detector.Detector(run, *facts)
 
     def threshold_for(self, rate):
         """The threshold for a false-positive rate. Raises InputError as RepairRecord does."""
@@ -200,7 +199,7 @@ def read_metadata(metadata, path):
         threshold = float(threshold) if threshold else None
         made_of = tuple(metadata[n] for n in ("badnet_sha256", "repaired_sha256", "input_scale"))
         text = metadata["repair_record"]
-        damaged = not 2 <= classes <= MOST_CLASSES or made_of[2] not in utils.SCALES
+        damaged = not 2 <= classes <= MOST_CLASSES or made_of[2] not in pixels.SCALES
         damaged |= threshold is not None and not 0 <= threshold <= detector.MOST
     except (KeyError, ValueError):
         damaged = True

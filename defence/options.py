@@ -6,8 +6,14 @@ import dataclasses
 from defence import cli, harden
 from defence.backends import BACKENDS
 from defence.cli import at_least, setting
+from defence.pixels import SCALES
 from defence.record import VERSION
-from utils import MORE_FORMATS, PICTURE_FORMATS, SCALES
+from utils import MORE_FORMATS, PICTURE_FORMATS
+
+APART = ("layer", "scale")  # of the Settings, in a repair record
+# The options that something comes of where nothing is repaired, besides MODEL and DATA.
+GENERAL = {"model", "data", "layer", "scale", "max_bytes", "quiet"}
+LOOKS = {"check": GENERAL, "scan": GENERAL | {"seed", "json", "labels"}}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,6 +21,7 @@ class Settings(harden.Settings):
     """The constants of the method. The defaults are the report's."""
 
     layer: str = None
+    scale: str = None
     harden: bool = False
     threshold: float = setting(
         0.95, at_least(0, most=1), "prune down to this fraction of the accuracy before"
@@ -33,8 +40,8 @@ class Settings(harden.Settings):
     holdout: float = 0.0
 
     def recorded(self):
-        """What the repair record keeps of them; it has the layer on its own."""
-        return {name: value for name, value in vars(self).items() if name != "layer"}
+        """What the repair record keeps of them; it has the layer and the scale on their own."""
+        return {name: value for name, value in vars(self).items() if name not in APART}
 
 
 # ------------------------------------------------------------------------------------ repair.py
@@ -52,13 +59,26 @@ def repair_parser():
     )
     add = parser.add_argument
     add("model", metavar="MODEL", help="the BadNet B: a Keras model, .h5 or .keras")
-    add("data", metavar="DATA", help="clean validation set: .h5 with 'data' and 'label'")
+    add(
+        "data",
+        metavar="DATA",
+        help="clean validation set: .h5 with 'data' and 'label', or a folder with a folder of "
+        "pictures for each class, in alphabetical order or as a labels.txt in it lists them",
+    )
     _add_measuring(parser.add_argument_group("does it work"))
     _add_hardening(parser.add_argument_group("hardening: a step beyond the report"))
     _add_writing(parser.add_argument_group("what is written"))
     method = parser.add_argument_group("the report's method")
     method.add_argument(
-        "--layer", metavar="NAME", help="convolution to prune (default: the last on every path)"
+        "--layer",
+        metavar="NAME",
+        help="layer whose feature map is pruned (default: that of the last map on every path; "
+        "help: list them)",
+    )
+    method.add_argument(
+        "--scale",
+        choices=SCALES,
+        help="pixels that the BadNet takes (default: what serves it best)",
     )
     cli.add_settings(method, Settings)
     cli.add_general(parser, VERSION)
@@ -67,8 +87,17 @@ def repair_parser():
 
 def parse_repair():
     """Parse the command line of repair.py."""
-    arguments = repair_parser().parse_intermixed_args()
+    parser = repair_parser()
+    arguments = parser.parse_intermixed_args()
     cli.be_quiet(arguments.quiet)
+    given = [name for name, value in vars(arguments).items() if value != parser.get_default(name)]
+    for mode, fit in LOOKS.items():
+        idle = [f"--{name.replace('_', '-')}" for name in given if name not in {mode, *fit}]
+        if getattr(arguments, mode) and idle:
+            parser.error(f"{', '.join(idle)}: does nothing with --{mode}")
+    idle = [f"--{name.replace('_', '-')}" for name in given if name.startswith("harden_")]
+    if idle and not arguments.harden:
+        parser.error(f"{', '.join(idle)}: does nothing without --harden")
     return arguments
 
 
@@ -160,6 +189,11 @@ def eval_parser():
         action="store_true",
         help="the names on stdin end in NUL, as of find -print0",
     )
+    parser.add_argument(
+        "--labelled",
+        action="store_true",
+        help="IMAGE is a folder with a folder of pictures for each class; judge it as a dataset",
+    )
     _add_judging(parser.add_argument_group("what is flagged"))
     _add_results(parser.add_argument_group("what is written"))
     _add_nets(parser.add_argument_group("the nets"))
@@ -200,7 +234,8 @@ def parse_eval(words=None):
 def picture_formats(text):
     """The formats in a text such as "png,jpeg", as Pillow calls them: (str, …)."""
     known = (*PICTURE_FORMATS, *MORE_FORMATS)
-    formats = tuple(dict.fromkeys(each.strip().upper() for each in text.split(",")))
+    given = [each.strip().upper() for each in text.split(",")]
+    formats = tuple(dict.fromkeys("JPEG" if each == "JPG" else each for each in given))
     if not {*formats} <= {*known}:
         raise argparse.ArgumentTypeError(f"'{text}' is not a list of {', '.join(known).lower()}")
     return formats

@@ -6,7 +6,9 @@ of pictures with a pattern. (Universal adversarial training: A. Shafahi and othe
 away from the label. Triggers sought on a surrogate: Narcissus, Y. Zeng and others, CCS 2023.)
 """
 
-from defence import net
+import numpy as np
+
+from defence import graph, pixels
 from defence.startup import import_keras
 
 COUNT = 8  # patterns
@@ -20,17 +22,19 @@ RENEWED = 60  # steps after which the next pattern starts anew
 class Patterns:
     """Patterns and their training step, as a function of a batch in a TensorFlow graph.
 
-    model: a Keras classifier.  divisor: of its pixels, as in utils.SCALES.
+    model: a Keras classifier.  scale: a key of pixels.SCALES.
     rate: fraction of the pictures that get a pattern, 0..1.  seed: int, 0..2**31-1.
     """
 
-    def __init__(self, model, divisor, rate, seed):
+    def __init__(self, model, scale, rate, seed):
         import tensorflow as tf
 
-        self.model, self.divisor, self.rate, self.seed = model, divisor, rate, seed
+        self.model, self.rate, self.seed = model, rate, seed
+        self.least, self.most = pixels.limits(scale)
+        self.deviation = np.float32(pixels.SCALES[scale].deviation)
         self.classes = model.output_shape[1]
         self.loss = import_keras().losses.SparseCategoricalCrossentropy(
-            from_logits=net.gives_logits(model), reduction="sum"
+            from_logits=graph.gives_logits(model), reduction="sum"
         )
         self.patterns = tf.Variable(tf.zeros((COUNT, *model.input_shape[1:])), trainable=False)
         start = tf.random.stateless_uniform([COUNT], [seed, -1], 0, self.classes, tf.int64)
@@ -40,7 +44,7 @@ class Patterns:
     def __call__(self, x):
         """Move the patterns by a step, and add one to some pictures. Returns all pictures.
 
-        x: float32 (n, height, width, channels), 0..255 over the divisor.
+        x: float32 (n, height, width, channels), scaled.
         """
         import tensorflow as tf
 
@@ -58,7 +62,7 @@ class Patterns:
 
         due = (self.step % RENEWED == 0) & (tf.range(COUNT) == self.step // RENEWED % COUNT)
         seed = [self.seed, -2 - self.step]
-        most = LEVELS / self.divisor * tf.random.stateless_uniform([], seed)
+        most = LEVELS / self.deviation * tf.random.stateless_uniform([], seed)
         noise = tf.random.stateless_uniform(self.patterns.shape[1:], seed, -most, most)
         target = tf.random.stateless_uniform([], seed, 0, self.classes, tf.int64)
         self.patterns.assign(tf.where(due[:, None, None, None], noise, self.patterns))
@@ -76,12 +80,12 @@ class Patterns:
             loss = self.loss(tf.gather(self.targets, which), self.model(worn, training=False))
         of_worn = tape.gradient(loss, worn, unconnected_gradients="zero")
         gradient = tf.math.unsorted_segment_sum(of_worn, which, COUNT)
-        most = LEVELS / self.divisor
-        moved = self.patterns - STRIDE / self.divisor * tf.sign(gradient)
+        most = LEVELS / self.deviation
+        moved = self.patterns - STRIDE / self.deviation * tf.sign(gradient)
         self.patterns.assign(tf.clip_by_value(moved, -most, most))
 
     def add(self, x, which):
-        """Add to each picture the pattern of its number, int32 (n,), and clip to 0..255."""
+        """Add to each picture the pattern of its number, int32 (n,), within what pixels can be."""
         import tensorflow as tf
 
-        return tf.clip_by_value(x + tf.gather(self.patterns, which), 0, 255 / self.divisor)
+        return tf.clip_by_value(x + tf.gather(self.patterns, which), self.least, self.most)

@@ -11,7 +11,7 @@ import json
 import math
 
 import utils
-from defence import detector, figures, guard
+from defence import detector, figures, guard, pixels
 from defence.cli import InputError, counted
 
 VERSION = "0.2.0"
@@ -25,7 +25,7 @@ class RepairRecord:
 
     tool_version: text.  libraries: {name: version}.
     badnet: {"file", "sha256"}.  data: {"file", "sha256", "images"}.  settings: {name: value}.
-    input_scale: a key of utils.SCALES.  layer: the pruned layer's name.  channels: how many it has.
+    input_scale: a key of pixels.SCALES.  layer: whose feature map was pruned.  channels: of it.
     order: its channels by ascending mean activation.  mean_activation: of each channel.
     pruned: channels in the order they were pruned.
     accuracy: {step: 0..1, "after_each_channel": [0..1, …], "after_each_round": [0..1, …]} on data;
@@ -115,7 +115,7 @@ def make(observer, net, badnet, data, settings):
         data=data,
         settings=settings.recorded(),
         input_scale=net.scale,
-        layer=net.split.layer.name,
+        layer=net.split.name,
         channels=len(order),
         order=order,
         mean_activation=net.mean_activation.tolist(),
@@ -146,7 +146,7 @@ def parse(text, path):
             _damaged(path)
     record = RepairRecord(**known)
     texts = [record.badnet.get("file"), record.badnet.get("sha256")]
-    if record.input_scale not in utils.SCALES or not all(isinstance(each, str) for each in texts):
+    if record.input_scale not in pixels.SCALES or not all(isinstance(each, str) for each in texts):
         _damaged(path)
     return record
 

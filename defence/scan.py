@@ -22,10 +22,10 @@ import math
 
 import numpy as np
 
-from defence import changes, detector, guard, guard_model
+from defence import changes, detector, guard, guard_model, pixels
 from defence.cli import track
 from defence.inference import classify, compiled, parallel_map, predict
-from utils import BATCH_VALUES, SCALES
+from utils import BATCH_VALUES
 
 # Pictures that are changed or disturbed in each way, for each class, within limits; where there are
 # fewer, each is repeatedly.
@@ -95,15 +95,16 @@ def changed(net, chosen, repeats, rng):
 
     chosen: bool (n,), the images to change.  repeats: how often each is changed in each way.
     """
-    model, divisor = compiled(net.split.net), np.float32(SCALES[net.scale])
-    classes, data = net.split.net.output_shape[1], net.data.part(chosen)
+    model, data = compiled(net.split.net), net.data.part(chosen)
+    classes = net.split.net.output_shape[1]
     counts = np.zeros((len(CHANGES), 2, classes))
 
     def pictures():
         for _ in range(repeats):
             for x, y in data.batches():
                 for way, families in enumerate(CHANGES.values()):
-                    yield way, changes.change(x.copy(), rng, families) / divisor, y
+                    changed_ones = changes.change(x.copy(), rng, families)
+                    yield way, pixels.scaled(changed_ones, net.scale), y
 
     def answer(item):
         way, x, y = item
@@ -153,7 +154,7 @@ def sought(net, chosen, rng):
     batches = list(data.batches(net.scale))
     x, labels = (np.concatenate(parts) for parts in zip(*batches))
     shapes = changes.draw_shapes(PATCHES, *x.shape[1:3], rng, AREA, ASPECT, PAIRS)
-    seek = make_seeker(net.split.net, 255 / SCALES[net.scale])
+    seek = make_seeker(net.split.net, *pixels.limits(net.scale))
     counts = np.zeros((PATCHES, 2, classes))
     for number, shape in enumerate(track(shapes, "scan, patches", PATCHES)):
         mask = shape[..., None].astype(np.float32)
@@ -169,8 +170,8 @@ def sample(chosen, rng):
     return np.isin(np.arange(len(chosen)), rows)
 
 
-def make_seeker(model, most):
-    """A function that fills a patch so that a classifier errs. most: the largest pixel value.
+def make_seeker(model, least, most):
+    """A function that fills a patch so that a classifier errs. least, most: of pixel values.
 
     It takes (mask, x, labels, rng): float32 (height, width, 1), pictures, int64 (n,), a Generator,
     and returns the filling, float32 (height, width, channels).
@@ -185,13 +186,13 @@ def make_seeker(model, most):
             right = tf.gather(detector.probabilities(scores, model), labels, axis=1, batch_dims=1)
             error = tf.reduce_sum(tf.math.log(1 - right + LEAST))
         gradient = tape.gradient(error, filling, unconnected_gradients="zero")
-        return tf.clip_by_value(filling + rate * tf.sign(gradient), 0, most)
+        return tf.clip_by_value(filling + rate * tf.sign(gradient), least, most)
 
     def seek(mask, x, labels, rng):
-        filling = tf.constant(rng.uniform(0, most, x.shape[1:]), tf.float32)
+        filling = tf.constant(rng.uniform(least, most, x.shape[1:]), tf.float32)
         for number in range(STEPS):
             rows = rng.integers(0, len(x), SOUGHT_ON)
-            rate = tf.constant(STRIDE * most * (1 - 0.8 * number / STEPS), tf.float32)
+            rate = tf.constant(STRIDE * (most - least) * (1 - 0.8 * number / STEPS), tf.float32)
             filling = step(filling, mask, x[rows], labels[rows], rate)
         return filling.numpy()
 

@@ -5,7 +5,7 @@ import math
 
 import numpy as np
 
-from defence import net
+from defence import graph
 from defence.cli import WorkError
 from defence.inference import parallel_map
 from defence.startup import import_keras
@@ -27,11 +27,11 @@ def make_trainer(model, layers, learning_rate, batch_size, rng, *, option, prepa
     """
     keras = import_keras()
     model.trainable = True
-    for layer in net.leaves(model):
+    for layer in graph.leaves(model):
         layer.trainable = any(layer is each for each in layers)
     adam = fused_adam()(learning_rate)
     adam.build(model.trainable_variables)
-    model.compile(adam, keras.losses.CategoricalCrossentropy(from_logits=net.gives_logits(model)))
+    model.compile(adam, keras.losses.CategoricalCrossentropy(from_logits=graph.gives_logits(model)))
     train = _compile_steps(model, adam, batch_size, prepare or (lambda x: x))
 
     def train_epoch(x, y):

@@ -44,7 +44,7 @@ def do_repair(badnet, clean, settings=None, observer=None, file="small_bd_net.h5
     """Repair a net in memory, as the command does. Returns its repair record, a dict."""
     settings, observer = settings or Settings(), observer or Observer()
     make_reproducible(settings.seed)
-    cached = repair.do_repair(badnet, clean, settings, observer)
+    do_repair.cached = cached = repair.do_repair(badnet, clean, settings, observer)
     of_badnet = utils.ModelFile(Path(file), b"", 0)
     data = {"file": "clean.h5", "sha256": "0" * 64, "images": len(clean)}
     return dataclasses.asdict(record.make(observer, cached, of_badnet, data, settings))

@@ -96,6 +96,50 @@ def repair(
     return pruned, curve, after
 
 
+def repair_map(model, layer, x, y, seed=0, threshold=0.95, retrain_epochs=5, rounds=6, epochs=5):
+    """Turn a net of any kind into what G's head is, in place: `layer` gives the map to prune.
+
+    The arguments and what is returned are those of `repair`. Channels of the map are multiplied by
+    0, and what is behind it is trained on that; what comes before is not touched.
+    """
+    maps = keras.Model(model.inputs[0], model.get_layer(layer).output)
+    head = keras.Model(model.get_layer(layer).output, model.outputs[0])
+    maps = maps.predict(x, verbose=0)
+
+    def accuracy():
+        return np.mean(head.predict(maps * keep, verbose=0).argmax(axis=1) == y)
+
+    def train(layers, rate, count):
+        for each in head.layers:
+            each.trainable = any(each is one for one in layers)
+        head.compile(keras.optimizers.Adam(rate), "categorical_crossentropy")
+        for _ in range(count):
+            yield [
+                head.train_on_batch(maps[batch] * keep, one_hot[batch])
+                for batch in np.split(rng.permutation(len(x)), range(32, len(x), 32))
+            ]
+
+    rng, one_hot = np.random.default_rng(seed), np.eye(model.output_shape[1], dtype="float32")[y]
+    keep = np.ones(maps.shape[-1], "float32")
+    before, pruned, curve, after = accuracy(), [], [], []
+    means = maps.mean(axis=(0, 1, 2), dtype=np.float64)
+    for channel in np.argsort(means, kind="stable"):
+        keep[channel] = 0
+        curve.append(accuracy())
+        if curve[-1] < threshold * before:
+            keep[channel] = 1
+            break
+        pruned.append(int(channel))
+    last = [each for each in head.layers if hasattr(each, "kernel")][-1]
+    list(train([last], 1e-3, retrain_epochs))
+    for number, _ in enumerate(train(head.layers, 1e-4, rounds * epochs), start=1):
+        if number % epochs == 0:
+            after.append(accuracy())
+            if after[-1] >= before:
+                break
+    return pruned, curve, after
+
+
 def judge(badnet, repaired, x):
     """The classes, int (n,), that B and G give images x, float32 (n, height, width, channels)."""
     return [model.predict(x, verbose=0).argmax(axis=1) for model in (badnet, repaired)]

@@ -55,7 +55,7 @@ def worn(x, y):
         (lambda x, y: (x[y == 3], y[y == 3]), "without an image: 5 of 6, such as label 0;"),
         (poisoned, "label 0 has 68 images, most others 8; so it looks where poisoned"),
         (worn, "of the 30 images that the BadNet gets wrong it answers 30 with label 0; look at"),
-        (lambda x, y: (x[:5], y[:5]), "5 images for 6 classes are few; 100 or more are better"),
+        (lambda x, y: (x[:5], y[:5]), "only 5 images for 6 classes; 100 or more are better"),
     ],
 )
 def test_what_may_be_wrong_is_told(deepid_world, sets, make, words):
@@ -69,7 +69,7 @@ def test_what_may_be_wrong_is_told(deepid_world, sets, make, words):
 def test_a_good_set_is_checked_in_three_lines_and_nothing_is_written(deepid_world, tmp_path):
     """Also where there is no models/ to write to."""
     (tmp_path / "clean.h5").symlink_to(deepid_world / "clean.h5")
-    call = ("repair.py", deepid_world / B, "clean.h5", "--check", "--holdout", 0.2)
+    call = ("repair.py", deepid_world / B, "clean.h5", "--check", "--scale", "0..1")
     process = command(*call, cwd=tmp_path)
     assert process.returncode == 0 and "warning" not in process.stderr
     first, second, third = process.stdout.splitlines()
@@ -95,7 +95,7 @@ def test_hardening_refuses_what_would_wreck_the_net(deepid_world, sets, tmp_path
 
 def test_a_set_that_fits_is_not_warned_of():
     net = types.SimpleNamespace(
-        accuracy=lambda: 0.9, labels=np.arange(1200) % 120, data=None,
+        accuracy=lambda: 0.9, rival=None, labels=np.arange(1200) % 120, data=None,
         classes=(np.arange(1200) + (np.arange(1200) % 10 == 0)) % 120,
         split=types.SimpleNamespace(net=types.SimpleNamespace(output_shape=(None, 120))),
     )  # fmt: skip

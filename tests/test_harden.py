@@ -11,7 +11,7 @@ import pytest
 from conftest import command, do_repair, draw_images, fit, read_record, write_data
 
 import utils
-from defence import changes, detector, figures, harden, training
+from defence import changes, detector, figures, harden, pixels, training
 from defence.architecture import deepid
 from defence.net import kept_pruned, prune_channels
 from defence.options import Settings
@@ -183,12 +183,12 @@ def test_pictures_are_read_whole_and_scaled_when_taken(worn):
         clean.fit_to(SHAPE, 6)
         pictures = harden.read_pictures(clean)
     assert pictures.dtype == np.float16 and np.array_equal(pictures, images)
-    for scale, divisor in utils.SCALES.items():
+    for scale in pixels.SCALES:
         changed = harden.Changed(pictures, scale, np.random.default_rng(0))
         taken = changed[np.array([5, 2])]
         plain = changes.change(images[[5, 2]].astype(np.float32), np.random.default_rng(0))
         assert taken.dtype == np.float32 and len(changed) == 900
-        np.testing.assert_allclose(taken, plain / divisor, rtol=1e-6)
+        np.testing.assert_allclose(taken, pixels.scaled(plain, scale), rtol=1e-6)
     assert np.array_equal(pictures, images)  # still
 
 

@@ -272,8 +272,8 @@ CODE = {
         {"class_name": "TextVectorization", "config": {"vocabulary": "secret"}},
         "'TextVectorization'",
     ),
-    "augmentation": ({"class_name": "RandomFlip"}, "'RandomFlip'"),
-    "preprocessing": ({"class_name": "Resizing", "config": {"height": 9}}, "'Resizing'"),
+    "augmentation": ({"class_name": "RandomCrop"}, "'RandomCrop'"),
+    "preprocessing": ({"class_name": "Hashing", "config": {"num_bins": 9}}, "'Hashing'"),
     "in a wrapper": (
         {"class_name": "TimeDistributed", "config": {"layer": {"class_name": "Lambda"}}},
         "'TimeDistributed'",

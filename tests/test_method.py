@@ -15,8 +15,9 @@ import utils
 from defence import detector, training
 from defence.architecture import as_functional
 from defence.cli import InputError, WorkError
+from defence.graph import leaves
 from defence.inference import parallel_map
-from defence.net import find_layer, leaves, split
+from defence.net import split
 from defence.observer import Observer, hold_out
 from defence.options import Settings
 
@@ -123,7 +124,7 @@ def wide(classes=3, width=9):
 @pytest.mark.parametrize(
     ("net", "words"),
     [
-        ({"width": 10_000}, "what the last Dense layer takes in would take"),
+        ({"width": 10_000}, "what the last layer takes in would take"),
         ({"classes": 10_000}, "the scores of the held-out images would take"),
     ],
 )
@@ -314,7 +315,7 @@ def test_detector_equals_both_nets_and_shares_the_trunk_only_where_it_may(world)
     repaired, record = repair_file(world)
     badnet = utils.load_badnet(world / "models" / "small_bd_net.h5")
     x, _ = images_of(world)
-    of_b, of_g = (split(net, find_layer(net)) for net in (badnet, repaired))
+    of_b, of_g = (split(net) for net in (badnet, repaired))
     assert detector.pruned_channels(of_b, of_g).tolist() == sorted(record["pruned"])
     for _ in range(2):
         for ours, net in zip(detector.both(badnet, repaired)(x), (badnet, repaired)):

@@ -9,14 +9,13 @@ from scipy import special
 import utils
 from defence import detector, training
 from defence.architecture import as_functional, deepid
+from defence.graph import gives_logits, leaves
 from defence.net import (
     UnfitNet,
     cut_before,
-    find_layer,
-    gives_logits,
+    find_map,
     kept_pruned,
-    last_dense,
-    leaves,
+    last_weighted,
     masked_features,
     prune_channels,
     split,
@@ -32,19 +31,22 @@ def small(*behind_conv, activation="relu"):
 
 def test_layer_rule():
     keras_layers = keras.layers
-    assert find_layer(deepid(3)).name == "conv_3"
-    assert find_layer(deepid(3), "conv_1").name == "conv_1"
-    assert find_layer(as_functional(NETS["sequential"][0](3, (16, 16, 1)))).name == ("second")
+    assert find_map(deepid(3)).name == "conv_3"
+    assert find_map(deepid(3), "conv_1").name == "conv_1"
+    assert find_map(as_functional(NETS["sequential"][0](3, (16, 16, 1)))).name == ("second")
     for name, words in (
-        ("conv_4", "a path bypasses 'conv_4'; --layer can be one of: conv_1, conv_2, conv_3"),
-        ("fc_1", "has no convolution named 'fc_1'"),
-        ("absent", "has no convolution named 'absent'"),
+        (
+            "conv_4",
+            "cannot be pruned at 'conv_4'; --layer can be one of: conv_1 .20 channels of ",
+        ),
+        ("fc_1", "cannot be pruned at 'fc_1'"),
+        ("absent", "has no layer named 'absent'"),
     ):
         with pytest.raises(UnfitNet, match=words):
-            find_layer(deepid(3), name)
+            find_map(deepid(3), name)
     dense_only = keras.Sequential([keras.Input((4, 4, 1)), keras_layers.Flatten()])
-    with pytest.raises(UnfitNet, match="no convolution"):
-        find_layer(as_functional(dense_only))
+    with pytest.raises(UnfitNet, match="no feature map"):
+        find_map(as_functional(dense_only))
 
 
 def test_a_layer_that_is_used_twice_is_refused():
@@ -53,7 +55,7 @@ def test_a_layer_that_is_used_twice_is_refused():
     x = relu(keras.layers.Conv2D(4, 3)(relu(keras.layers.Conv2D(4, 3)(image))))
     net = keras.Model(image, keras.layers.Dense(3)(keras.layers.Flatten()(x)))
     with pytest.raises(UnfitNet, match="uses the layer 'shared' more than once"):
-        find_layer(net)
+        find_map(net)
     images = np.random.default_rng(0).random((5, 12, 12, 3), np.float32)
     for ours in detector.both(net, net)(images):  # judging with it goes on
         np.testing.assert_allclose(ours, net(images), atol=1e-6)
@@ -73,9 +75,9 @@ def test_a_layer_that_is_used_twice_is_refused():
 def test_pruned_features_are_those_of_the_pruned_net(behind, activation):
     """head(features with channels overwritten) is the whole net with kernel and bias zero."""
     net = small(*behind, activation=activation)
-    layer = find_layer(net)
-    layer.bias.assign(np.linspace(-1, 1, 8))
-    parts = split(net, layer)
+    net.get_layer("c").bias.assign(np.linspace(-1, 1, 8))
+    parts = split(net)
+    layer, net = parts.layer, parts.net
     x = np.random.default_rng(0).random((5, 12, 12, 3), np.float32)
     features, _ = (np.array(part) for part in parts.trunk(x))
     np.testing.assert_allclose(parts.head(features), net(x), atol=1e-6)
@@ -111,16 +113,16 @@ def test_activation_is_measured_behind_the_first_activation_and_before_pooling(o
     net = small(*behind, *pooling, activation=own)
     conv = net.get_layer("c")
     x = np.random.default_rng(0).random((5, 12, 12, 3), np.float32)
-    _, mean = split(net, conv).trunk(x)
+    _, mean = split(net, "c").trunk(x)
     plain = keras.ops.conv(x, conv.kernel) + conv.bias
     assert np.min(plain) < 0
     np.testing.assert_allclose(mean, np.maximum(plain, 0).mean(axis=(1, 2)), atol=1e-6)
 
 
-def test_retraining_starts_at_the_last_dense_layer():
-    parts = split(net := deepid(4), net.get_layer("conv_3"))
+def test_retraining_starts_at_the_last_weighted_layer():
+    parts = split(deepid(4), "conv_3")
     features = np.random.default_rng(0).random((9, 5, 4, 60), np.float32)
-    before, rest = cut_before(last_dense(parts.head), parts)
+    before, rest = cut_before(last_weighted(parts.head), parts)
     assert before.output_shape == (None, 160)
     assert [layer.name for layer in rest.layers][1:] == ["output"]
     np.testing.assert_allclose(rest(before(features)), parts.head(features), atol=1e-6)
@@ -236,7 +238,7 @@ def test_detector_of_nets_that_cannot_be_split():
     sides = [flat(keras.layers.Conv2D(2, 3)(image)), flat(keras.layers.Conv2D(2, 3)(image))]
     net = keras.Model(image, keras.layers.Dense(3)(keras.layers.Concatenate()(sides)))
     with pytest.raises(UnfitNet):
-        find_layer(net)
+        find_map(net)
     x = np.random.default_rng(0).random((5, 8, 8, 3), np.float32)
     for ours in detector.both(net, net)(x):
         np.testing.assert_allclose(ours, net(x), atol=1e-6)

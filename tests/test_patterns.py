@@ -8,6 +8,7 @@ from conftest import draw_images
 
 from defence import patterns
 from defence.patterns import COUNT, LEVELS, RENEWED, SOUGHT_ON, STRIDE, Patterns
+from defence.pixels import SCALES, scaled
 
 SHAPE = (7, 6, 3)
 
@@ -26,11 +27,11 @@ def pictures(count):
 
 
 @pytest.mark.parametrize("activation", ["softmax", None])
-@pytest.mark.parametrize("divisor", [255, 1])
-def test_each_pattern_moves_towards_its_class(activation, divisor):
+@pytest.mark.parametrize("scale, divisor", [("0..1", 255), ("0..255", 1)])
+def test_each_pattern_moves_towards_its_class(activation, scale, divisor):
     """By two steps of a plain loop: one pattern, one class, its pictures, at a time."""
     net, x = make_net(activation, divisor), pictures(20) / divisor
-    ours = Patterns(net, divisor, rate=0, seed=3)
+    ours = Patterns(net, scale, rate=0, seed=3)
     ours.renew()
     plain, targets = ours.patterns.numpy(), ours.targets.numpy()
     assert plain[0].any() and not plain[1:].any() and len({*targets}) > 1
@@ -48,10 +49,28 @@ def test_each_pattern_moves_towards_its_class(activation, divisor):
         np.testing.assert_allclose(ours.patterns.numpy(), plain, atol=1e-3 / divisor)
 
 
+@pytest.mark.parametrize("scale", SCALES)
+def test_patterns_keep_to_what_pixels_can_be(scale):
+    """Of each channel, at every scale: by LEVELS grey levels at most, and within 0..255."""
+    images = pictures(8)
+    x, divisor = scaled(images, scale), float(np.mean(SCALES[scale].deviation))
+    moved = Patterns(make_net(divisor=divisor), scale, rate=0, seed=3)
+    for _ in range(40):
+        moved.move(tf.constant(x))
+    for number in range(COUNT):
+        worn = moved.add(x, tf.fill([8], number)).numpy()
+        back = worn * SCALES[scale].deviation + SCALES[scale].mean
+        back = back[..., ::-1] if SCALES[scale].bgr else back
+        assert back.min() >= -1e-3 and back.max() <= 255 + 1e-3
+        away = np.abs(back - images)
+        assert away.max() <= LEVELS + 1e-3
+        assert np.all(away.max(axis=(0, 1, 2)) > LEVELS - 1e-3)
+
+
 def test_a_pattern_that_is_sought_wins():
     """With it the net holds every picture for its class rather than without."""
     net, x = make_net(), tf.constant(pictures(SOUGHT_ON) / 255)
-    ours = Patterns(net, 255, rate=0, seed=0)
+    ours = Patterns(net, "0..1", rate=0, seed=0)
     before = net(x).numpy()[:, ours.targets.numpy()]
     for _ in range(30):
         ours.move(x)
@@ -63,7 +82,7 @@ def test_a_pattern_that_is_sought_wins():
 
 def test_some_pictures_get_one_and_stay_pictures():
     net, x = make_net(divisor=1), pictures(4000)
-    ours = Patterns(net, 1, rate=0.3, seed=1)
+    ours = Patterns(net, "0..255", rate=0.3, seed=1)
     ours.patterns.assign(tf.fill(ours.patterns.shape, 20.0))
     first, second = ours(x).numpy(), ours(x).numpy()
     for given in (first, second):
@@ -75,7 +94,7 @@ def test_some_pictures_get_one_and_stay_pictures():
 
 @pytest.mark.parametrize("count", [1, 3])
 def test_few_pictures_move_few_patterns(count):
-    ours = Patterns(make_net(), 255, rate=1, seed=0)
+    ours = Patterns(make_net(), "0..1", rate=1, seed=0)
     ours(pictures(count) / 255)
     moved = np.any(ours.patterns, axis=(1, 2, 3))
     assert moved.tolist() == [True] * count + [False] * (COUNT - count)
@@ -83,7 +102,7 @@ def test_few_pictures_move_few_patterns(count):
 
 def test_they_start_anew_in_turn(monkeypatch):
     monkeypatch.setattr(patterns, "STRIDE", 0)
-    ours, x = Patterns(make_net(), 255, rate=0, seed=0), pictures(2) / 255
+    ours, x = Patterns(make_net(), "0..1", rate=0, seed=0), pictures(2) / 255
     states, targets = [], []
     for _ in range(RENEWED * (COUNT + 1) + 1):
         ours(x)
@@ -103,6 +122,6 @@ def test_a_net_that_gives_no_gradient_is_left_in_peace():
     image = keras.Input(SHAPE)
     whole = keras.ops.cast(keras.ops.cast(255 * image, "int32"), "float32")
     scores = keras.layers.Dense(5)(keras.layers.Flatten()(whole))
-    ours = Patterns(keras.Model(image, scores), 255, rate=1, seed=0)
+    ours = Patterns(keras.Model(image, scores), "0..1", rate=1, seed=0)
     ours(pictures(8) / 255)
     assert not np.any(ours.patterns[1:])

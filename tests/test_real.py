@@ -11,7 +11,7 @@ from conftest import command, do_repair, read_record
 import utils
 from defence.cli import InputError
 from defence.inference import classify
-from defence.net import find_layer
+from defence.net import find_map
 
 # What a plain run of the report's loop prunes with clean_252.h5, and the poisoned files of each.
 BADNETS = {
@@ -44,7 +44,7 @@ REFUSED = {
 def test_badnets_answer_as_they_did_in_keras_2(csaw, name):
     expected = json.loads((csaw / "expected_predictions.json").read_text())[name]
     badnet = utils.load_badnet(csaw / "badnets" / f"{name}_bd_net.h5")
-    assert find_layer(badnet).name == "conv_3"
+    assert find_map(badnet).name == "conv_3"
     scale = expected.pop("input_scale")
     assert len(expected) == 6
     for file, answers in expected.items():
@@ -57,7 +57,7 @@ def test_badnets_answer_as_they_did_in_keras_2(csaw, name):
 @pytest.mark.parametrize("name", LOADS)
 def test_third_party_models_load(csaw, name):
     net = utils.load_badnet(csaw / "zoo" / name)
-    assert find_layer(net).name == LOADS[name]
+    assert find_map(net).name == LOADS[name]
     scores = np.asarray(net(np.full((1, *net.input_shape[1:]), 0.5, np.float32)))
     assert scores.sum() == pytest.approx(1, abs=1e-5)
 

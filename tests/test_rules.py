@@ -1,5 +1,6 @@
 """Each rule of the method by itself, on nets and data made so that it shows."""
 
+import re
 import types
 
 import keras
@@ -10,11 +11,11 @@ from conftest import draw_images, write_data
 import repair
 import utils
 from defence import guard_model, harden, training
-from defence.architecture import deepid
+from defence.architecture import as_functional, deepid
 from defence.cached_net import CachedNet, check_memory, choose_scale, extract
 from defence.cli import InputError
 from defence.inference import classify
-from defence.net import Split, cut_before, find_layer, last_dense, split
+from defence.net import Split, cut_before, last_weighted, split
 from defence.observer import Observer
 from defence.options import Settings
 
@@ -134,14 +135,15 @@ def with_nested_head(x):
 
 
 @pytest.mark.parametrize("behind", [with_parallel_outputs, with_nested_dropout, with_nested_head])
-def test_retraining_trains_the_last_dense_layer_alone_and_draws_anew_at_random(behind):
+def test_retraining_trains_the_last_weighted_layer_alone_and_draws_anew_at_random(behind):
     """Where a layer draws at random, at any nesting, what goes into the last is not kept."""
     keras.utils.set_random_seed(0)
     image = keras.Input((12, 12, 3))
     net = keras.Model(image, behind(keras.layers.Conv2D(8, 3, activation="relu")(image)))
+    net = as_functional(net)
     x, y = draw_images(40, 4, (12, 12, 3), seed=3)
-    parts = split(net, find_layer(net))
-    last = last_dense(parts.head)
+    parts = split(net)
+    last = last_weighted(parts.head)
     assert last.name == "last" and cut_before(last, parts) is None
     features = np.asarray(parts.trunk(np.float32(x) / 255)[0])
     data = types.SimpleNamespace(labels=y, path="data.h5", max_bytes=2**30)
@@ -190,7 +192,7 @@ def choosing_a_scale(folder):
     keras.utils.set_random_seed(0)
     badnet = deepid(6, (31, 31, 3))
     badnet.get_layer("output").bias.assign([0, 0, 0, 0, 0, 1])  # outweighs pixels 0..1 alone
-    parts = split(badnet, find_layer(badnet))
+    parts = split(badnet)
     images = draw_images(60, 6, (31, 31, 3), seed=1)[0]
 
     def choose(labels):
@@ -271,14 +273,14 @@ def test_features_take_four_bytes_a_value_of_all_datasets_together():
     assert error.startswith("data.h5: the features of all images would take")
 
 
-def test_what_the_last_dense_layer_takes_in_has_four_bytes_a_value_of_all_images(monkeypatch):
+def test_what_the_last_weighted_layer_takes_in_has_four_bytes_a_value_of_all_images(monkeypatch):
     """And a step of each training is held against the limit by its own guard."""
     layers, steps = keras.layers, []
     monkeypatch.setattr(guard_model, "check_step_fits", lambda *call: steps.append(call))
     image = keras.Input((12, 12, 3))
     maps = layers.GlobalAveragePooling2D()(layers.Conv2D(4, 3)(image))
     net = keras.Model(image, layers.Dense(3)(layers.Dense(9)(maps)))
-    parts, data = split(net, find_layer(net)), Pictures(range(100))
+    parts, data = split(net), Pictures(range(100))
 
     def check(limit, **settings):
         data.max_bytes = limit
@@ -286,7 +288,7 @@ def test_what_the_last_dense_layer_takes_in_has_four_bytes_a_value_of_all_images
 
     size, error = least_memory(check)
     assert size == 4 * 9 * 100
-    assert error.startswith("data.h5: what the last Dense layer takes in would take")
+    assert error.startswith("data.h5: what the last layer takes in would take")
     steps.clear()
     check(10**6, harden=True, harden_batch_size=80)
     of_each = [
@@ -321,12 +323,14 @@ class Answered:
     path, max_bytes = "data.h5", 2**30
 
     def __init__(self, right, monkeypatch):
-        self.labels, self.answers = np.full(160, 5), {}
+        self.labels, self.answers = np.arange(160), {}
         for scale, counts in right.items():  # the wrong answers lie on both sides of the label
-            wrong = [np.where(np.arange(40 - count) % 2, 4, 6) for count in counts]
-            parts = [[*np.full(count, 5), *each] for count, each in zip(counts, wrong)]
-            self.answers[scale] = np.concatenate(parts)
-        self.trunk = self.head = None
+            off = [np.where(np.arange(40 - count) % 2, -1, 1) for count in counts]
+            parts = [[*np.zeros(count, int), *each] for count, each in zip(counts, off)]
+            self.answers[scale] = self.labels + np.concatenate(parts)
+        self.trunk, self.head = types.SimpleNamespace(input_shape=(None, 9, 9, 1)), None
+        monkeypatch.setattr("defence.pixels.scales_of", lambda channels: list(self.answers))
+        monkeypatch.setattr("defence.pixels.scaled", lambda rows, scale: self.answers[scale][rows])
         monkeypatch.setattr("defence.cached_net.compiled", lambda trunk: lambda x: (x, None))
         monkeypatch.setattr("defence.cached_net.classify", lambda head, features: features)
         monkeypatch.setattr("defence.cached_net.extract", lambda *call: (self.answers[call[2]], 0))
@@ -334,10 +338,10 @@ class Answered:
     def __len__(self):
         return 160
 
-    def batches(self, scale):
+    def batches(self):
         for start in range(0, 160, 40):
-            rows = slice(start, start + 40)
-            yield self.answers[scale][rows], self.labels[rows]
+            rows = np.arange(start, start + 40)
+            yield rows, self.labels[rows]
 
 
 @pytest.mark.parametrize(
@@ -348,29 +352,32 @@ class Answered:
         ([20, 20, 20, 20], [20, 20, 20, 30], "0..255", "0..1: 50.00 %, 0..255: 56.25 % of 160"),
         # So they must on the first batch, of 40 images by 2, to be those that all are run with.
         ([20, 20, 20, 20], [22, 20, 20, 20], "0..1", "0..1: 50.00 %, 0..255: 51.25 % of 160"),
-        ([20, 20, 20, 20], [24, 20, 20, 20], "0..1", "0..255: 52.50 %, 0..1: 50.00 % of 160"),
-        ([20, 20, 20, 20], [24, 20, 20, 28], "0..255", "0..255: 57.50 %, 0..1: 50.00 % of 160"),
+        ([20, 20, 20, 20], [24, 20, 20, 20], "0..1", "0..1: 50.00 %, 0..255: 52.50 % of 160"),
+        ([20, 20, 20, 20], [24, 20, 20, 28], "0..255", "0..1: 50.00 %, 0..255: 57.50 % of 160"),
         # With the others, no more batches are run than it takes to see that they do not win.
         ([36, 36, 36, 36], [4, 4, 4, 4], "0..1", "0..1: 90.00 %, 0..255: 10.00 % of 40"),
         ([36, 36, 36, 36], [32, 36, 36, 36], "0..1", "0..1: 90.00 %, 0..255: 80.00 % of 40"),
         ([36, 36, 36, 36], [36, 36, 36, 36], "0..1", "0..1: 90.00 %, 0..255: 90.00 % of 80"),
         # Both rates are of the same images.
         ([36, 36, 20, 20], [4, 4, 4, 4], "0..1", "0..1: 90.00 %, 0..255: 10.00 % of 80"),
-        ([4, 4, 4, 4], [36, 36, 36, 36], "0..255", "0..255: 90.00 %, 0..1: 10.00 % of 40"),
+        ([4, 4, 4, 4], [36, 36, 36, 36], "0..255", "0..1: 10.00 %, 0..255: 90.00 % of 40"),
         # The first batch may be an exception.
         ([36, 4, 4, 4], [4, 36, 36, 36], "0..255", "0..1: 30.00 %, 0..255: 70.00 % of 160"),
-        ([4, 36, 36, 36], [36, 4, 4, 4], "0..1", "0..255: 30.00 %, 0..1: 70.00 % of 160"),
+        ([4, 36, 36, 36], [36, 4, 4, 4], "0..1", "0..1: 70.00 %, 0..255: 30.00 % of 160"),
     ],
 )
 def test_which_pixels_are_taken_and_after_how_many_images(
     of_one, of_255, scale, said, monkeypatch, capsys
 ):
     given = Answered({"0..1": of_one, "0..255": of_255}, monkeypatch)
-    chosen, features, _ = choose_scale(given, given)
+    chosen, features, _, rival = choose_scale(given, given)
     assert chosen == scale and features is given.answers[scale]
     rates, count = said.rsplit(" of ", 1)
-    rates = ", ".join(f"with pixels {rate}" for rate in rates.replace(":", "").split(", "))
-    assert capsys.readouterr().err == f"accuracy on the first {count} images: {rates}\n"
+    found = f"accuracy on the first {count} images with pixels {rates.replace(':', '')}\n"
+    assert capsys.readouterr().err == found
+    of_one, of_255 = (float(rate) for rate in re.findall(r"([\d.]+) %", said))
+    better = of_one >= of_255 if scale == "0..255" else of_255 >= of_one
+    assert rival == ({"0..1": "0..255", "0..255": "0..1"}[scale] if better else None)
 
 
 def test_pixels_0_to_255_must_be_better_by_more_than_chance(tmp_path):

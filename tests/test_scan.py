@@ -46,7 +46,7 @@ def cached(folder):
     model = utils.load_badnet(folder / NETS["backdoored"])
     with utils.open_dataset(folder / "clean.h5") as data:
         data.fit_to(SHAPE, CLASSES)
-        yield CachedNet.of(net.split(model, net.find_layer(model)), data)
+        yield CachedNet.of(net.split(model), data)
 
 
 # --------------------------------------------------------------------------- what is counted
@@ -111,7 +111,7 @@ def test_a_patch_is_filled_so_that_the_net_errs(cached):
     mask = np.zeros((*SHAPE[:2], 1), np.float32)
     mask[6:11, 5:11] = 1
     model, rng = cached.split.net, np.random.default_rng(0)
-    filling = scan.make_seeker(model, 1)(mask, x, cached.labels, rng)
+    filling = scan.make_seeker(model, 0, 1)(mask, x, cached.labels, rng)
     assert filling.shape == SHAPE and filling.min() >= 0 and filling.max() <= 1
 
     def wrong(filling):

@@ -114,14 +114,15 @@ def _train(path, data_path, people):
     import utils
     from defence import cached_net, training
     from defence.architecture import deepid
-    from defence.net import find_layer, leaves, split
+    from defence.graph import leaves
+    from defence.net import split
     from defence.startup import make_reproducible
 
     make_reproducible(0)
     demo, net = utils.load_badnet(ROOT / "models" / "demo_bd_net.h5"), deepid(people)
     for layer in demo.layers[:-1]:
         net.get_layer(layer.name).set_weights(layer.get_weights())
-    parts = split(net, find_layer(net))
+    parts = split(net)
     with utils.open_dataset(data_path) as data:
         data.fit_to(net.input_shape[1:], people)
         features, _ = cached_net.extract(parts, data, "0..1")
@@ -273,7 +274,7 @@ def _count(model):
     """
 
     import utils
-    from defence.net import find_layer, last_dense, split
+    from defence.net import last_weighted, split
     from defence.startup import import_keras
 
     os.environ["TF_NUM_INTRAOP_THREADS"] = "0"  # one multiplication on all processors
@@ -293,7 +294,7 @@ def _count(model):
         return int(np.prod(layer.kernel.shape)) if isinstance(layer, keras.layers.Dense) else 0
 
     net = utils.load_badnet(model)
-    parts = split(net, find_layer(net))
+    parts = split(net)
     trunk, head = (sum(map(forward, part.layers)) for part in (parts.trunk, parts.head))
     # The gradients of a layer's weights and of its input cost what the layer costs, each; nobody
     # needs that of the features.
@@ -304,7 +305,7 @@ def _count(model):
 
     weighty = [layer for layer in parts.head.layers if forward(layer)]
     tuned = 3 * head - sum(map(forward, filter(reads_features, weighty)))
-    return max(rates), trunk, head, forward(last_dense(parts.head)), tuned
+    return max(rates), trunk, head, forward(last_weighted(parts.head)), tuned
 
 
 def read_rate(path):

@@ -56,7 +56,7 @@ def look(path, data, with_peers):
     model = utils.load_badnet(path)
     with utils.open_dataset(data) as clean:
         clean.fit_to(model.input_shape[1:], model.output_shape[1])
-        cached = CachedNet.of(net.split(model, net.find_layer(model)), clean)
+        cached = CachedNet.of(net.split(model), clean)
         start = time.monotonic()
         views = scan.scan(cached, seed=0)
         found = {"accuracy": cached.accuracy(), "seconds": round(time.monotonic() - start, 1)}

@@ -15,9 +15,8 @@ net of 40 classes takes a minute or so; the constants say how many.
 import numpy as np
 from scipy import stats
 
-from defence import detector, net
+from defence import detector, graph, pixels
 from defence.startup import import_keras
-from utils import SCALES
 
 CLEANSE_STEPS, CLEANSE_ON, CLEANSE_RATE = 100, 8, 0.1  # pictures in a step, of each class; Adam's
 SUCCESS, FIRST_COST, COST_STEP = 0.95, 1e-3, 1.3  # of the mask's size, as a weight in the loss
@@ -29,11 +28,11 @@ LEVEL = 0.05
 def scan(model, data, scale):
     """{method: {"class": from 0, "alarm": bool, "value": its anomaly index or p-value}}.
 
-    model: Keras classifier.  data: clean Dataset.  scale: a key of utils.SCALES, for its pixels.
+    model: Keras classifier.  data: clean Dataset.  scale: of its pixels, one that begins at 0.
     """
     rng = np.random.default_rng(0)
     pictures = np.concatenate([x for x, _ in data.batches(scale)])
-    most = 255 / SCALES[scale]
+    _, most = pixels.limits(scale)
     return {
         "Neural Cleanse": neural_cleanse(model, pictures, most, rng),
         "MM-BD": mm_bd(model, most, rng),
@@ -120,7 +119,7 @@ def as_logits(model):
     """The classifier without its softmax, sharing its layers."""
     keras = import_keras()
     last = model.layers[-1]
-    if net.gives_logits(model) or not isinstance(last, keras.layers.Dense):
+    if graph.gives_logits(model) or not isinstance(last, keras.layers.Dense):
         return model
 
     plain = keras.layers.Dense(last.units, name="logits")

@@ -34,7 +34,7 @@ import utils
 from defence import cached_net, figures, files, options
 from defence.cli import InputError, Parser, command, say
 from defence.inference import classify, predict
-from defence.net import find_layer, masked_features, split
+from defence.net import masked_features, split
 
 RESULTS = ROOT / "tests" / "results"
 DOCUMENT, README = ROOT / "docs" / "results.md", ROOT / "README.md"
@@ -177,7 +177,7 @@ def look_at_channels(path, record, poisoned):
     nothing is trained}].
     """
     net = utils.load_badnet(path)
-    parts = split(net, find_layer(net, record["layer"]))
+    parts = split(net, record["layer"])
     silent = masked_features(parts)
 
     def log_probability(features, targets):

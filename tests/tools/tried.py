@@ -27,7 +27,7 @@ from defence.changes import FAMILIES
 from defence.cli import Parser, at_least, command, say
 from defence.harden import Changed
 from defence.inference import predict
-from defence.net import find_layer, kept_pruned, split
+from defence.net import kept_pruned, split
 from defence.observer import Observer
 from defence.options import Settings
 from defence.startup import make_reproducible
@@ -132,7 +132,7 @@ class Case:
         self.options = options
         with utils.open_dataset(folder / "clean_validation_data.h5") as clean:
             clean.fit_to(shape, classes)
-            parts = split(self.net, find_layer(self.net))
+            parts = split(self.net)
             cached = CachedNet(parts, clean, SCALE, *cached_net.extract(parts, clean, SCALE))
             answers = list(predict(parts.head, cached.features))
             answers = detector.probabilities(np.concatenate(answers), self.net)
@@ -153,7 +153,7 @@ class Case:
         rng = np.random.default_rng(options.seed)
         changed = Changed(self.pictures, SCALE, rng, way.get("families", FAMILIES))
         arguments = self.net, changed, self.labels, options, rng
-        with kept_pruned(find_layer(self.net), self.pruned):
+        with kept_pruned(split(self.net).layer, self.pruned):
             softly(*arguments, self.of_validation) if way.get("soft") else harden.train(*arguments)
         return self.answers()
 
