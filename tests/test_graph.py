@@ -10,7 +10,7 @@ import reference
 from conftest import ROOT, do_repair, draw_images, write_data
 
 import utils
-from defence import detector, graph, net
+from defence import detector, files, graph, net
 from defence.options import Settings
 
 SHAPE = (16, 14, 3)
@@ -67,7 +67,8 @@ def added_only(x):
     return L.Softmax()(L.GlobalAveragePooling2D()(L.Conv2D(5, 3)(x)))
 
 
-MAKERS = [residual, preactivated, separable, mixed, squeezed, added_only]
+SLOW = [pytest.param(each, marks=pytest.mark.slow) for each in (preactivated, separable, mixed)]
+MAKERS = [residual, squeezed, added_only, *SLOW]
 # Whose weights prune the map: a normalisation's, or those of the layer that is put in.
 OF_NORM = {"preactivated", "separable", "squeezed"}
 
@@ -215,3 +216,31 @@ def test_maps_are_added_in_two_threads_without_a_crash_or_another_number():
     """In a process of its own, which the crash ended."""
     done = subprocess.run([sys.executable, "-c", RACE], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("hardened", [False, True])
+def test_what_memory_does_not_hold_is_kept_on_disk(hardened, tmp_path, monkeypatch):
+    """Features, what the last layer takes in, and pictures; G is the same."""
+    make(added_only).save(tmp_path / "b.h5")
+    images, labels = draw_images(120, 5, SHAPE, seed=2)
+    path, weights, kept = write_data(tmp_path / "d.h5", images, labels), [], []
+    room_for = files.room_for
+
+    def watched(*call):
+        kept.append(room_for(*call))
+        return kept[-1]
+
+    monkeypatch.setattr(files, "room_for", watched)
+    more = {"harden": True, "harden_steps": 2} if hardened else {}
+    settings = Settings(scale="0..1", retrain_epochs=1, rounds=1, epochs=1, **more)
+    for max_bytes in (2**30, 60_000):
+        with utils.open_dataset(path, max_bytes) as clean:
+            clean.fit_to(SHAPE, 5)
+            for room in ("guard", "guard_model"):
+                monkeypatch.setattr(f"defence.{room}.check_fits", lambda *_: None)
+            do_repair(utils.load_badnet(tmp_path / "b.h5"), clean, settings)
+        weights.append(do_repair.cached.split.net.get_weights())
+    assert all(map(np.array_equal, *weights))
+    on_disk = [isinstance(each, np.memmap) for each in kept]
+    half = len(kept) // 2
+    assert not any(on_disk[:half]) and all(on_disk[half:]) and half >= 1 + hardened
