@@ -31,7 +31,6 @@ from defence import (
     finding,
     folder,
     graph,
-    guard,
     guard_model,
     harden,
     names,
@@ -51,6 +50,7 @@ from defence.observer import Observer, hold_out
 from defence.startup import make_reproducible
 
 FOUND = 3  # exit status of --scan where a class stands out
+TAKEN_IN = "what the last layer takes in"
 WORTH = 0.9  # the part of B's accuracy that G should have
 
 # --------------------------------------------------------------------- section 2 of the report
@@ -118,7 +118,7 @@ def retrain(cached, last, settings, rng):
     model, x = cached.split.head, cached.features
     if parts := net.cut_before(last, cached.split):
         before, model = parts
-        x = np.concatenate(list(predict(before, x)))
+        x = gathered(before, x, cached.data)
     rate, option = settings.retrain_learning_rate, "--retrain-learning-rate"
     train_epoch = training.make_trainer(
         model, [last], rate, settings.batch_size, rng, option=option
@@ -127,6 +127,16 @@ def retrain(cached, last, settings, rng):
         loss = train_epoch(x, cached.labels)
         say(f"retrain, epoch {epoch} of {settings.retrain_epochs}: loss {loss:.4f}")
     cached.refresh()
+
+
+def gathered(model, inputs, data):
+    """What a model gives for all inputs, float32 (n, …). data: the Dataset they are of."""
+    shape, done = (len(inputs), *model.output_shape[1:]), 0
+    found = files.room_for(shape, np.float32, data.path, TAKEN_IN, data.max_bytes)
+    for part in predict(model, inputs):
+        found[done : done + len(part)] = part
+        done += len(part)
+    return found
 
 
 def fine_tune(cached, until, settings, rng, observer):
@@ -154,7 +164,7 @@ def check_memory(split, clean, settings):
     guard_model.check_step_fits(split.head, "--batch-size", settings.batch_size, max_bytes)
     if parts := net.cut_before(net.last_weighted(split.head), split):
         size = 4 * len(clean) * int(np.prod(parts[0].output_shape[1:]))
-        guard.check_fits(clean.path, "what the last layer takes in", size, max_bytes)
+        files.check_room(clean.path, TAKEN_IN, size, max_bytes)
     if settings.harden:
         scan.check_memory(split.net, clean)
         harden.check_memory(split.net, clean, settings)

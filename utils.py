@@ -204,6 +204,12 @@ class Dataset:
         return len(self.labels)
 
     @property
+    def shape(self):
+        """(height, width, channels) of an image. `fit_to` has been called."""
+        first, *others = self.images.shape[1:]
+        return (*others, first) if self.channels_first else (first, *others)
+
+    @property
     def batch_size(self):
         return max(1, BATCH_VALUES // int(np.prod(self.images.shape[1:])))
 
@@ -292,8 +298,9 @@ class Dataset:
         for channel in range(planes.shape[1]):  # all at once is slower
             x[..., channel] = planes[:, channel]
         if not (x.min() >= 0 and x.max() <= 255):  # also true of NaN
+            found = f"is {x.min():g}" if x.min() < 0 else f"is {x.max():g}"
             raise InputError(
-                f"{self.path}: a pixel of images {part.start}..{last} is NaN or outside 0..255"
+                f"{self.path}: a pixel of images {part.start}..{last} {found}, not within 0..255"
             )
         return x
 
@@ -320,7 +327,8 @@ def open_dataset(path, max_bytes=DEFAULT_MAX_BYTES):
             names = ["data", "label"] + ["original_label"] * ("original_label" in found)
             for name in names:
                 if not isinstance(found.get(name), h5py.Dataset):
-                    raise InputError(f"{path}: there is no array '{name}' in the file")
+                    there = ", ".join(sorted(filter(None, found))[:9]) or "nothing"
+                    raise InputError(f"{path}: there is no array '{name}' in the file, but {there}")
                 guard.check_stored(found[name], path, max_bytes)
             images = found["data"]
             if images.ndim != 4:
@@ -353,5 +361,5 @@ def read_labels(row, name, images, path, max_bytes):
         raise InputError(f"{path}: the labels are damaged") from error
     whole = (labels == np.floor(labels)) & (labels >= 0) & (labels < 2**31)
     if not whole.all():
-        raise InputError(f"{path}: label {labels[~whole][0]} is not one of 0, 1, 2, …")
+        raise InputError(f"{path}: label {labels[~whole][0]:g} is not one of 0, 1, 2, …")
     return labels.astype(np.int64)

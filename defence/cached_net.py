@@ -6,13 +6,14 @@ runs over the images once, and whatever changes the head or masks a channel star
 
 import numpy as np
 
-from defence import guard, net, pixels
+from defence import files, net, pixels
 from defence.cli import InputError, counted, percent, say, track
 from defence.inference import classify, compiled, parallel_map
 
 # What other pixels must gain in accuracy over 0..1. A net for 0..1 answers most images alike at
 # 0..255, and by chance a few better; a net for 0..255 is right on almost none at 0..1.
 MIN_GAIN = 0.05
+FEATURES = "the features of all images"
 
 
 class CachedNet:
@@ -38,9 +39,9 @@ class CachedNet:
     def of(cls, split, clean, scale=None):
         """The net on its clean dataset. scale: of its pixels; if None, what serves it best.
 
-        Raises InputError where the features would take too much memory, or are not finite.
+        Raises InputError where there is no room for the features, or they are not finite.
         """
-        check_memory(split, [clean])
+        check_room(split, [clean])
         if scale:
             return cls(split, clean, scale, *extract(split, clean, scale))
         return cls(split, clean, *choose_scale(split, clean))
@@ -82,11 +83,11 @@ class CachedNet:
         self.refresh()
 
 
-def check_memory(split, datasets):
-    """Raise InputError where the features of all images of Datasets together take too much."""
+def check_room(split, datasets):
+    """Raise InputError where there is no room for the features of all images of Datasets."""
     size = 4 * int(np.prod(split.trunk.output_shape[0][1:])) * sum(map(len, datasets))
     first = datasets[0]
-    guard.check_fits(first.path, "the features of all images", size, first.max_bytes)
+    files.check_room(first.path, FEATURES, size, first.max_bytes)
 
 
 def choose_scale(split, clean):
@@ -139,7 +140,8 @@ def extract(split, data, scale):
     the mean over all images and positions of each channel's activation in the layer to prune.
     Raises InputError where one is not finite.
     """
-    features = np.empty((len(data), *split.trunk.output_shape[0][1:]), np.float32)
+    shape = (len(data), *split.trunk.output_shape[0][1:])
+    features = files.room_for(shape, np.float32, data.path, FEATURES, data.max_bytes)
     activation = np.zeros(features.shape[-1])
     done = 0
     images = (x for x, _ in data.batches(scale))

@@ -104,7 +104,7 @@ def add_general(parser, version):
         type=lambda text: int(in_gb(text) * 2**30),
         default=DEFAULT_MAX_BYTES,
         help="refuse a file that needs more memory than this for any one thing, such as a net's "
-        "weights, a layer's output, the features of a dataset, a picture (default: 1)",
+        "weights, a layer's output, a picture; features that need more go to disk (default: 1)",
     )
 
 

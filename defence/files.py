@@ -4,6 +4,7 @@ import contextlib
 import csv
 import hashlib
 import json
+import math
 import os
 import shutil
 import sys
@@ -11,11 +12,13 @@ import tempfile
 from pathlib import Path
 
 import h5py
+import numpy as np
 
 from defence import cli, guard
 from defence.cli import DEFAULT_MAX_BYTES, InputError
 
 STDOUT = "-"  # as the path of a text file to write
+ON_DISK = 16  # times --max-memory, for a while, at most: a small file may unfold to much
 HDF5_SIGNATURE = b"\x89HDF\r\n\x1a\n"
 
 
@@ -153,6 +156,38 @@ def write_csv(rows, path):
         writer.writeheader()
         writer.writerow(first)
         writer.writerows(rows)
+
+
+def check_room(path, what, size, max_bytes):
+    """Raise InputError where so many bytes fit neither in memory nor on the disk, for a while.
+
+    path, what: of whom, and for what, for the message.  max_bytes: of memory.
+    """
+    folder = tempfile.gettempdir()
+    free = shutil.disk_usage(folder).free
+    if size > max(max_bytes, min(free, ON_DISK * max_bytes)):
+        limit = (
+            f"the {cli.gigabytes(free)} GB that are free in {folder}"
+            if free < ON_DISK * max_bytes
+            else f"{ON_DISK} times --max-memory {cli.gigabytes(max_bytes)}"
+        )
+        raise InputError(f"{path}: {what} would take {cli.gigabytes(size)} GB, more than {limit}")
+
+
+def room_for(shape, dtype, path, what, max_bytes):
+    """An array to be filled: in memory, or in a file that has no name and goes with the array.
+
+    The other arguments, and what is raised, are those of check_room.
+    """
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    check_room(path, what, size, max_bytes)
+    if size <= max_bytes:
+        return np.empty(shape, dtype)
+    with tempfile.TemporaryFile() as file:
+        # All of it at once: where the disk is full later, writing to the array ends the process.
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file.fileno(), 0, size)
+        return np.memmap(file, dtype, "w+", shape=shape)
 
 
 def file_fingerprint(path):

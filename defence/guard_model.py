@@ -247,16 +247,21 @@ def limit_weights(layer_class, path, max_bytes=DEFAULT_MAX_BYTES):
 
 def check_classifier(model, path):
     """Raise InputError unless a Keras model maps one image to the scores of N ≥ 2 classes."""
-    inputs, outputs = model.inputs, model.outputs
-    shape = tuple(inputs[0].shape[1:])
-    if len(inputs) != 1 or len(shape) != 3 or None in shape:
-        raise InputError(f"{path}: not an image classifier: its input is not one image")
-    shape = tuple(outputs[0].shape[1:])
-    if len(outputs) != 1 or len(shape) != 1 or shape[0] is None or shape[0] < 2:
+    unfit = f"{path}: not a classifier of images:"
+    for what, tensors in (("inputs", model.inputs), ("outputs", model.outputs)):
+        if len(tensors) != 1:
+            raise InputError(f"{unfit} it has {len(tensors)} {what}")
+    shape = tuple(model.inputs[0].shape[1:])
+    if len(shape) != 3:
+        raise InputError(f"{unfit} its input is not one image")
+    if None in shape:
+        raise InputError(f"{unfit} its input has no fixed height, width and channels")
+    shape = tuple(model.outputs[0].shape[1:])
+    if len(shape) != 1 or shape[0] is None:
         shown = "×".join(map(str, shape))
-        raise InputError(
-            f"{path}: not a classifier: its output, of shape {shown}, is not a row of class scores"
-        )
+        raise InputError(f"{unfit} its output, of shape {shown}, is not a row of class scores")
+    if shape[0] < 2:
+        raise InputError(f"{unfit} it gives one score; even two classes need one each")
 
 
 def check_prepared(model, path):

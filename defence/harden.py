@@ -13,11 +13,12 @@ import math
 
 import numpy as np
 
-from defence import changes, graph, guard, guard_model, net, patterns, pixels, training
+from defence import changes, files, graph, guard, guard_model, net, patterns, pixels, training
 from defence.cli import at_least, say, setting, track
 from defence.startup import import_keras
 
 REMARKS = 10  # on progress
+PICTURES = "all pictures"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,19 +62,23 @@ def check_memory(badnet, clean, settings):
     batch_size, max_bytes = settings.harden_batch_size, clean.max_bytes
     guard_model.check_step_fits(badnet, "--harden-batch-size", batch_size, max_bytes)
     values = math.prod(badnet.input_shape[1:])
-    guard.check_fits(clean.path, "all pictures", 2 * len(clean) * values, max_bytes)
+    files.check_room(clean.path, PICTURES, 2 * len(clean) * values, max_bytes)
     if settings.harden_pattern_rate:
         size = patterns.COPIES * patterns.COUNT * 4 * values
         guard.check_fits("--harden-pattern-rate", "the patterns", size, max_bytes)
 
 
 def read_pictures(data):
-    """All images of a Dataset, in memory: float16 (n, height, width, channels), 0..255.
+    """All images of a Dataset: float16 (n, height, width, channels), 0..255.
 
     Whole numbers up to 255 are exact in float16, and none is off by more than 1/16.
     """
-    batches = track(data.batches(), "pictures", data.batch_count)
-    return np.concatenate([np.float16(x) for x, _ in batches])
+    shape, done = (len(data), *data.shape), 0
+    pictures = files.room_for(shape, np.float16, data.path, PICTURES, data.max_bytes)
+    for x, _ in track(data.batches(), "pictures", data.batch_count):
+        pictures[done : done + len(x)] = x
+        done += len(x)
+    return pictures
 
 
 def harden(cached, settings, rng):

@@ -52,7 +52,7 @@ class Observer:
         """The CachedNet is B's, untouched."""
         with self._watching("features"):
             datasets = [*self.poisoned, *filter(None, [self.held_out])]
-            cached_net.check_memory(net.split, [net.data, *datasets])
+            cached_net.check_room(net.split, [net.data, *datasets])
             self._nets = {str(data.path): net.on(data) for data in self.poisoned}
             self._held = net.on(self.held_out) if self.held_out else None
             if self._held:

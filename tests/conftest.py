@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import filelock
@@ -38,6 +39,12 @@ def csaw():
     if not (folder / "badnets").is_dir():
         pytest.skip(f"no real BadNets: {folder} is absent (set CSAW_DIR)")
     return folder
+
+
+@pytest.fixture
+def full_disk(monkeypatch):
+    """A machine on which nothing that does not fit in memory can be kept."""
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: types.SimpleNamespace(free=0))
 
 
 def do_repair(badnet, clean, settings=None, observer=None, file="small_bd_net.h5"):

@@ -444,6 +444,13 @@ def test_scores_that_are_nan_count_as_poisoned(tmp_path):
     assert np.all(ours["score"][broken] == np.float32(detector.MOST))
 
 
+@pytest.mark.parametrize("scale", ["-1..1", "caffe", "torch"])
+def test_every_scale_can_be_exported(tmp_path, scale):
+    images = random_images((9, 8, 3))
+    run, by_keras = exported(ending_in("softmax", (9, 8, 3)), tmp_path, scale)
+    assert_same_answers(run(images), by_keras(images))
+
+
 def of_all_layers(folder):
     """A net with each layer that guard_model.py allows, but an activation that is refused."""
     every_layer().save(folder / "every.keras")

@@ -55,6 +55,7 @@ def test_the_map_is_the_last_sum_and_the_last_convolution_is_retrained(model):
     assert named == ["activation_1", "activation_2", "add_1", "add_2", "add_3", "add_4"]
 
 
+@pytest.mark.slow
 def test_it_is_repaired_and_judges(model, grey):
     call = (model, "data.h5", "--rounds", 1, "--epochs", 2, "--retrain-epochs", 2)
     process = apart("repair.py", *call, "--output", "g.h5", "--json", "g.json", cwd=grey)

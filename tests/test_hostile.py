@@ -606,7 +606,7 @@ def test_data_that_are_not_what_they_declare(put, name, good, refused, tmp_path)
     refused(replace(path, put, name), shape if put is compressed else STORED[put], data=True)
 
 
-def test_more_images_than_memory_for_their_features(good, refused, tmp_path):
+def test_more_images_than_room_for_their_features(good, run, tmp_path):
     """5 MB of file: black images, of which conv_3's output would take 1.2 GB."""
     path, count = tmp_path / "many.h5", 2**20 + 2**18
     with h5py.File(path, "w") as file:
@@ -619,7 +619,9 @@ def test_more_images_than_memory_for_their_features(good, refused, tmp_path):
             data.id.write_direct_chunk((start, 0, 0, 0), black)
         labels = np.zeros(count, "u1")
         file.create_dataset("label", data=labels, compression="gzip")
-    refused(path, "the features of all images would take", data=True)
+    call = ("repair.py", good / "b.h5", path, "--output", "g.h5", "--max-memory", 0.05)
+    words = "the features of all images would take 1.17 GB, more than 16 times --max-memory 0.05"
+    assert_refused(run(*call), words)
 
 
 def test_a_training_step_that_is_too_large(good, run):

@@ -128,7 +128,7 @@ def wide(classes=3, width=9):
         ({"classes": 10_000}, "the scores of the held-out images would take"),
     ],
 )
-def test_what_is_kept_of_every_image_is_held_against_the_limit(net, words, tmp_path):
+def test_what_is_kept_of_every_image_is_held_against_the_limit(net, words, tmp_path, full_disk):
     images, labels = draw_images(400, 3, (12, 12, 3), seed=3)
     path = write_data(tmp_path / "data.h5", images, labels)
     with utils.open_dataset(path, max_bytes=6 * 10**6) as data:

@@ -12,7 +12,7 @@ import repair
 import utils
 from defence import guard_model, harden, training
 from defence.architecture import as_functional, deepid
-from defence.cached_net import CachedNet, check_memory, choose_scale, extract
+from defence.cached_net import CachedNet, check_room, choose_scale, extract
 from defence.cli import InputError
 from defence.inference import classify
 from defence.net import Split, cut_before, last_weighted, split
@@ -259,21 +259,23 @@ def least_memory(check):
     return low, error
 
 
-def test_features_take_four_bytes_a_value_of_all_datasets_together():
+def test_features_take_four_bytes_a_value_of_all_datasets_together(full_disk):
     outputs = [(None, 2, 3, 5), (None, 7)]
     parts = types.SimpleNamespace(trunk=types.SimpleNamespace(output_shape=outputs))
     few, many = Pictures(range(6)), Pictures(range(60))
 
     def check(limit):
         few.max_bytes = limit
-        check_memory(parts, [few, many])
+        check_room(parts, [few, many])
 
     size, error = least_memory(check)
     assert size == 4 * 2 * 3 * 5 * 66
     assert error.startswith("data.h5: the features of all images would take")
 
 
-def test_what_the_last_weighted_layer_takes_in_has_four_bytes_a_value_of_all_images(monkeypatch):
+def test_what_the_last_weighted_layer_takes_in_has_four_bytes_a_value_of_all_images(
+    monkeypatch, full_disk
+):
     """And a step of each training is held against the limit by its own guard."""
     layers, steps = keras.layers, []
     monkeypatch.setattr(guard_model, "check_step_fits", lambda *call: steps.append(call))
