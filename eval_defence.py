@@ -227,7 +227,14 @@ def judge_datasets(images, models, arguments):
         called = names.find(models[0], arguments.labels, found.classes, arguments.max_bytes)
         warn_of_mistaken(datasets)
         warn_of_known(datasets, found.repaired_with or {})
-        judged = [judge_dataset(found, data) for data in datasets]
+        try:
+            judged = [judge_dataset(found, data) for data in datasets]
+        except onnx_file.NotWhole as error:
+            if arguments.backend or len(models) == 1:
+                raise InputError(f"{error}; use --backend keras") from error
+            say(f"{error}; judging with Keras")
+            found = load(models, arguments, "keras")
+            judged = [judge_dataset(found, data) for data in datasets]
         results = evaluate(datasets, judged) | found.described()
         if files.STDOUT not in (arguments.json, arguments.csv):
             print(tables.evaluation(results))
@@ -300,4 +307,4 @@ def csv_rows(datasets, judged, classes, called):
 
 
 if __name__ == "__main__":
-    sys.exit(cli.command(main))
+    cli.leave(cli.command(main))

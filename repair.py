@@ -221,9 +221,19 @@ def main():
         plots.pruning_curve(made, arguments.plot)
     talk = sys.stderr if arguments.json == files.STDOUT else sys.stdout
     print(tables.summary(made, seconds, called), f"Saved model: {output}", sep="\n", file=talk)
-    if exported:
-        backends.export(badnet, utils.read_model(output, arguments.max_bytes), exported)
+    if exported and export(badnet, output, exported, arguments.max_bytes):
         print(f"Saved detector: {exported}", file=talk)
+
+
+def export(badnet, repaired, path, max_bytes):
+    """Write the detector of B, a ModelFile, and G. Returns whether these nets allow that."""
+    say("writing the detector's file")
+    try:
+        backends.export(badnet, utils.read_model(repaired, max_bytes), path)
+    except InputError as error:
+        say(f"{error}; eval_defence.py judges with Keras")
+        return False
+    return True
 
 
 def warn_if_ruined(made):
@@ -273,15 +283,13 @@ def check_call(arguments):
     output = Path(made if arguments.output is None else arguments.output)
     if output.suffix != ".h5":
         raise InputError(f"{output}: the repaired net is saved as a .h5 file")
-    exported = onnx_file.default_path(output) if arguments.export else None
+    exported = None if arguments.no_export else onnx_file.default_path(output)
     outputs = {"--output": output, "--json": arguments.json, "--plot": arguments.plot}
     inputs = [badnet.path, arguments.data, *arguments.poisoned]
     if looks_only(arguments):
         files.check_writable({"--json": arguments.json}, inputs)
     else:
-        files.check_writable(outputs | {"--export": exported}, inputs)
-    if exported:
-        onnx_file.require(*onnx_file.EXPORT_PACKAGES)
+        files.check_writable(outputs | {"the detector's file": exported}, inputs)
     if arguments.plot:
         plots.require_format(arguments.plot)
     _ = badnet.declared
@@ -292,4 +300,4 @@ def check_call(arguments):
 
 
 if __name__ == "__main__":
-    sys.exit(cli.command(main))
+    cli.leave(cli.command(main))

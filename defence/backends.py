@@ -188,6 +188,7 @@ def matching_file(badnet, repaired, scale, backend=None):
     """The onnx_file.DetectorFile of B and G, ModelFiles, or None where Keras is to judge.
 
     scale: that the nets are used with.  backend: as for `load`.
+    A file of other nets is left alone: it may be what others judge with.
     Raises InputError where `backend` is "onnx" and there is no such file.
     """
     path = onnx_file.default_path(repaired.path)
@@ -202,10 +203,10 @@ def matching_file(badnet, repaired, scale, backend=None):
     file = onnx_file.read(path, badnet.max_bytes)
     if file.made_of == (badnet.sha256, repaired.sha256, scale):
         return file
-    problem = f"{path}: was not made of these nets; make it again with: eval_defence.py --export"
     if backend == "onnx":
-        raise InputError(problem)
-    warn(f"{problem}; judging with Keras")
+        raise InputError(
+            f"{path}: was not made of these nets; make it again with: eval_defence.py --export"
+        )
     return None
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import codecs
+import contextlib
 import dataclasses
 import math
 import os
@@ -144,6 +145,19 @@ def command(main):
         kind = "" if plain else f"{type(error).__name__}: "
         print(f"{name}: error: {kind}{printable(one_line(error))}", file=sys.stderr)
         return 1
+
+
+def leave(status):
+    """End the process at once with a status: all is written by now.
+
+    Python takes itself apart at the end, which takes a fifth of the time of judging a picture.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # what nobody reads any more
+            stream.flush()
+    if "ray" in sys.modules:
+        sys.exit(status)  # which ends its processes
+    os._exit(status)
 
 
 def _as_it_can(error):

@@ -32,7 +32,7 @@ def check_onnx(contents, path, max_bytes=DEFAULT_MAX_BYTES):
         model.ParseFromString(contents)
         _check_operators(onnx, model, path)
         _check_tensors(onnx, model.graph, path, max_bytes)
-        onnx.checker.check_model(model)
+        onnx.checker.check_model(contents)  # the bytes, which it would make of the model again
         shape = _check_ends(onnx, model.graph, path)
         largest = _largest_output(onnx, model, path)
         check_fits(path, "the largest output of an operator", 8 * largest, max_bytes)

@@ -12,12 +12,16 @@ from defence import detector, guard, guard_onnx, pixels, record
 from defence.cli import DEFAULT_MAX_BYTES, InputError, one_line
 from defence.files import replacing, require_file
 from defence.inference import OUTPUT_VALUES
-from defence.startup import import_keras, processors
+from defence.startup import processors
 
 RUN_PACKAGES, EXPORT_PACKAGES = ("onnx", "onnxruntime"), ("onnx", "onnxruntime", "tf2onnx")
 OPSET = 18  # the latest that tf2onnx 1.17 writes
 TRIALS = 64  # images of noise on which a new file must answer as the nets do
 MOST_CLASSES = 10**6
+
+
+class NotWhole(InputError):
+    """Pixels that are no whole numbers, which a detector's file does not take."""
 
 
 @dataclasses.dataclass
@@ -65,8 +69,8 @@ def default_path(repaired_path):
     return path.with_name(f"{path.stem.removesuffix('_defence')}_detector.onnx")
 
 
-def require(*names, packages="requirements-serve.txt"):
-    """Raise InputError unless modules are installed that not every user has.
+def require(*names, packages="requirements.txt"):
+    """Raise InputError unless modules are installed.
 
     packages: the file that lists what to install.
     """
@@ -91,13 +95,14 @@ def write(model, metadata, path, max_bytes=DEFAULT_MAX_BYTES):
     whole = _with_verdict(model, int(metadata["classes"]), metadata["threshold"])
     noise = np.random.default_rng(0).integers(0, 256, (TRIALS, *model.input_shape[1:]), np.uint8)
     wanted = {name: np.asarray(values) for name, values in whole(noise).items()}
-    logging.getLogger("tf2onnx").setLevel(logging.CRITICAL)  # its failures are noticed below
     problem = f"{path}: cannot be made of these nets"
     with replacing(path) as beside:
         try:
-            _export(whole, metadata, beside)
+            beside.write_bytes(_as_onnx(whole, metadata))
             file = read(beside, max_bytes)
             found = file.run(np.float32(noise))
+        except OSError:  # such as a full disk
+            raise
         except Exception as error:  # tf2onnx raises whatever its parts raise
             why = one_line(error).removeprefix(f"{beside}: ")
             raise InputError(f"{problem}: {why}") from error
@@ -108,14 +113,15 @@ def write(model, metadata, path, max_bytes=DEFAULT_MAX_BYTES):
 
 
 def _with_verdict(model, classes, threshold):
-    """A detector's Keras model with uint8 pixels in and the outputs of `write`, a dict."""
-    keras = import_keras()
+    """A detector's Keras model as a TensorFlow function: uint8 pixels → the outputs of `write`."""
     import tensorflow as tf
 
     threshold = float(threshold) if threshold else None
+    pixels = tf.TensorSpec((None, *model.input_shape[1:]), tf.uint8, name="pixels")
 
-    def outputs(answers):
-        badnet, repaired, score = answers
+    @tf.function(input_signature=[pixels], autograph=False)
+    def run(pixels):
+        badnet, repaired, score = model(tf.cast(pixels, tf.float32), training=False)
         flagged = detector.is_flagged(badnet, repaired, score, threshold)
         return {
             "class": detector.verdict(badnet, flagged, classes, tf.where),
@@ -124,20 +130,24 @@ def _with_verdict(model, classes, threshold):
             "score": score,
         }
 
-    pixels = keras.Input(model.input_shape[1:], name="pixels", dtype="uint8")
-    images = keras.layers.Lambda(lambda x: tf.cast(x, tf.float32), name="as-float")(pixels)
-    return keras.Model(pixels, keras.layers.Lambda(outputs, name="verdict")(model(images)))
+    return run
 
 
-def _export(model, metadata, path):
-    import onnx
+def _as_onnx(run, metadata):
+    """A TensorFlow function of one input as an ONNX file's contents.
 
+    Keras's own export calls tf2onnx too, but tracks every object of the model first, which takes
+    longer than all the rest.
+    """
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of Keras's about NumPy
-        model.export(path, format="onnx", verbose=False, opset_version=OPSET)
-    written = onnx.load(path)
+        warnings.simplefilter("ignore")  # of NumPy's about tf2onnx
+        import onnx
+        import tf2onnx
+
+        logging.getLogger("tf2onnx").setLevel(logging.CRITICAL)  # its failures are noticed
+        written, _ = tf2onnx.convert.from_function(run, run.input_signature, opset=OPSET)
     onnx.helper.set_model_props(written, metadata)
-    onnx.save(written, path)
+    return written.SerializeToString(deterministic=True)
 
 
 # -------------------------------------------------------------------------------------- reading
@@ -179,9 +189,7 @@ def _open_session(contents, path, most, threads):
     def run(images):
         pixels = images.astype(np.uint8)
         if not np.array_equal(pixels, images):
-            raise InputError(
-                f"{path}: takes whole-number pixels, and an image has others; use --backend keras"
-            )
+            raise NotWhole(f"{path}: takes whole-number pixels, and an image has others")
         starts = range(0, len(pixels), most)
         parts = [session.run(names, {name: pixels[i : i + most]}) for i in starts]
         return dict(zip(names, map(np.concatenate, zip(*parts))))

@@ -153,10 +153,10 @@ def _add_writing(group):
     add("--plot", metavar="FILE", help="draw the pruning curve, as .png, .svg or .pdf")
     _add_labels(group)
     add(
-        "--export",
+        "--no-export",
         action="store_true",
-        help="also write NAME_detector.onnx beside G: both nets and the verdict in one file that "
-        "needs no TensorFlow; with a threshold: eval_defence.py NAME --export --fpr RATE",
+        help="do not write NAME_detector.onnx beside G, both nets and the verdict in one file, by "
+        "which eval_defence.py judges without the seconds that TensorFlow takes to start",
     )
 
 
@@ -283,8 +283,8 @@ def _add_results(group):
     add(
         "--export",
         action="store_true",
-        help="judge nothing, but write NAME_detector.onnx beside the repaired net: both nets and "
-        "the verdict, with --fpr the threshold, in one file that needs no TensorFlow",
+        help="judge nothing, but write NAME_detector.onnx beside the repaired net, as repair.py "
+        "does, with --fpr the threshold in it",
     )
 
 
@@ -298,7 +298,7 @@ def _add_nets(group):
     add(
         "--backend",
         choices=BACKENDS,
-        help="what runs the nets (default: onnx, if NAME_detector.onnx was made of them)",
+        help="what runs the nets (default: onnx, where NAME_detector.onnx was made of them)",
     )
     add(
         "--scale",

@@ -6,7 +6,6 @@ to run, so that the same repair gives the same file, byte for byte.
 
 import dataclasses
 import datetime
-import importlib.metadata
 import json
 import math
 
@@ -107,6 +106,8 @@ def make(observer, net, badnet, data, settings):
     observer: the Observer of it.  net: the CachedNet it left.  badnet: B's ModelFile.
     data: {"file", "sha256", "images"} of the clean dataset.  settings: the dataclass of them.
     """
+    import importlib.metadata  # here, for the time that it takes
+
     order = observer.order
     return RepairRecord(
         tool_version=VERSION,

@@ -23,7 +23,7 @@ sys.path.insert(0, str(ROOT))
 
 import repair
 import utils
-from defence import files, record
+from defence import cli, files, record
 from defence.architecture import deepid
 from defence.observer import Observer
 from defence.options import Settings
@@ -169,10 +169,11 @@ def command(script, *arguments, cwd=ROOT):
     """
     out = io.TextIOWrapper(io.BytesIO(), "utf-8")
     err = io.TextIOWrapper(io.BytesIO(), "utf-8", "backslashreplace")
-    argv, folder = sys.argv, Path.cwd()
+    argv, folder, leave = sys.argv, Path.cwd(), cli.leave
     handlers = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
     sys.argv = [str(ROOT / script), *map(str, arguments)]
     os.chdir(cwd)
+    cli.leave = sys.exit
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             runpy.run_path(sys.argv[0], run_name="__main__")
@@ -180,7 +181,7 @@ def command(script, *arguments, cwd=ROOT):
     except SystemExit as end:
         status = end.code or 0
     finally:
-        sys.argv = argv
+        sys.argv, cli.leave = argv, leave
         os.chdir(folder)
         for number, handler in handlers.items():
             signal.signal(number, handler)

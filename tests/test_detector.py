@@ -44,7 +44,7 @@ WHERE_THEY_DISAGREE = "flagging images on which B and G disagree\n"
 def serve(world, folder):
     """Put into a folder what a world has, its repaired net with held-out scores, its detector."""
     shutil.copytree(world, folder, dirs_exist_ok=True)
-    settings = ["--holdout", "0.2", "--rounds", "1", "--epochs", "1", "--export"]
+    settings = ["--holdout", "0.2", "--rounds", "1", "--epochs", "1"]
     process = command("repair.py", f"models/{B}", "clean.h5", *settings, cwd=folder)
     assert process.returncode == 0, process.stderr
     assert process.stdout.endswith(f"Saved detector: models/{FILE}\n")
@@ -240,12 +240,13 @@ def test_the_rule_that_flags_is_said(at_rate):
 
 
 def test_a_file_of_other_nets_is_not_used(served):
+    """In silence, unless it was asked for: a repair without a detector leaves the last one's."""
     path = served / "models" / G
     net, of_g = utils.load_badnet(path), json.dumps(read_record(path))
     net.layers[-1].set_weights([values + 0.5 for values in net.layers[-1].get_weights()])
     utils.save_model(net, path, repair_record=of_g)
     process = command("eval_defence.py", "clean.h5", "small_bd_net", cwd=served)
-    assert process.returncode == 0 and "was not made of these nets" in process.stderr
+    assert process.returncode == 0 and FILE not in process.stderr
     asked = command("eval_defence.py", "clean.h5", "small_bd_net", "--backend", "onnx", cwd=served)
     assert_refused(asked, FILE, "was not made of these nets")
 
@@ -265,7 +266,7 @@ def test_without_the_packages_all_else_works(served, tmp_path, monkeypatch):
         lambda: backends.export(*models, tmp_path / "new.onnx"),
         lambda: backends.load([served / "models" / FILE]),
     ):
-        with pytest.raises(InputError, match="install it: pip install -r requirements-serve.txt"):
+        with pytest.raises(InputError, match="install it: pip install -r requirements.txt"):
             ask()
 
 
@@ -294,7 +295,7 @@ def test_each_repaired_net_has_a_detector_of_its_own(served):
     first, other = served / "models" / FILE, served / "other" / "g_detector.onnx"
     before = first.read_bytes()
     call = ("repair.py", f"models/{B}", "clean.h5", "--output", "other/g.h5", "--seed", 3)
-    process = command(*call, "--rounds", 0, "--export", cwd=served)
+    process = command(*call, "--rounds", 0, cwd=served)
     assert process.stdout.endswith("Saved detector: other/g_detector.onnx\n")
     assert first.read_bytes() == before
     made = onnx_file.read(other).made_of
@@ -323,9 +324,42 @@ def test_a_repaired_net_is_found_beside_its_badnet(served, tmp_path):
 def test_pixels_that_are_no_whole_numbers_are_left_to_keras(served):
     images, labels = draw_images(10, 6, nets_shape(served), seed=5)
     write_data(served / "halves.h5", images / 2, labels)
-    call = ("halves.h5", "small_bd_net")
-    assert_refused(command("eval_defence.py", *call, cwd=served), "--backend keras")
-    assert command("eval_defence.py", *call, "--backend", "keras", cwd=served).returncode == 0
+    call = ("eval_defence.py", "halves.h5")
+    process = command(*call, "small_bd_net", cwd=served)
+    assert process.returncode == 0 and "whole-number pixels" in process.stderr
+    by_keras = command(*call, "small_bd_net", "--backend", "keras", cwd=served)
+    assert figures_of(process.stdout) == figures_of(by_keras.stdout)
+    for alone in (f"models/{FILE}",), ("small_bd_net", "--backend", "onnx"):
+        assert_refused(command(*call, *alone, cwd=served), "whole-number", "--backend keras")
+
+
+def figures_of(said):
+    """What eval_defence.py printed of a dataset, less its speed."""
+    return [line for line in said.splitlines() if " a second" not in line]
+
+
+def test_a_repair_goes_without_a_detector(served):
+    """Where none is asked for, or these nets cannot be exported, which a remark says."""
+    path = served / "models" / FILE
+    path.unlink()
+    call = ("repair.py", f"models/{B}", "clean.h5", "--rounds", 0)
+    process = command(*call, "--no-export", cwd=served)
+    assert process.returncode == 0 and not path.exists() and "detector" not in process.stdout
+    net = keras.Sequential(
+        [
+            keras.Input(nets_shape(served)),
+            keras.layers.Conv2D(4, 5, activation="celu"),
+            keras.layers.Flatten(),
+            keras.layers.Dense(6, activation="softmax"),
+        ]
+    )
+    utils.save_model(net, served / "models" / "celu_bd_net.h5")
+    process = command("repair.py", "models/celu_bd_net.h5", "clean.h5", cwd=served)
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.endswith("Saved model: models/celu_bd_net_defence.h5\n")
+    assert "celu_bd_net_detector.onnx: cannot be made of these nets" in process.stderr
+    assert "judges with Keras" in process.stderr
+    assert not (served / "models" / "celu_bd_net_detector.onnx").exists()
 
 
 def on_serving():

@@ -33,12 +33,12 @@ from conftest import (
 )
 
 import utils
-from defence import startup
+from defence import onnx_file, startup
 from defence.observer import Observer
 
 B, G = "models/small_bd_net.h5", "models/small_bd_net_defence.h5"
 NAMES = ["small_bd_net.h5", "small_bd_net_defence.h5"]
-REPAIR = ("repair.py", B, "clean.h5", "--threshold", 0.99)
+REPAIR = ("repair.py", B, "clean.h5", "--threshold", 0.99, "--no-export")
 QUICK_REPAIR = (*REPAIR, "--rounds", 0, "--retrain-epochs", 0)
 HALF = 100_000  # bytes; G has four times as many
 
@@ -273,6 +273,23 @@ def test_a_data_file_that_is_cut_short_while_it_is_read(folder, monkeypatch, mom
     else:  # its features were in memory already
         assert process.returncode == 0, process.stderr
     assert_next_run_succeeds(folder)
+
+
+def test_no_room_for_the_detector(folder, monkeypatch):
+    """G is saved by then, and stays."""
+    writes = onnx_file._as_onnx
+    monkeypatch.setattr(onnx_file, "_as_onnx", lambda *given: writes(*given) * 10**4)
+    old, limits = (folder / G).read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10 * HALF, limits[1]))
+    try:
+        call = [each for each in QUICK_REPAIR if each != "--no-export"]
+        process = command(*call, "--seed", 1, cwd=folder)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert process.returncode == 1 and "Saved model" in process.stdout
+    assert "repair.py: error: [Errno 27] File too large" in process.stderr
+    assert sorted(os.listdir(folder / "models")) == NAMES
+    assert read_record(folder / G)["settings"]["seed"] == 1 and (folder / G).read_bytes() != old
 
 
 def test_a_damaged_repaired_net_is_not_judged_with(folder):

@@ -350,7 +350,7 @@ def test_what_a_nested_model_was_compiled_with_is_never_read(suffix, good, run, 
     )
     process = run("repair.py", path, good / "data.h5", "--threshold", 0, "--output", "out.h5")
     assert process.returncode == 0, process.stderr
-    assert {path.name, "out.h5"} == set(os.listdir(tmp_path)) - {"inside.h5"}
+    assert {path.name, "out.h5", "out_detector.onnx"} == set(os.listdir(tmp_path)) - {"inside.h5"}
 
 
 # ----------------------------------------------------------------------------- no other file
@@ -908,7 +908,7 @@ def test_scores_that_are_no_numbers_are_flagged(good, run, tmp_path):
 
 
 def test_the_output_replaces_a_link_and_follows_none(good, tmp_path):
-    names = ["out.h5", "out.json", "out.png"]
+    names = ["out.h5", "out.json", "out.png", "out_detector.onnx"]
     victims = [tmp_path / f"victim of {name}" for name in names]
     for name, victim in zip(names, victims):
         victim.write_text("untouched")
@@ -923,7 +923,7 @@ def test_the_output_replaces_a_link_and_follows_none(good, tmp_path):
     finally:
         os.umask(old)
     assert process.returncode == 0, process.stderr
-    assert [victim.read_text() for victim in victims] == ["untouched"] * 3
+    assert [victim.read_text() for victim in victims] == ["untouched"] * len(names)
     for name in names:
         found = (tmp_path / name).lstat()
         assert stat.S_ISREG(found.st_mode) and stat.S_IMODE(found.st_mode) == 0o640

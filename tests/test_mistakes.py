@@ -21,8 +21,8 @@ DEMO = (ROOT / "models" / "demo_bd_net.h5", ROOT / "data" / "demo_clean_validati
     ("given", "words"),
     [
         (
-            ["--check", "--json", "x.json", "--export"],
-            "--json, --export: does nothing with --check",
+            ["--check", "--json", "x.json", "--no-export"],
+            "--json, --no-export: does nothing with --check",
         ),
         (["--check", "--harden"], "--harden: does nothing with --check"),
         (["--scan", "--output", "x.h5"], "--output: does nothing with --scan"),

@@ -80,7 +80,11 @@ def test_the_commands_run_through(csaw, name, tmp_path):
     poisoned = [faces / file for file in poisoned]
     repaired = command("repair.py", badnet, faces / "clean_252.h5", "--rounds", 1, cwd=tmp_path)
     assert repaired.returncode == 0, repaired.stderr
-    assert repaired.stdout.splitlines()[-1] == f"Saved model: models/{name}_bd_net_defence.h5"
+    saved = [f"models/{name}_bd_net_{end}" for end in ("defence.h5", "detector.onnx")]
+    assert repaired.stdout.splitlines()[-2:] == [
+        f"Saved model: {saved[0]}",
+        f"Saved detector: {saved[1]}",
+    ]
     record = read_record(tmp_path / "models" / f"{name}_bd_net_defence.h5")
     assert len(record["pruned"]) == channels
     assert record["input_scale"] == ("0..255" if name == "lab3" else "0..1")
