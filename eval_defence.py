@@ -37,7 +37,7 @@ from defence import (
 from defence.cli import InputError, printable, say, track
 from defence.inference import parallel_map
 
-PICTURES = 100  # judged together
+PICTURES, THREADS = 50, 3  # judged together, and so many of these at a time
 STDIN = "-"  # as IMAGE
 ROW = ("path", "class", "badnet_class", "repaired_class", "score", "error")  # what is told of each
 
@@ -168,21 +168,25 @@ def judge_pictures(images, models, arguments, alone):
     found.require_pictures()
     called = names.find(models[0], arguments.labels, found.classes, arguments.max_bytes)
     blank, results = dict.fromkeys([*ROW, "class_name"] if called else ROW), []
-    count = min(PICTURES, max(1, arguments.max_bytes // (4 * math.prod(found.shape))))
-    for start in range(0, len(images), count):
-        rows, inputs = [], []
-        for path in images[start : start + count]:
-            rows.append(blank | {"path": str(path)})
+    count = min(PICTURES, max(1, arguments.max_bytes // (16 * math.prod(found.shape))))
+
+    def judge(paths):
+        rows, inputs = [blank | {"path": str(path)} for path in paths], []
+        for row, path in zip(rows, paths):
             try:
-                picture = picture if alone else read(path, arguments)
-                inputs.append(utils.as_input(picture, found.shape))
+                opened = picture if alone else read(path, arguments)
+                inputs.append(utils.as_input(opened, found.shape))
             except InputError as error:
-                rows[-1]["error"] = str(error)
+                row["error"] = str(error)
         judged = [row for row in rows if row["error"] is None]
         if judged:
             answers = found.judge(np.stack(inputs))
             for row, said in zip(judged, detector.rows(answers, found.classes, called)):
                 row |= said
+        return rows
+
+    parts = (images[start : start + count] for start in range(0, len(images), count))
+    for rows in parallel_map(judge, parts, THREADS):  # some decode while the nets of others run
         tell(rows, arguments, alone)
         results += rows
     flagged = sum(row["class"] == found.classes + 1 for row in results)
@@ -204,7 +208,8 @@ def tell(rows, arguments, alone):
         elif files.STDOUT not in (arguments.json, arguments.csv):
             named = [row["class_name"]] if "class_name" in row else []
             cells = [row["class"]] if alone else [row["path"], row["class"], *named]
-            print(*map(printable, cells), sep="\t", flush=True)
+            print(*map(printable, cells), sep="\t")
+    sys.stdout.flush()
 
 
 def read(path, arguments):

@@ -198,7 +198,8 @@ def printable(text):
             return character
         return character.encode("unicode_escape").decode()
 
-    return "".join(map(show, str(text)))
+    text = str(text)
+    return text if text.isprintable() else "".join(map(show, text))
 
 
 def percent(fraction):

@@ -74,6 +74,8 @@ def check_writable(outputs, inputs):
 
     outputs: {option: path or None}, such as {"--json": "out.json"}.  inputs: paths that are read.
     """
+    if not any(outputs.values()):
+        return  # before the inputs, of which there may be a million, are looked at
     taken = {Path(path).resolve(): "an input" for path in inputs}
     on_stdout = [option for option, path in outputs.items() if path == STDOUT]
     if len(on_stdout) > 1:

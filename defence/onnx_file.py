@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import logging
+import math
 import warnings
 from pathlib import Path
 
@@ -13,10 +14,11 @@ from defence.cli import DEFAULT_MAX_BYTES, InputError, one_line
 from defence.files import replacing, require_file
 from defence.inference import OUTPUT_VALUES
 from defence.startup import processors
+from utils import BATCH_VALUES
 
 RUN_PACKAGES, EXPORT_PACKAGES = ("onnx", "onnxruntime"), ("onnx", "onnxruntime", "tf2onnx")
 OPSET = 18  # the latest that tf2onnx 1.17 writes
-TRIALS = 64  # images of noise on which a new file must answer as the nets do
+TRIALS, LEAST_TRIALS = 64, 4  # images of noise on which a new file must answer as the nets do
 MOST_CLASSES = 10**6
 
 
@@ -93,7 +95,9 @@ def write(model, metadata, path, max_bytes=DEFAULT_MAX_BYTES):
     Raises InputError where a layer cannot be exported, or the file does not answer as the nets do.
     """
     whole = _with_verdict(model, int(metadata["classes"]), metadata["threshold"])
-    noise = np.random.default_rng(0).integers(0, 256, (TRIALS, *model.input_shape[1:]), np.uint8)
+    shape = model.input_shape[1:]
+    count = max(LEAST_TRIALS, min(TRIALS, BATCH_VALUES // math.prod(shape)))
+    noise = np.random.default_rng(0).integers(0, 256, (count, *shape), np.uint8)
     wanted = {name: np.asarray(values) for name, values in whole(noise).items()}
     problem = f"{path}: cannot be made of these nets"
     with replacing(path) as beside:

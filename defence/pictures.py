@@ -1,7 +1,5 @@
 """Pictures: files of other people, decoded with care, and made the input of a net."""
 
-import warnings
-
 import numpy as np
 
 from defence import guard
@@ -30,16 +28,14 @@ def decode_picture(file, path, max_bytes=DEFAULT_MAX_BYTES, formats=PICTURE_FORM
 
     Image.MAX_IMAGE_PIXELS = None  # they are counted below
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about metadata
-            with Image.open(file, formats=formats) as picture:
-                width, height = picture.size
-                size = 12 * width * height
-                guard.check_fits(path, f"{width}×{height} pixels", size, max_bytes)
-                picture.load()
-                if picture.mode == "P":  # here, where a damaged palette is noticed
-                    picture = picture.convert("RGBA")
-                return ImageOps.exif_transpose(picture)
+        with Image.open(file, formats=formats) as picture:
+            width, height = picture.size
+            size = 12 * width * height
+            guard.check_fits(path, f"{width}×{height} pixels", size, max_bytes)
+            picture.load()
+            if picture.mode == "P":  # here, where a damaged palette is noticed
+                picture = picture.convert("RGBA")
+            return ImageOps.exif_transpose(picture)
     except InputError:
         raise
     except Image.UnidentifiedImageError as error:

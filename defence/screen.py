@@ -80,6 +80,7 @@ class Worker:
     """A Ray actor: a detector, opened once, that judges batch after batch of paths."""
 
     def __init__(self, threshold, filesystem, max_bytes, formats, called):
+        warnings.simplefilter("ignore")  # of Pillow's about metadata
         self.detector = onnx_file.read(FILE, max_bytes, threads=1).detector(threshold)
         self.filesystem, self.max_bytes, self.formats = filesystem, max_bytes, formats
         self.called = called

@@ -482,7 +482,7 @@ def measure_scale(folder, counts):
     model = folder / "models" / "demo_bd_net.h5"
     shutil.copy(ROOT / "models" / model.name, model)
     judge, data = ROOT / "eval_defence.py", ROOT / "data" / "demo_clean_validation_data.h5"
-    measure([ROOT / "repair.py", model, data, "--export"], folder)
+    measure([ROOT / "repair.py", model, data], folder)
     rows = [("pictures", "how", "seconds", "pictures a second", "peak memory, MB")]
     for count in counts:
         pictures = folder / f"{count}"
