@@ -46,21 +46,25 @@ def names():
 
 def make(name):
     """An architecture with random statistics, whose answers differ from image to image."""
-    keras, rng = import_keras(), np.random.default_rng(0)
     make_reproducible(0)
-    model = getattr(keras.applications, name)(
+    model = getattr(import_keras().applications, name)(
         weights=None, input_shape=(SIDE, SIDE, 3), classes=CLASSES
     )
+    differ(model, pixels.scaled(pictures(), scale_of(model)))
+    return model
+
+
+def differ(model, x):
+    """Make the answers of an untrained net to scaled pictures differ: random statistics."""
+    keras, rng = import_keras(), np.random.default_rng(0)
     for layer in model.layers:
         if type(layer).__name__ == "BatchNormalization":
             layer.set_weights([each + 0.1 * rng.random(each.shape) for each in layer.get_weights()])
     last = model.layers[-1]
     if type(last).__name__ == "Dense":
-        x = pixels.scaled(pictures(), scale_of(model))
         before = keras.Model(model.inputs[0], last.input)(x, training=False)
         kernel = rng.normal(0, 10, last.kernel.shape) / np.std(before, axis=0).mean()
         last.set_weights([kernel, -np.mean(before, axis=0) @ kernel])
-    return model
 
 
 def scale_of(model):
