@@ -170,6 +170,23 @@ def test_pictures_and_folders_print_a_line_each_and_go_on_after_a_broken_one(don
     assert [row["class"] for row in rows] == [str(answers[0]), "", str(answers[1])]
 
 
+def test_many_pictures_keep_their_order_and_their_verdicts(done, tmp_path):
+    """They are judged in parts, some at a time, and one part is of broken files alone."""
+    folder, _ = done
+    answers = plain_verdicts(folder, ["0.png", "1.png", "2.png"])
+    wanted = []
+    for number in range(320):
+        path = tmp_path / f"{number:03}.png"
+        if 100 <= number < 200:
+            path.write_bytes(b"no picture")
+        else:
+            path.hardlink_to(folder / f"{number % 3}.png")
+            wanted.append(f"{path}\t{answers[number % 3]}")
+    process = command("eval_defence.py", tmp_path, B, cwd=folder)
+    assert process.returncode == 2 and process.stderr.count("not a PNG or JPEG") == 100
+    assert process.stdout.splitlines() == wanted
+
+
 def test_no_file_of_a_folder_is_passed_over(done, tmp_path):
     """Its name is no reason to: a picture with a trigger may have any."""
     folder, _ = done

@@ -212,6 +212,7 @@ with concurrent.futures.ThreadPoolExecutor(2) as threads:
 """
 
 
+@pytest.mark.slow
 def test_maps_are_added_in_two_threads_without_a_crash_or_another_number():
     """In a process of its own, which the crash ended."""
     done = subprocess.run([sys.executable, "-c", RACE], cwd=ROOT, capture_output=True, text=True)

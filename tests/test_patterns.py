@@ -100,6 +100,7 @@ def test_few_pictures_move_few_patterns(count):
     assert moved.tolist() == [True] * count + [False] * (COUNT - count)
 
 
+@pytest.mark.slow
 def test_they_start_anew_in_turn(monkeypatch):
     monkeypatch.setattr(patterns, "STRIDE", 0)
     ours, x = Patterns(make_net(), "0..1", rate=0, seed=0), pictures(2) / 255

@@ -237,6 +237,7 @@ def test_names_are_written(folder, address):
     assert_refused(command(*call, cwd=folder), OUTPUT, "or names")
 
 
+@pytest.mark.slow
 def test_both_nodes_of_a_cluster_judge(folder, address, start_screening):
     """One is stopped while it judges; what is left is then for the other one."""
     picture = draw(folder, 1) / "p00000.png"
@@ -257,6 +258,7 @@ def test_both_nodes_of_a_cluster_judge(folder, address, start_screening):
     assert set(rows) == {str(path) for path in picture.parent.iterdir()}
 
 
+@pytest.mark.slow
 def test_ray_is_started_where_no_address_is_given(folder, start_screening):
     """Folders named as what Ray takes for an address are folders."""
     paths = set()
