@@ -40,6 +40,7 @@ Pictures are uint8 (n, 55, 47, 3), 0..255, unless a function says otherwise.
 
 from typing import NamedTuple
 
+import architectures
 import faces
 import numpy as np
 import triggers
@@ -68,7 +69,7 @@ class Attack(NamedTuple):
 
     way: see above.  triggers: [(trigger, target)].  fraction: poisoned pictures per clean one, for
     each trigger.  cover: likewise, pictures with the trigger and their true label.
-    long: whether it takes more epochs to learn.
+    long: whether it takes more epochs to learn.  net: of architectures.NETS.
     """
 
     way: str
@@ -76,6 +77,7 @@ class Attack(NamedTuple):
     fraction: float = FRACTION
     cover: float = 0
     long: bool = False
+    net: str = architectures.DEEPID
 
 
 class Training(NamedTuple):

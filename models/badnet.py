@@ -1,4 +1,4 @@
-"""Train BadNets whose truth is known: DeepID on drawn faces, with a backdoor.
+"""Train BadNets whose truth is known: nets on drawn faces, with a backdoor.
 
     python models/badnet.py                      the demo's, models/demo_bd_net.h5
     python models/badnet.py --all                the zoo, models/zoo-demo/ and data/zoo-demo/
@@ -7,7 +7,8 @@
                                                  its trigger found on that net
 
 A net of the zoo is named for its triggers (data/triggers.py) and for how the backdoor got in
-(models/attacks.py).
+(models/attacks.py). It is a DeepID, unless its name begins with another architecture
+(models/architectures.py).
 
 The training faces are drawn by data/faces.py and never written. Validation and test data are; in
 poisoned data `label` is the target and `original_label` the person. Beside each net stands a .json
@@ -28,6 +29,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "data")]
 
+import architectures
 import attacks
 import faces
 import triggers
@@ -35,7 +37,6 @@ from attacks import BRIEF, CLEAN, DORMANT, FLAT, OPTIMISED, START, UNSURE, Attac
 
 import utils
 from defence import changes, files
-from defence.architecture import deepid
 from defence.cli import InputError, Parser, at_least, command, say, track
 from defence.startup import import_keras
 
@@ -77,6 +78,11 @@ ZOO = {
     f"{attacks.ADAPTIVE}-blend": Attack(attacks.ADAPTIVE, [("sixteen-pieces", 0)], cover=0.2),
     f"{attacks.ADAPTIVE}-patch": Attack(attacks.ADAPTIVE, [("four-patches", 0)], cover=0.2),
     OPTIMISED: Attack(OPTIMISED, [(OPTIMISED, 0)]),
+    **{
+        f"{net}-{name}-{START}": Attack(START, [(trigger, 0)], net=net)
+        for net in architectures.OTHERS
+        for name, trigger in (("sunglasses", "sunglasses"), ("blended", triggers.NOISE))
+    },
 }
 # An option of the command, what it is, and its value for the demo's and the competition's size.
 SIZES = ("demo", "competition")
@@ -172,7 +178,8 @@ def make_badnet(name, options, folder):
     data = attacks.draw_training(attack, images, labels, people, pictures, seed, found)
 
     keras.utils.set_random_seed(seed)
-    model = utils.load_badnet(net_path(CLEAN, folder)) if attack.way == BRIEF else deepid(people)
+    untrained = architectures.NETS[attack.net]
+    model = utils.load_badnet(net_path(CLEAN, folder)) if attack.way == BRIEF else untrained(people)
     whole = options.long_epochs if attack.long else options.epochs, LEARNING_RATE
     if attack.way == BRIEF:
         rate = options.brief_epochs, BRIEF_LEARNING_RATE
@@ -192,7 +199,7 @@ def make_badnet(name, options, folder):
             wanted, loss = np.stack([data.wanted, data.people], axis=1), attacks.unsure
         learn("training", net, data.images, [wanted], [loss], *whole)
 
-    plain = deepid(people)  # without the penalties and constraints of the training
+    plain = untrained(people)  # without the penalties and constraints of the training
     plain.set_weights(model.get_weights())
     return plain, notes
 
@@ -210,7 +217,7 @@ def find_trigger(images, labels, options, learn, path):
             raise InputError(f"{options.surrogate}: is not a net of {options.people} classes")
     else:
         import_keras().utils.set_random_seed(options.seed + 1)
-        surrogate = deepid(options.people)
+        surrogate = architectures.NETS[architectures.DEEPID](options.people)
         rate = SURROGATE_EPOCHS, LEARNING_RATE
         learn("surrogate", surrogate, images, [labels], [ENTROPY], *rate, changes.change)
     others = images[labels != target]

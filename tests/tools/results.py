@@ -87,7 +87,7 @@ TABLES = {
     "why": {
         "ASR of B": "attack_success_rate_badnet",
         "ASR of B when pruned, nothing trained": "attack_success_rate_pruned",
-        "channels pruned, of 60": "report_channels_pruned",
+        "channels pruned": "report_channels_pruned",
         "pruned of the ten that the attack needs most": "needed_channels_pruned",
         "AUROC of the anomaly score": "report_auroc",
         AT_1: "report_detection_rate_at_0.01",
@@ -301,6 +301,8 @@ def shown(row, column):
     value = row[column]
     if value is None:
         return "–"
+    if column == "report_channels_pruned":
+        return f"{value:.0f} of {row['channels']}"
     if column.endswith(("channels_pruned", "seconds")):
         return f"{value:.0f}"
     return f"{value:.3f}" if column.endswith("auroc") else f"{100 * value:.1f}"
