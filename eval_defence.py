@@ -13,6 +13,7 @@ if __name__ == "__main__":  # until cli.command takes over, Ctrl-C ends the impo
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 import contextlib
+import dataclasses
 import math
 import sys
 import time
@@ -27,6 +28,7 @@ from defence import (
     detector,
     figures,
     files,
+    flagged,
     folder,
     names,
     onnx_file,
@@ -189,15 +191,31 @@ def judge_pictures(images, models, arguments, alone):
     for rows in parallel_map(judge, parts, THREADS):  # some decode while the nets of others run
         tell(rows, arguments, alone)
         results += rows
-    flagged = sum(row["class"] == found.classes + 1 for row in results)
-    unread = sum(row["error"] is not None for row in results)
+    judged = [row for row in results if row["error"] is None]
+    poisoned = np.array([row["class"] == found.classes + 1 for row in judged], bool)
+    unread = len(results) - len(judged)
     if not alone:
-        say(f"{len(results) - unread} judged, {flagged} flagged, {unread} unread")
+        say(f"{len(judged)} judged, {poisoned.sum()} flagged, {unread} unread")
+    badnet = np.array([(row["badnet_class"] or 0) - 1 for row in judged], np.int64)
+    targets = tell_targets(badnet, poisoned, found.classes, called)
     if arguments.json:
-        files.write_json(found.described() | {"pictures": results}, arguments.json)
+        told = {"standing_out": targets, "pictures": results}
+        files.write_json(found.described() | told, arguments.json)
     if arguments.csv:
         files.write_csv(results, arguments.csv)
-    return status(arguments, flagged, unread)
+    return status(arguments, poisoned.sum(), unread)
+
+
+def tell_targets(badnet, poisoned, classes, called, path=None):
+    """Say which classes stand out among the flagged images. Returns them, for JSON.
+
+    badnet, poisoned, classes: as for flagged.standing_out.  path: of the dataset, or None.
+    """
+    standing = flagged.standing_out(badnet, poisoned, classes)
+    for each in standing:
+        name = called and names.of(each.target, called)
+        say((f"{path}: " if path else "") + flagged.in_words(each, name))
+    return [dataclasses.asdict(each) for each in standing]
 
 
 def tell(rows, arguments, alone):
@@ -241,6 +259,12 @@ def judge_datasets(images, models, arguments):
             found = load(models, arguments, "keras")
             judged = [judge_dataset(found, data) for data in datasets]
         results = evaluate(datasets, judged) | found.described()
+        for each, data, (answers, _) in zip(
+            (results["clean"], *results["poisoned"]), datasets, judged
+        ):
+            each["standing_out"] = tell_targets(
+                answers.badnet, answers.flagged, found.classes, called, data.path
+            )
         if files.STDOUT not in (arguments.json, arguments.csv):
             print(tables.evaluation(results))
         if arguments.json:

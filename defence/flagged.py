@@ -1,0 +1,76 @@
+"""Which class the flagged images have, and whether one stands out, as a backdoor's target would.
+
+Needs neither poisoned data nor labels: the images that are not flagged tell what to expect.
+"""
+
+import dataclasses
+
+import numpy as np
+
+LEVEL = 0.01  # of all streams of clean images, those in which some class stands out
+EACH = 0.25  # images that what is expected of a class counts as; tests/tools/streams.py tries it
+TINY = 1e-9  # smaller p-values are not told apart
+
+
+@dataclasses.dataclass
+class Standing:
+    """A class that stands out among the flagged images.
+
+    target: it counts from 1.  hits: of the `flagged` ones, those that the BadNet answers with it.
+    p_value: how likely so many are among clean ones, for any of the classes.
+    """
+
+    target: int
+    hits: int
+    flagged: int
+    p_value: float
+
+
+def standing_out(badnet, flagged, classes):
+    """The classes that stand out among flagged images, the most unlikely first: [Standing, …].
+
+    badnet: int (n,), the BadNet's classes, 0..N-1; -1 where it gave NaN.
+    flagged: bool (n,).  classes: N.
+
+    Of clean images, the flagged ones are expected to have the classes of the others, each with a
+    deviation, since some classes are harder: a share drawn from a beta distribution whose mean is
+    the class's share of the others and one image of each class, and whose parameters add up to
+    EACH × N. The p-value is the upper tail of that beta-binomial distribution, times N.
+    """
+    counts = [
+        np.bincount(badnet[chosen & (badnet >= 0)], minlength=classes)
+        for chosen in (flagged, ~flagged)
+    ]
+    hits, others = counts
+    total, shares = int(hits.sum()), (others + 1) / (others + 1).sum()
+    found = []
+    for target in np.flatnonzero((hits > 1) & (hits > total * shares)):
+        weight = EACH * classes
+        likely = tail(int(hits[target]), total, shares[target] * weight, weight)
+        if classes * likely < LEVEL:
+            found.append(Standing(int(target) + 1, int(hits[target]), total, classes * likely))
+    return sorted(found, key=lambda each: (each.p_value, -each.hits))
+
+
+def tail(hits, total, weight, all_weights):
+    """How likely `hits` or more of `total` images have a class: of a beta-binomial distribution.
+
+    weight, all_weights: what is expected, of this class and in all.
+    """
+    from scipy import special
+
+    many = np.arange(hits, total + 1)
+    ways = -special.betaln(many + 1, total - many + 1) - np.log(total + 1)
+    rest = all_weights - weight
+    shares = special.betaln(many + weight, total - many + rest) - special.betaln(weight, rest)
+    return float(np.exp(special.logsumexp(ways + shares)))
+
+
+def in_words(standing, name=None):
+    """What is said of a Standing. name: of the class, or None."""
+    chance = f"below {TINY:.0e}" if standing.p_value < TINY else f"{standing.p_value:.1g}"
+    called = f"class {standing.target}" + (f" ({name})" if name else "")
+    return (
+        f"{standing.hits} of {standing.flagged} flagged images are answered with {called} by the "
+        f"BadNet: it looks like a backdoor's target (chance among clean images: {chance})"
+    )
