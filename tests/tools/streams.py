@@ -11,7 +11,6 @@ out is right where it is the net's target, be the stream poisoned or not.
 """
 
 import argparse
-import collections
 import csv
 import itertools
 import json
@@ -86,18 +85,23 @@ def draw(clean, poisoned, size, share, uneven, classes, rng):
 
 
 def alarms(verdicts, classes, rng):
-    """Yield (share, in how many streams, 0..1, a wrong class stands out, and the target does)."""
+    """Yield (share, in how many streams a wrong class stands out, and the target, for each size).
+
+    Both are 0..1, of the streams.
+    """
     clean, *others = verdicts.values()
     targets = {int(labels[0]) + 1 for labels, _, _ in others}
+    streams = len(others) * 2 * STREAMS
     for share in (0, *SHARES):
-        found = collections.Counter()
+        wrong, right = 0, dict.fromkeys(SIZES, 0)
         for poisoned, uneven, size in itertools.product(others, (False, True), SIZES):
             for _ in range(STREAMS):
                 badnet, bad = draw(clean, poisoned, size, share, uneven, classes, rng)
                 standing = flagged.standing_out(badnet, bad, classes)
-                found[bool(standing) and standing[0].target in targets] += bool(standing)
-        streams = len(others) * 2 * len(SIZES) * STREAMS
-        yield share, found[False] / streams, found[True] / streams
+                if standing and standing[0].target in targets:
+                    right[size] += 1
+                wrong += bool(standing) and standing[0].target not in targets
+        yield share, wrong / streams / len(SIZES), *(each / streams for each in right.values())
 
 
 def main():
@@ -108,7 +112,8 @@ def main():
     )
     parser.add_argument("folders", metavar="FOLDER", nargs="+", type=Path)
     logging.disable()
-    rows = [("net", "rule", "flagged, %", "poisoned, %", "a wrong class, %", "the target, %")]
+    rows = [("net", "rule", "flagged, %", "poisoned, %", "a wrong class, %")]
+    rows[0] += tuple(f"target, % of {size}" for size in SIZES)
     rng = np.random.default_rng(0)
     for folder in parser.parse_args().folders:
         for net in sorted(folder.glob("*_bd_net.h5")):
