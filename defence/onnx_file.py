@@ -13,7 +13,7 @@ from defence import detector, guard, guard_onnx, pixels, record
 from defence.cli import DEFAULT_MAX_BYTES, InputError, one_line
 from defence.files import replacing, require_file
 from defence.inference import OUTPUT_VALUES
-from defence.startup import processors
+from defence.startup import import_onnxruntime, processors
 from utils import BATCH_VALUES
 
 RUN_PACKAGES, EXPORT_PACKAGES = ("onnx", "onnxruntime"), ("onnx", "onnxruntime", "tf2onnx")
@@ -177,8 +177,7 @@ def read(path, max_bytes=DEFAULT_MAX_BYTES, threads=None):
 
 def _open_session(contents, path, most, threads):
     """The function that an ONNX file is, for at most so many images at a time: DetectorFile.run."""
-    import onnxruntime
-
+    onnxruntime = import_onnxruntime()
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
     options.intra_op_num_threads = threads

@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -30,9 +31,9 @@ from defence import backends, detector, files, guard_model, onnx_file
 from defence.cli import InputError
 from defence.graph import leaves
 from defence.net import last_weighted, prune_channels, split
+from defence.startup import import_onnxruntime
 
 onnx = pytest.importorskip("onnx")
-pytest.importorskip("onnxruntime")
 pytest.importorskip("tf2onnx")
 
 B, G, FILE = "small_bd_net.h5", "small_bd_net_defence.h5", "small_bd_net_detector.onnx"
@@ -187,8 +188,7 @@ def test_the_file_holds_the_threshold_and_where_it_is_from(at_rate):
     assert file.made_of == (*digests, "0..1")
     assert dataclasses.asdict(file.record) == read_record(folder / "models" / G)
     # The file alone: with its own threshold, or with another that its record holds.
-    import onnxruntime
-
+    onnxruntime = import_onnxruntime()
     session = onnxruntime.InferenceSession(folder / "models" / FILE)
     with utils.open_dataset(folder / "test.h5") as data:
         data.fit_to(file.shape, 6)
@@ -249,6 +249,16 @@ def test_a_file_of_other_nets_is_not_used(served):
     assert process.returncode == 0 and FILE not in process.stderr
     asked = command("eval_defence.py", "clean.h5", "small_bd_net", "--backend", "onnx", cwd=served)
     assert_refused(asked, FILE, "was not made of these nets")
+
+
+def test_the_runtime_tells_its_makers_nothing(served, tmp_path):
+    """Its telemetry, on by default since 1.29, leaves a file as soon as it is imported."""
+    (empty := tmp_path / "empty").mkdir()
+    kept = {key: value for key, value in os.environ.items() if key != "ORT_DISABLE_TELEMETRY"}
+    environment = kept | {"HOME": str(empty), "TMPDIR": str(empty)}
+    call = ("eval_defence.py", "test.h5", f"models/{FILE}")
+    assert apart(*call, cwd=served, env=environment).returncode == 0
+    assert list(empty.rglob("*")) == []
 
 
 def test_without_the_packages_all_else_works(served, tmp_path, monkeypatch):

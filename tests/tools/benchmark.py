@@ -159,7 +159,8 @@ def in_another_process(function, *arguments):
 
 def measure(command, cwd=ROOT):
     """Run a Python command. Returns (seconds, peak memory in MB, what it printed)."""
-    environment = os.environ | {"KERAS_BACKEND": "tensorflow", "TF_CPP_MIN_LOG_LEVEL": "3"}
+    quiet = {"TF_CPP_MIN_LOG_LEVEL": "3", "ORT_DISABLE_TELEMETRY": "1"}
+    environment = os.environ | {"KERAS_BACKEND": "tensorflow"} | quiet
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as errors:
         start = time.monotonic()
         process = subprocess.Popen(

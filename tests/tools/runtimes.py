@@ -52,7 +52,8 @@ run = lambda: request.infer({"pixels": x})
 """,
 }
 MEASURE = """
-import json, resource, statistics, sys, time
+import json, os, resource, statistics, sys, time
+os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 import numpy as np
 FILE, count = sys.argv[1], int(sys.argv[2])
 x = np.random.default_rng(0).integers(0, 256, (count, 55, 47, 3), np.uint8)
