@@ -145,6 +145,7 @@ def _as_onnx(run, metadata):
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of NumPy's about tf2onnx
+        import_onnxruntime()  # before tf2onnx may
         import onnx
         import tf2onnx
 
