@@ -150,7 +150,7 @@ def command(main):
 def leave(status):
     """End the process at once with a status: all is written by now.
 
-    Python takes itself apart at the end, which takes a fifth of the time of judging a picture.
+    Python takes itself apart at the end, and whoever judges one picture waits for that.
     """
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):  # what nobody reads any more

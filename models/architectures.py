@@ -4,10 +4,12 @@ Each takes the number of classes and returns an untrained Keras model, float32 (
 → probabilities (n, N).
 """
 
+import faces
+
 from defence.architecture import deepid
 from defence.startup import import_keras
 
-SHAPE = (55, 47, 3)
+SHAPE = (faces.HEIGHT, faces.WIDTH, 3)
 
 
 def resnet(classes):
