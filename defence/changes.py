@@ -87,21 +87,31 @@ def sample(pictures, down, right):
 
     Beyond an edge is what is on it.
     """
-    n, height, width, channels = pictures.shape
+    out = np.empty_like(pictures)
+    for i in range(len(pictures)):  # one's arrays stay in the cache: three times as fast as all
+        out[i] = sample_one(pictures[i], down[i], right[i])
+    return out
+
+
+def sample_one(picture, down, right):
+    """`sample` of one picture, (height, width, channels)."""
+    height, width, channels = picture.shape
     down, right = np.clip(down, 0, height - 1), np.clip(right, 0, width - 1)
     top, left = (
-        np.minimum(place.astype(np.int32), max(size - 2, 0))
+        np.minimum(place.astype(np.intp), max(size - 2, 0))
         for place, size in ((down, height), (right, width))
     )
-    lower, righter = ((down - np.float32(top))[..., None], (right - np.float32(left))[..., None])
-    place = (np.arange(n, dtype=np.int32)[:, None, None] * height + top) * width + left
-    flat = np.empty((pictures.size // channels + 1, channels), np.float32)
-    flat[:-1], flat[-1] = pictures.reshape(-1, channels), 0
-    pairs = np.lib.stride_tricks.as_strided(flat, (len(flat) - 1, 2 * channels), flat.strides)
-    # Beyond a picture is only what has no weight, be it another picture; "clip" is also fast.
-    above, below = (np.take(pairs, at, axis=0, mode="clip") for at in (place, place + width))
-    above += lower * (below - above)
-    return above[..., :channels] + righter * (above[..., channels:] - above[..., :channels])
+    lower, righter = (down - top).astype(np.float32), (right - left).astype(np.float32)
+    place, planes = top * width + left, picture.reshape(-1, channels).T.copy()
+
+    def column(right):  # beyond the picture is only what has no weight; "clip" is also fast
+        above, below = (
+            np.take(planes, place + step, axis=1, mode="clip") for step in (right, width + right)
+        )
+        return above + lower * (below - above)
+
+    left, right = column(0), column(1)
+    return np.moveaxis(left + righter * (right - left), 0, 2)
 
 
 # --------------------------------------------------------------------------------------- colours
@@ -181,11 +191,11 @@ def patch(pictures, rng, most=3, area=(0.005, 0.3), aspect=10, pairs=0.3, plain=
     count = rng.integers(1, most + 1, n)
     for number in range(most):
         rows = np.flatnonzero(count > number)
-        filling = 255 * rng.random((len(rows), *shape), dtype=np.float32)
+        filling = rng.random((len(rows), *shape), dtype=np.float32)
         one = rng.random(len(rows)) < plain
-        filling[one] = filling[one, :1, :1]
-        inside = draw_shapes(len(rows), *shape[:2], rng, area, aspect, pairs)
-        pictures[rows] = np.where(inside[..., None], filling, pictures[rows])
+        shapes = draw_shapes(len(rows), *shape[:2], rng, area, aspect, pairs)
+        for row, fill, is_plain, inside in zip(rows, filling, one, shapes):
+            pictures[row, inside] = 255 * (fill[0, 0] if is_plain else fill[inside])
     return pictures
 
 
