@@ -3,8 +3,6 @@
     python tests/tools/benchmark.py            the competition's size: 11,547 and 12,830 images
     python tests/tools/benchmark.py --quick    a tenth of it, in two minutes
     python tests/tools/benchmark.py --model B.h5 --data CLEAN.h5 [--test TEST.h5]    your files
-    python tests/tools/benchmark.py --serve    judging with Keras beside judging with the ONNX file
-    python tests/tools/benchmark.py --scale    judging pictures on Ray beside a plain loop
 
 Prints tables of seconds and peak memory of tests/reference.py, the plain script, and of repair.py
 and eval_defence.py, each in a process of its own and in turn; whether both came to the same
@@ -20,7 +18,6 @@ import contextlib
 import json
 import multiprocessing
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -29,7 +26,6 @@ from pathlib import Path
 
 import h5py
 import numpy as np
-import psutil
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
@@ -38,8 +34,7 @@ PEOPLE, VALIDATION, TEST = 1283, 9, 10  # the competition's; pictures of each pe
 GROWTH = (1000, 3000, 11547, 50000)
 EPOCHS, LEARNING_RATE = 12, 1e-3  # of B's head
 ROUNDS = 1  # of fine-tuning: what the report's nets took
-PICTURES = (1_000, 10_000, 100_000)  # for --scale
-DRAWN = 1_000  # of them; the others are these in other shades
+HARDENED = 1, 5  # epochs of hardening; it takes what they differ by
 
 
 def main():
@@ -48,16 +43,13 @@ def main():
     with contextlib.ExitStack() as ending:
         folder = Path(ending.enter_context(tempfile.TemporaryDirectory(dir=options.folder)))
         shrink = 10 if options.quick else 1
-        if options.serve:
-            return compare_engines(folder, PEOPLE // shrink, options.repeat)
-        if options.scale:
-            return measure_scale(folder, [n // shrink for n in PICTURES])
         if options.model:
             model, data, test = options.model, options.data, options.test or options.data
         else:
             model, data, test = draw_world(folder, PEOPLE // shrink)
         floor = Floor(model, data)
         compare_repairs(model, data, folder, floor, options.repeat)
+        measure_hardening(model, data, folder, floor)
         compare_judging(model, test, folder, options.repeat)
         compare_one_picture(model, folder, max(options.repeat, 1 if options.quick else 3))
         if not options.model:
@@ -75,8 +67,6 @@ def parse_arguments():
     )
     add = parser.add_argument
     add("--quick", action="store_true", help="a tenth of the images and people")
-    add("--serve", action="store_true", help="compare the backends of eval_defence.py instead")
-    add("--scale", action="store_true", help="measure judging on Ray instead")
     add("--repeat", type=int, default=1, metavar="N", help="run all N times, take the fastest")
     add("--folder", help="where the files are put meanwhile (default: the system's)")
     add("--model", type=absolute, help="a BadNet to repair, instead of a drawn one")
@@ -136,7 +126,7 @@ def _train(path, data_path, people):
     net.save(path, include_optimizer=False)
 
 
-def _repeat_images(data, many, size):
+def repeat_images(data, many, size):
     with h5py.File(data) as source, h5py.File(many, "w") as target:
         stored = source["data"][:]
         images = target.create_dataset("data", (size, *stored.shape[1:]), stored.dtype)
@@ -180,32 +170,6 @@ def measure(command, cwd=ROOT):
         return seconds, usage.ru_maxrss / 1024, out.read()
 
 
-def measure_with_children(command, cwd):
-    """Run a Python command. Returns (seconds, peak memory in MB of it and all processes below it).
-
-    Memory that processes share counts once, as Linux divides it among them.
-    """
-    start = time.monotonic()
-    process = psutil.Popen(
-        [sys.executable, *map(str, command)],
-        cwd=cwd,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    peak = 0
-    while process.poll() is None:
-        now = 0
-        with contextlib.suppress(psutil.NoSuchProcess):  # it has ended
-            for each in (process, *process.children(recursive=True)):
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    now += each.memory_full_info().pss
-        peak = max(peak, now)
-        time.sleep(0.2)
-    if process.returncode:
-        sys.exit(f"{' '.join(map(str, command))}: failed")
-    return time.monotonic() - start, peak / 2**20
-
-
 def fastest(repeat, *commands, cwd=ROOT):
     """Run the commands in turn, `repeat` times over. The fastest run of each, as `measure`'s."""
     runs = [[measure(command, cwd) for command in commands] for _ in range(repeat)]
@@ -236,9 +200,8 @@ class Floor:
     def __init__(self, model, data):
         with h5py.File(data) as file:
             self.images = len(file["data"])
-        self.matmul, self.trunk, self.head, self.dense, self.tuned = in_another_process(
-            _count, model
-        )
+        counted = in_another_process(_count, model)
+        self.matmul, self.trunk, self.head, self.dense, self.tuned, self.hardened = counted
         self.disk = read_rate(data)
         self.read = data.stat().st_size / self.disk
         cores = len(os.sched_getaffinity(0))
@@ -271,10 +234,10 @@ class Floor:
 
 def _count(model):
     """This machine's multiply-adds a second, and a net's, forward: trunk, head, last Dense; and
-    those of a training step of the head.
+    those of an image in a training step of the head, and of all.
     """
-
     import utils
+    from defence import harden, patterns
     from defence.net import last_weighted, split
     from defence.startup import import_keras
 
@@ -306,7 +269,11 @@ def _count(model):
 
     weighty = [layer for layer in parts.head.layers if forward(layer)]
     tuned = 3 * head - sum(map(forward, filter(reads_features, weighty)))
-    return max(rates), trunk, head, forward(last_weighted(parts.head)), tuned
+    # Nobody needs the gradient of pixels, but for the pictures that patterns are sought on.
+    sought = patterns.SOUGHT_ON / harden.Settings().harden_batch_size
+    first = forward(next(filter(forward, net.layers)))
+    hardened = (3 + 2 * sought) * (trunk + head) - first
+    return max(rates), trunk, head, forward(last_weighted(parts.head)), tuned, hardened
 
 
 def read_rate(path):
@@ -357,6 +324,22 @@ def compare_repairs(model, data, folder, floor, repeat):
     ends = 100 * outcome["rounds"][-1], 100 * accuracy["fine_tuned"]
     print("G's validation accuracy: plain {:.2f} %, ours {:.2f} %".format(*ends))
     print(f"B's: {100 * accuracy['before']:.2f} %\n")
+
+
+def measure_hardening(model, data, folder, floor):
+    """What an epoch of hardening takes, beside its floor."""
+    spent = []
+    for epochs in HARDENED:
+        told = folder / "hardened.json"
+        options = ["--rounds", ROUNDS, "--harden", "--harden-epochs", epochs, "--json", told]
+        measure(["repair.py", model, data, "--output", folder / "hardened.h5", *options])
+        spent.append(json.loads(told.read_text())["seconds"]["harden"])
+    seconds = (spent[1] - spent[0]) / (HARDENED[1] - HARDENED[0])
+    least = floor.hardened * floor.images / floor.matmul
+    table(
+        ("hardening: seconds", "ours", "floor", "× floor"),
+        ("an epoch", seconds, least, seconds / least),
+    )
 
 
 def compare_judging(model, test, folder, repeat):
@@ -415,104 +398,13 @@ def measure_growth(model, data, folder, sizes):
     before = None
     many = folder / "many.h5"
     for size in sizes:
-        in_another_process(_repeat_images, data, many, size)
+        in_another_process(repeat_images, data, many, size)
         command = ["repair.py", model, many, "--output", folder / "g.h5", "--rounds", ROUNDS]
         seconds, peak, _ = measure(command)
         more = (peak - before[1]) * 1024 / (size - before[0]) if before else None
         rows.append((str(size), seconds, 1000 * seconds / size, peak, more))
         before = size, peak
     table(*rows)
-
-
-# ----------------------------------------------------------------------------------- serving
-
-
-def compare_engines(folder, people, repeat):
-    """Judge with the nets, by Keras, and with their ONNX file: a picture, and datasets."""
-    drawn, data, test = draw_world(folder, people)
-    (folder / "models").mkdir()
-    model = drawn.rename(folder / "models" / drawn.name)
-    judge, backends = ROOT / "eval_defence.py", ("keras", "onnx")
-    command = [ROOT / "repair.py", model, data, "--rounds", ROUNDS]
-    measure(command, folder)
-    seconds, _, _ = measure([judge, model, "--export"], folder)
-    file = folder / "models" / f"{model.stem}_detector.onnx"
-    nets = [path.stat().st_size for path in (model, model.with_name(f"{model.stem}_defence.h5"))]
-    print(
-        f"exported in {seconds:.1f} s: {file.stat().st_size:,} bytes; B and G have "
-        f"{' and '.join(f'{size:,}' for size in nets)}\n"
-    )
-    calls = [[judge, ROOT / "img" / "img_9.png", model, "--backend", each] for each in backends]
-    alone = f"import numpy, PIL.Image, onnxruntime as o; o.InferenceSession({str(file)!r})"
-    *runs, bare = fastest(max(3, repeat), *calls, ["-c", alone], cwd=folder)
-    compare("one picture", *runs)
-    print(f"to import NumPy, Pillow and ONNX Runtime and open the file: {bare[0]:.2f} s\n")
-    for images in (people, people * TEST):
-        part = folder / f"{images}.h5"
-        in_another_process(_repeat_images, test, part, images)
-        figures, answers = (
-            [folder / f"{each}.{end}" for each in backends] for end in ("json", "csv")
-        )
-        calls = [
-            [judge, part, model, "--backend", backend, "--json", of_all, "--csv", of_each]
-            for backend, of_all, of_each in zip(backends, figures, answers)
-        ]
-        runs = fastest(repeat, *calls, cwd=folder)
-        judging = [json.loads(path.read_text())["clean"]["seconds"] for path in figures]
-        compare(f"a dataset of {images} images", *runs, [images / each for each in judging])
-        rows = [
-            np.genfromtxt(path, delimiter=",", names=True, usecols=range(1, 7)) for path in answers
-        ]
-        apart = sum(np.sum(rows[0][name] != rows[1][name]) for name in ("badnet_class", "class"))
-        error = np.abs(rows[0]["score"] - rows[1]["score"]) / np.maximum(1, rows[0]["score"])
-        print(f"classes and verdicts that differ: {apart}; scores by at most {error.max():.1e}\n")
-
-
-def compare(what, keras, onnx, rates=None):
-    """Print a table of two runs, as `measure` gives them, and of images judged a second."""
-    rows = [("seconds, whole command", keras[0], onnx[0], keras[0] / onnx[0])]
-    if rates:
-        rows.append(("images judged a second", *rates, rates[1] / rates[0]))
-    rows.append(("peak memory, MB", keras[1], onnx[1], keras[1] / onnx[1]))
-    table((what, "Keras", "ONNX", "ratio"), *rows)
-
-
-def measure_scale(folder, counts):
-    """Judge folders of pictures: in a plain loop, and on Ray with one worker and two."""
-    (folder / "models").mkdir()
-    model = folder / "models" / "demo_bd_net.h5"
-    shutil.copy(ROOT / "models" / model.name, model)
-    judge, data = ROOT / "eval_defence.py", ROOT / "data" / "demo_clean_validation_data.h5"
-    measure([ROOT / "repair.py", model, data], folder)
-    rows = [("pictures", "how", "seconds", "pictures a second", "peak memory, MB")]
-    for count in counts:
-        pictures = folder / f"{count}"
-        in_another_process(_draw_pictures, pictures, count)
-        ways = {"a plain loop": [judge, pictures, model]}
-        for workers in (1, 2):
-            output = folder / f"{count}-{workers}"
-            call = [judge, "--ray", pictures, model, "--output", output, "--workers", workers]
-            ways[f"Ray, {workers} worker{'s' * (workers > 1)}"] = call
-        for way, call in ways.items():
-            seconds, peak = measure_with_children(call, folder)
-            rows.append((f"{count:,}", way, seconds, count / seconds, peak))
-    table(*rows)
-
-
-def _draw_pictures(folder, count):
-    sys.path.insert(0, str(ROOT / "data"))
-    import faces
-    from PIL import Image
-
-    drawn = min(DRAWN, count)
-    people, rng = faces.PEOPLE, np.random.default_rng(0)
-    indices = [i // people for i in range(drawn)]
-    images = faces.draw_faces("test", [i % people for i in range(drawn)], indices)
-    folder.mkdir()
-    for i in range(count):
-        shade = rng.integers(-9, 10)
-        image = np.clip(images[i % drawn].astype(int) + shade, 0, 255).astype(np.uint8)
-        Image.fromarray(image).save(folder / f"{i:06}.png")
 
 
 if __name__ == "__main__":
