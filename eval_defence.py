@@ -14,6 +14,7 @@ if __name__ == "__main__":  # until cli.command takes over, Ctrl-C ends the impo
 
 import contextlib
 import dataclasses
+import itertools
 import math
 import sys
 import time
@@ -35,6 +36,7 @@ from defence import (
     options,
     plots,
     tables,
+    where,
 )
 from defence.cli import InputError, printable, say, track
 from defence.inference import parallel_map
@@ -77,10 +79,12 @@ def main():
         raise InputError(f"{datasets[0]}: give one dataset alone, or pictures")
     if (arguments.poisoned or arguments.plot) and not datasets:
         raise InputError("--poisoned and --plot go with a dataset as IMAGE, not pictures")
-    outputs = {f"--{name}": getattr(arguments, name) for name in ("json", "csv", "plot")}
+    outputs = {f"--{name}": getattr(arguments, name) for name in ("json", "csv", "plot", "report")}
     files.check_writable(outputs, [*images, *arguments.poisoned, *models])
     if arguments.plot:
         plots.require_format(arguments.plot)
+    if arguments.report:
+        options.require_report(arguments.report)
     if datasets:
         return judge_datasets(images, models, arguments)
     return judge_pictures(images, models, arguments, alone)
@@ -107,7 +111,7 @@ def load(models, arguments, backend):
 
 def export(models, arguments):
     """Write the detector of B and G to its file, and print where that is."""
-    unfit = ("images", "backend", "ray", "poisoned", "json", "csv", "plot", "labels")
+    unfit = ("images", "backend", "ray", "poisoned", "json", "csv", "plot", "report", "labels")
     if len(models) == 1 or any(getattr(arguments, name) for name in unfit):
         raise InputError("--export goes with a MODEL alone, one that is not an .onnx file")
     path = onnx_file.default_path(models[1])
@@ -121,7 +125,7 @@ def judge_on_ray(models, arguments):
     """Judge pictures on Ray and print how many there were. Returns the exit status."""
     if not arguments.output:
         raise InputError("--ray needs --output, the folder for the verdicts")
-    unfit = ("poisoned", "json", "csv", "plot", "scale", "force")
+    unfit = ("poisoned", "json", "csv", "plot", "report", "scale", "force")
     given = [f"--{name}" for name in unfit if getattr(arguments, name)]
     if given or arguments.backend == "keras":
         raise InputError(f"{', '.join(given) or '--backend keras'}: does not go with --ray")
@@ -192,30 +196,68 @@ def judge_pictures(images, models, arguments, alone):
         tell(rows, arguments, alone)
         results += rows
     judged = [row for row in results if row["error"] is None]
-    poisoned = np.array([row["class"] == found.classes + 1 for row in judged], bool)
-    unread = len(results) - len(judged)
+    stream = stream_of(judged, found, arguments)
+    poisoned, unread = int(stream.answers.flagged.sum()), len(results) - len(judged)
     if not alone:
-        say(f"{len(judged)} judged, {poisoned.sum()} flagged, {unread} unread")
-    badnet = np.array([(row["badnet_class"] or 0) - 1 for row in judged], np.int64)
-    targets = tell_targets(badnet, poisoned, found.classes, called)
+        say(f"{len(judged)} judged, {poisoned} flagged, {unread} unread")
+    part = look(stream, found, called, arguments)
     if arguments.json:
-        told = {"standing_out": targets, "pictures": results}
+        told = {"standing_out": described(part), "pictures": results}
         files.write_json(found.described() | told, arguments.json)
     if arguments.csv:
         files.write_csv(results, arguments.csv)
-    return status(arguments, poisoned.sum(), unread)
+    if arguments.report:
+        why = [(row["path"], row["error"]) for row in results if row["error"] is not None]
+        report(arguments.report, found, [part], called, why)
+    return status(arguments, poisoned, unread)
 
 
-def tell_targets(badnet, poisoned, classes, called, path=None):
-    """Say which classes stand out among the flagged images. Returns them, for JSON.
+def stream_of(rows, found, arguments):
+    """The where.Stream of pictures that were judged. rows: what is told of each."""
+    badnet, repaired = (
+        np.array([(row[f"{net}_class"] or 0) - 1 for row in rows], np.int64)
+        for net in ("badnet", "repaired")
+    )
+    score = np.array([row["score"] for row in rows], np.float32)
+    flagged = np.array([row["class"] == found.classes + 1 for row in rows], bool)
 
-    badnet, poisoned, classes: as for flagged.standing_out.  path: of the dataset, or None.
+    def fetch(chosen):
+        images = [utils.as_input(read(rows[i]["path"], arguments), found.shape) for i in chosen]
+        return np.array(images, np.float32).reshape(-1, *found.shape)
+
+    answers = detector.Answers(badnet, repaired, score, flagged)
+    return where.Stream(None, found.shape, found.classes, answers, fetch, lambda i: rows[i]["path"])
+
+
+def look(stream, found, called, arguments, beside=None):
+    """Say which classes stand out among the flagged images. Returns the where.Looked.
+
+    stream: a where.Stream.  called: names of the classes, or None.  beside: as for where.look.
     """
-    standing = flagged.standing_out(badnet, poisoned, classes)
+    answers = stream.answers
+    standing = flagged.standing_out(answers.badnet, answers.flagged, stream.classes)
     for each in standing:
         name = called and names.of(each.target, called)
-        say((f"{path}: " if path else "") + flagged.in_words(each, name))
-    return [dataclasses.asdict(each) for each in standing]
+        say((f"{stream.path}: " if stream.path else "") + flagged.in_words(each, name))
+    wanted = standing if arguments.json or arguments.report else []
+    return where.Looked(stream, standing, where.look_at(stream, wanted, found.judge, beside))
+
+
+def described(looked):
+    """The classes that stand out, as a list of dicts for JSON. looked: a where.Looked."""
+    found = [dataclasses.asdict(each) for each in looked.standing]
+    return [
+        each | (seen.described() if seen else {})
+        for each, seen in itertools.zip_longest(found, looked.seen)
+    ]
+
+
+def report(path, found, looked, called, unread=(), results=None):
+    """Write the page of --report. The arguments are page_judged.write's."""
+    from defence import page_judged  # here, for the time that it takes
+
+    page_judged.write(path, found, looked, called, unread, results)
+    say(f"wrote {path}")
 
 
 def tell(rows, arguments, alone):
@@ -259,12 +301,14 @@ def judge_datasets(images, models, arguments):
             found = load(models, arguments, "keras")
             judged = [judge_dataset(found, data) for data in datasets]
         results = evaluate(datasets, judged) | found.described()
+        looked = []
         for each, data, (answers, _) in zip(
             (results["clean"], *results["poisoned"]), datasets, judged
         ):
-            each["standing_out"] = tell_targets(
-                answers.badnet, answers.flagged, found.classes, called, data.path
-            )
+            stream = where.of_dataset(data, answers, found.classes)
+            clean = looked[0].stream if looked else None
+            looked.append(look(stream, found, called, arguments, clean))
+            each["standing_out"] = described(looked[-1])
         if files.STDOUT not in (arguments.json, arguments.csv):
             print(tables.evaluation(results))
         if arguments.json:
@@ -273,6 +317,8 @@ def judge_datasets(images, models, arguments):
             files.write_csv(csv_rows(datasets, judged, found.classes, called), arguments.csv)
         if arguments.plot:
             plots.evaluation(results, datasets, [each[0] for each in judged], arguments.plot)
+        if arguments.report:
+            report(arguments.report, found, looked, called, results=results)
         return status(arguments, sum(np.sum(answers.flagged) for answers, _ in judged))
 
 

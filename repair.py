@@ -37,6 +37,7 @@ from defence import (
     net,
     onnx_file,
     options,
+    page_repaired,
     plots,
     record,
     scan,
@@ -223,6 +224,9 @@ def main():
     print(tables.summary(made, seconds, called), f"Saved model: {output}", sep="\n", file=talk)
     if exported and export(badnet, output, exported, arguments.max_bytes):
         print(f"Saved detector: {exported}", file=talk)
+    if arguments.report:
+        page_repaired.write(arguments.report, made, observer.finding, seconds, called)
+        print(f"Saved page: {arguments.report}", file=talk)
 
 
 def export(badnet, repaired, path, max_bytes):
@@ -284,7 +288,8 @@ def check_call(arguments):
     if output.suffix != ".h5":
         raise InputError(f"{output}: the repaired net is saved as a .h5 file")
     exported = None if arguments.no_export else onnx_file.default_path(output)
-    outputs = {"--output": output, "--json": arguments.json, "--plot": arguments.plot}
+    outputs = {"--output": output}
+    outputs |= {f"--{name}": getattr(arguments, name) for name in ("json", "plot", "report")}
     inputs = [badnet.path, arguments.data, *arguments.poisoned]
     if looks_only(arguments):
         files.check_writable({"--json": arguments.json}, inputs)
@@ -292,6 +297,8 @@ def check_call(arguments):
         files.check_writable(outputs | {"the detector's file": exported}, inputs)
     if arguments.plot:
         plots.require_format(arguments.plot)
+    if arguments.report:
+        options.require_report(arguments.report)
     _ = badnet.declared
     record.refuse_repaired(badnet)
     if output.exists() and not looks_only(arguments):

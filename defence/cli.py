@@ -202,6 +202,11 @@ def printable(text):
     return text if text.isprintable() else "".join(map(show, text))
 
 
+def encodable(text):
+    """A text as `printable` gives it, and a path's odd bytes visible, too: \\udcff."""
+    return printable(text).encode("utf-8", "backslashreplace").decode()
+
+
 def percent(fraction):
     """A fraction, 0..1, as text: 12.34 %."""
     return f"{100 * fraction:.2f} %"

@@ -59,11 +59,31 @@ def tail(hits, total, weight, all_weights):
     """
     from scipy import special
 
-    many = np.arange(hits, total + 1)
+    return float(np.exp(special.logsumexp(log_chances(total, weight, all_weights)[hits:])))
+
+
+def log_chances(total, weight, all_weights):
+    """The logarithms of how likely 0 to `total` of so many images are: float64 (total + 1,).
+
+    Of a beta-binomial distribution; weight, all_weights: as for `tail`.
+    """
+    from scipy import special
+
+    many, rest = np.arange(total + 1), all_weights - weight
     ways = -special.betaln(many + 1, total - many + 1) - np.log(total + 1)
-    rest = all_weights - weight
-    shares = special.betaln(many + weight, total - many + rest) - special.betaln(weight, rest)
-    return float(np.exp(special.logsumexp(ways + shares)))
+    return ways + special.betaln(many + weight, total - many + rest) - special.betaln(weight, rest)
+
+
+def expected(held_out, threshold, total):
+    """How many of so many clean images are flagged: (mean, low, high), of a 95 % interval.
+
+    held_out: float (m,), the anomaly scores of clean images.  threshold: of the score.
+    h of the held-out images are above it: a beta-binomial distribution, with Jeffreys' prior.
+    """
+    above = np.sum(np.asarray(held_out) > threshold) + 0.5
+    chances = np.cumsum(np.exp(log_chances(total, above, len(held_out) + 1)))
+    low, high = np.searchsorted(chances, [0.025, 0.975])
+    return total * above / (len(held_out) + 1), int(low), int(high)
 
 
 def in_words(standing, name=None):

@@ -2,10 +2,12 @@
 
 import argparse
 import dataclasses
+import importlib.util
+from pathlib import Path
 
 from defence import cli, harden
 from defence.backends import BACKENDS
-from defence.cli import at_least, setting
+from defence.cli import InputError, at_least, setting
 from defence.pixels import SCALES
 from defence.record import VERSION
 from utils import MORE_FORMATS, PICTURE_FORMATS
@@ -151,6 +153,7 @@ def _add_writing(group):
     add("--output", metavar="FILE", help="G's file (default: models/NAME_defence.h5)")
     add("--json", metavar="FILE", help="also write the repair record as JSON; - for stdout")
     add("--plot", metavar="FILE", help="draw the pruning curve, as .png, .svg or .pdf")
+    _add_report(group, "how the repair went, and whether the net looks backdoored")
     _add_labels(group)
     add(
         "--no-export",
@@ -264,6 +267,21 @@ def _add_labels(group):
     )
 
 
+def _add_report(group, what):
+    group.add_argument(
+        "--report", metavar="FILE", help=f"write a page, .html, that shows {what}; it stands alone"
+    )
+
+
+def require_report(path):
+    """Raise InputError where no page of --report can be made: before the work, not after."""
+    if Path(path).suffix.lower() not in (".html", ".htm"):
+        raise InputError(f"{path}: a page's name ends in .html")
+    for package in ("jinja2", "matplotlib"):
+        if importlib.util.find_spec(package) is None:
+            raise InputError(f"--report needs {package}: pip install {package}")
+
+
 def _add_results(group):
     add = group.add_argument
     add("--json", metavar="FILE", help="also write what is printed as JSON; - writes it to stdout")
@@ -279,6 +297,7 @@ def _add_results(group):
         metavar="FILE",
         help="draw ROC curves, the scores and flagged images, as .png, .svg or .pdf",
     )
+    _add_report(group, "what was flagged, the class behind it, and the trigger")
     _add_labels(group)
     add(
         "--export",

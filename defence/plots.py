@@ -1,16 +1,19 @@
 """Plots that people look at: the pruning curve of a repair, and what judging datasets gave."""
 
+import io
 import textwrap
 from pathlib import Path
 
 import numpy as np
 
-from defence.cli import InputError
+from defence.cli import InputError, encodable
 from defence.files import replacing
 
 FORMATS = (".png", ".svg", ".pdf")
 SHEET, SHEET_ROWS = 10, 6  # flagged images in a row of the contact sheet, and its rows
 NAME = {"width": 26, "max_lines": 3, "placeholder": " …"}  # of a file, beside such a row
+ATTRACTING = 20  # classes that get most of the wrong answers, shown
+CHART = (4.8, 3.2)  # of a page, in inches
 BINS, LEAST = 40, 1e-6  # of the histograms, and the score that a smaller one is shown as
 
 
@@ -24,6 +27,11 @@ def require_format(path):
         raise InputError(f"{path}: a plot's name ends in one of {', '.join(FORMATS)}")
 
 
+def plain(name):
+    """A file's name as matplotlib shows it as it is: it takes $ for the start of a formula."""
+    return encodable(name).replace("$", r"\$")
+
+
 def save(figure, path):
     with replacing(path) as beside:
         figure.savefig(beside, dpi=150)
@@ -34,20 +42,54 @@ def pruning_curve(record, path):
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.add_subplot(xlabel=f"channels of {record.layer} pruned", ylabel="%")
+    _pruning(figure.add_subplot(), record)
+    save(figure, path)
+
+
+def _pruning(axes, record):
     accuracy, success = record.accuracy, record.attack_success_rate
     curves = {"validation accuracy": [accuracy["before"], *accuracy["after_each_channel"]]}
     for name, rates in success["after_each_channel"].items():
-        curves[f"attack success, {name}"] = [success["before"][name], *rates]
+        curves[f"attack success, {plain(name)}"] = [success["before"][name], *rates]
     for label, fractions in curves.items():
         axes.plot(np.multiply(fractions, 100), marker=".", label=label)
     enough = 100 * record.settings["threshold"] * accuracy["before"]
     axes.axhline(enough, color="grey", linestyle="--", label=f"threshold {enough:.2f} %")
     count = len(record.pruned)
     axes.axvline(count, color="black", linestyle=":", label=f"stopped at {count} channels")
-    axes.set_ylim(-2, 102)
+    axes.set(xlabel=f"channels of {record.layer} pruned", ylabel="%", ylim=(-2, 102))
     axes.legend(loc="best", fontsize="small")
-    save(figure, path)
+
+
+def _activations(axes, record):
+    """The mean activation of each channel, in the order of pruning; what was pruned stands out."""
+    means = np.array(record.mean_activation)[record.order]
+    pruned = np.isin(record.order, record.pruned)
+    for label, chosen, colour in (("pruned", pruned, "C3"), ("kept", ~pruned, "C0")):
+        axes.bar(np.flatnonzero(chosen), means[chosen], color=colour, label=label)
+    axes.set(xlabel=f"channels of {record.layer}, by mean activation", ylabel="mean activation")
+    axes.legend(loc="best", fontsize="small")
+
+
+def _attracted(axes, finding):
+    """How many wrong answers each class gets, the twenty with most of them and all others."""
+    rows = sorted(finding.classes, key=lambda row: -row["count"])
+    first, rest = rows[:ATTRACTING], rows[ATTRACTING:]
+    named = [str(row["class"]) for row in first]
+    colours = ["C3" if row["class"] in finding.targets else "C0" for row in first]
+    axes.bar(named, [row["count"] for row in first], color=colours)
+    if rest:
+        axes.bar("rest", np.mean([row["count"] for row in rest]), color="grey")
+    axes.tick_params(axis="x", labelsize="x-small")
+    axes.set(xlabel="class; of the rest the mean", ylabel="wrong answers to disturbed pictures")
+
+
+def repaired(record, finding):
+    """Yield (words, chart) of a page about a repair. finding: a whole Finding, or None."""
+    yield "accuracy while channels are pruned", chart(_pruning, record)
+    yield "mean activation of each channel", chart(_activations, record)
+    if finding and finding.classes:
+        yield "wrong answers that each class gets", chart(_attracted, finding)
 
 
 def evaluation(results, datasets, all_answers, path):
@@ -58,7 +100,8 @@ def evaluation(results, datasets, all_answers, path):
     """
     from matplotlib.figure import Figure
 
-    names = [Path(each["file"]).stem for each in (results["clean"], *results["poisoned"])]
+    files = (results["clean"], *results["poisoned"])
+    names = [plain(Path(each["file"]).stem) for each in files]
     scores = [answers.score for answers in all_answers]
     flagged = [some_flagged(*pair) for pair in zip(datasets, all_answers)]
     rows = [(name, *each) for name, each in zip(names, flagged) if len(each[0])][:SHEET_ROWS]
@@ -73,6 +116,32 @@ def evaluation(results, datasets, all_answers, path):
     for place, row in enumerate(rows, start=1):
         _flagged(figure, grid[place], *row)
     save(figure, path)
+
+
+def judged(parts, threshold, results):
+    """Yield the charts of a page about judged images, as `chart` gives them.
+
+    parts: [where.Looked, …].  threshold: of the score, or None.
+    results: as for `evaluation`, or None for pictures.
+    """
+    paths = [each.stream.path for each in parts]
+    names = [plain(path.stem) if path else "pictures" for path in paths]
+    scores = [each.stream.answers.score for each in parts]
+    yield chart(_scores, threshold, scores, names)
+    if results and results["poisoned"]:
+        yield chart(_roc, results, scores, names)
+
+
+def chart(draw, *given):
+    """A chart of a page: (SVG as bytes, its size in inches). draw: of (axes, *given)."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    figure, file = Figure(figsize=CHART, layout="constrained"), io.BytesIO()
+    draw(figure.add_subplot(), *given)
+    with matplotlib.rc_context({"svg.fonttype": "path", "svg.hashsalt": "chart"}):
+        figure.savefig(file, format="svg", metadata={"Date": None})
+    return file.getvalue(), CHART
 
 
 def some_flagged(data, answers):

@@ -21,6 +21,9 @@ POISONED = {
     "auroc": "AUROC of the anomaly score",
     "defense_effectiveness_rating": "defense effectiveness rating",
 }
+NOT_HELD_OUT = (
+    "No images were held out (--holdout 0.1): accuracies after training are optimistically biased."
+)
 STEPS = ("before", "pruned", "retrained", "fine_tuned", "hardened")
 
 
@@ -53,12 +56,7 @@ def summary(record, seconds, called):
 
     record: RepairRecord.  seconds: {step: s}.  called: the classes' names, or None.
     """
-    accuracy, rates = record.accuracy, record.attack_success_rate
-    steps = [step for step in STEPS if step in accuracy]
-    rows = [("", *(step.replace("_", "-") for step in steps))]
-    rows.append(("validation accuracy", *(percent(accuracy[step]) for step in steps)))
-    for name in rates["before"]:
-        rows.append((f"attack success, {name}", *(percent(rates[step][name]) for step in steps)))
+    rows = after_each_step(record)
     width = max(len(row[0]) for row in rows)
     table = [row[0].ljust(width) + "".join(cell.rjust(12) for cell in row[1:]) for row in rows]
     spent = [f"{step.replace('_', '-')} {s:.1f}" for step, s in seconds.items() if s >= 0.05]
@@ -73,9 +71,37 @@ def summary(record, seconds, called):
     )
 
 
+def after_each_step(record):
+    """Accuracy and attack success after each step of a repair: rows of text, the first the steps'.
+
+    record: RepairRecord.
+    """
+    accuracy, rates = record.accuracy, record.attack_success_rate
+    steps = [step for step in STEPS if step in accuracy]
+    rows = [("", *(step.replace("_", "-") for step in steps))]
+    rows.append(("validation accuracy", *(percent(accuracy[step]) for step in steps)))
+    for name in rates["before"]:
+        rows.append((f"attack success, {name}", *(percent(rates[step][name]) for step in steps)))
+    return rows
+
+
 def remarks(record, called):
     """What clean data alone tells of a repair, and what it does not: lines of text."""
-    accuracy, moved, held_out = record.accuracy, record.moved, record.holdout
+    yield from costs(record)
+    if held_out := record.holdout:
+        yield f"on {counted(held_out['images'], 'held-out image')}:{'95 % interval':>46}"
+        for name, label in CLEAN.items():
+            yield f"  {label:<38}{cells(held_out[name])}"
+    else:
+        yield NOT_HELD_OUT
+    if record.finding:
+        yield from finding.in_words(finding.Finding(**record.finding), called)
+    yield no_proof(record)
+
+
+def costs(record):
+    """What a repair cost, as far as clean data tell: lines of text."""
+    accuracy, moved = record.accuracy, record.moved
     silent = sum(record.mean_activation[channel] == 0 for channel in record.pruned)
     yield (
         f"accuracy cost of pruning: {percent(accuracy['before'] - accuracy['pruned'])}; {silent} "
@@ -85,18 +111,11 @@ def remarks(record, called):
         f"G disagrees with B on {percent(moved['answers'])} of the validation images; its weights "
         f"moved by {percent(moved['weights'])}"
     )
-    if held_out:
-        yield f"on {counted(held_out['images'], 'held-out image')}:{'95 % interval':>46}"
-        for name, label in CLEAN.items():
-            yield f"  {label:<38}{cells(held_out[name])}"
-    else:
-        yield (
-            "No images were held out (--holdout 0.1): accuracies after training are optimistically "
-            "biased."
-        )
-    if record.finding:
-        yield from finding.in_words(finding.Finding(**record.finding), called)
+
+
+def no_proof(record):
+    """What a repair does not prove."""
     where = "in channels that clean images use, it survives unnoticed"
-    if "hardened" in accuracy:
+    if "hardened" in record.accuracy:
         where = "a trigger unlike any change of picture that was trained on may survive"
-    yield f"This does not prove that the backdoor is gone: {where}."
+    return f"This does not prove that the backdoor is gone: {where}."

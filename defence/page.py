@@ -1,0 +1,109 @@
+"""Pages: one HTML file that stands alone, of what judging found or of a repair.
+
+The pages themselves are templates in pages/. Names of files and classes are hostile text: Jinja2
+escapes all that it is given, and the page forbids itself scripts and the network.
+"""
+
+import base64
+import dataclasses
+import datetime
+import hashlib
+import importlib.metadata
+import io
+from pathlib import Path
+
+import numpy as np
+
+from defence import files
+from defence.cli import encodable
+from defence.record import VERSION
+
+PAGES = Path(__file__).parent / "pages"
+SIDE = 128  # pixels of an image on a page, at most
+SHOWN_SIDE = 112  # CSS pixels of its longer side
+DIM = 0.25  # how bright an image is where the trigger is not
+
+
+@dataclasses.dataclass
+class Image:
+    """An image of a page: its address, which holds it all, and its size in CSS pixels."""
+
+    address: str
+    width: int
+    height: int
+    pixels: bool = False  # whether each of its few pixels is to be seen
+
+
+def write(path, template, **told):
+    """Write a page into a file. template: its name in pages/.  told: what it tells."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    from markupsafe import Markup
+
+    style = (PAGES / "style.css").read_text(encoding="utf-8")
+    digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
+    policy = (
+        f"default-src 'none'; img-src data:; style-src 'sha256-{digest}'; base-uri 'none'; "
+        "form-action 'none'"
+    )
+    environment = Environment(
+        loader=FileSystemLoader(PAGES, encoding="utf-8"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        finalize=shown,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    page = environment.get_template(template)
+    text = page.render(style=Markup(style), policy=Markup(policy), **told)
+    with files.replacing(path) as beside:
+        beside.write_text(text, encoding="utf-8")
+
+
+def shown(value):
+    """A value as a page shows it: no character that hides, turns or breaks text."""
+    from markupsafe import Markup
+
+    if value is None or isinstance(value, Markup) or not isinstance(value, str):
+        return value
+    return encodable(value)
+
+
+def provenance(**more):
+    """What a page says of where it comes from: [(name, value), …], those of `more` first."""
+    libraries = ("tensorflow", "keras", "onnxruntime", "numpy")
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in libraries)
+    now = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
+    return [*more.items(), ("versions", f"this tool {VERSION}, {versions}"), ("made", now)]
+
+
+# --------------------------------------------------------------------------------------- images
+
+
+def picture(pixels):
+    """An Image of pixels, (height, width, channels) or (height, width), 0..255; none others."""
+    from PIL import Image as Pillow
+
+    pixels = np.clip(np.rint(pixels), 0, 255).astype(np.uint8)
+    if pixels.ndim == 3:
+        pixels = pixels[..., :3] if pixels.shape[2] >= 3 else pixels[..., 0]
+    made = Pillow.fromarray(pixels)
+    made.thumbnail((SIDE, SIDE))
+    file = io.BytesIO()
+    made.save(file, "PNG")
+    grown = SHOWN_SIDE / max(made.size)
+    width, height = (max(1, round(grown * side)) for side in made.size)
+    return Image(address("image/png", file.getvalue()), width, height, pixels=grown > 1)
+
+
+def lit(pixels, places):
+    """An Image that is dark but where `places`, (height, width), 0..1, is large."""
+    return picture(pixels * (DIM + (1 - DIM) * places[..., None]))
+
+
+def chart(svg, size):
+    """An Image of a chart, SVG as bytes. size: its width and height in inches."""
+    return Image(address("image/svg+xml", svg), *(round(96 * side) for side in size))
+
+
+def address(kind, contents):
+    return f"data:{kind};base64,{base64.b64encode(contents).decode()}"

@@ -1,0 +1,142 @@
+"""The page of eval_defence.py --report: what was flagged, which class is behind it, the trigger."""
+
+import numpy as np
+
+from defence import flagged, page, plots, tables, where
+from defence.cli import counted, percent
+
+SOME = 12  # flagged images that no class stands for, shown
+UNREAD = 50  # pictures that could not be read, named
+A_TRIGGER = 0.5  # of the images that it is pasted on, those that get the class at least
+
+
+def write(path, found, parts, called, unread=(), results=None):
+    """Write the page.
+
+    found: the Detector.  parts: [where.Looked, …].  called: names of the classes, or None.
+    unread: [(path, why), …].  results: of datasets, as in eval_defence.py's JSON; or None.
+    """
+    bad, count = (
+        sum(int(np.size(of(part.stream.answers))) for part in parts)
+        for of in (lambda answers: np.flatnonzero(answers.flagged), lambda answers: answers.score)
+    )
+    of_files = [results["clean"], *results["poisoned"]] if results else [None] * len(parts)
+    nets = {f"{net}, SHA-256": digest for net, digest in found.sha256.items()}
+    page.write(
+        path,
+        "judged.html",
+        title=f"{bad:,} of {count:,} {'image' if count == 1 else 'images'} flagged",
+        parts=[tell(part, found, called, file) for part, file in zip(parts, of_files)],
+        charts=[page.chart(*each) for each in plots.judged(parts, found.threshold, results)],
+        rule=found.rule,
+        unread=unread[:UNREAD],
+        unread_count=len(unread),
+        provenance=page.provenance(detector=str(found.path), **nets),
+    )
+
+
+def tell(part, found, called, file):
+    """What the page tells of a where.Looked, as a dict.  file: its figures, or None."""
+    answers, looked = part.stream.answers, [each.target - 1 for each in part.standing]
+    rest = np.flatnonzero(answers.flagged & ~np.isin(answers.badnet, looked))
+    rest = rest[np.argsort(-answers.score[rest], kind="stable")]
+    alarm, lines = verdict(part, found, called)
+    some = np.sort(rest[:SOME])
+    return {
+        "name": part.stream.path and str(part.stream.path),
+        "count": len(answers.score),
+        "alarm": alarm,
+        "lines": lines,
+        "targets": [
+            tell_target(part.stream, *each, called) for each in zip(part.standing, part.seen)
+        ],
+        "unseen": len(part.standing) - len(part.seen),
+        "rest": [
+            shown(part.stream, row, pixels, called)
+            for row, pixels in zip(some, part.stream.fetch(some))
+        ],
+        "rest_count": len(rest),
+        "figures": file and list(table(file["figures"])),
+    }
+
+
+def verdict(part, found, called):
+    """Whether there is reason for alarm, and what is to be said first: (bool, [str])."""
+    answers, most = part.stream.answers, None
+    count, bad = len(answers.score), int(answers.flagged.sum())
+    says = f"{bad:,} of {counted(count, 'image')} flagged"
+    if found.held_out is None:
+        says += "; how many clean ones would be is not known (repair.py --holdout 0.1, --fpr)."
+    else:
+        usual, least, most = flagged.expected(found.held_out, found.threshold, count)
+        says += f"; of clean ones {usual:,.0f} are to be expected, {least:,} to {most:,}."
+    if part.standing:
+        these = " and ".join(f"class {each.target}" for each in part.standing[: where.CLASSES])
+        words = [flagged.in_words(each, named(each.target, called)) for each in part.standing]
+        return True, [f"Some of these images are poisoned: the target is {these}.", says, *words]
+    if most is not None and bad > most:
+        first = "More images are flagged than clean ones would be, but no class stands out."
+        return True, [first, says, "They are poisoned with many targets, or unlike the clean data."]
+    first = "No class stands out among what is flagged" if bad else "Nothing is flagged"
+    no_proof = "That does not prove that none is poisoned."
+    return False, [f"{first}: no sign of poisoned images.", says, no_proof]
+
+
+def named(number, called):
+    """The name of a class, or None. number: from 1.  called: the names, or None."""
+    return called and called[number - 1]
+
+
+def tell_target(stream, standing, seen, called):
+    """What the page tells of a class that stands out, as a dict."""
+    region = seen.region
+    return {
+        "number": standing.target,
+        "name": named(standing.target, called),
+        "region": region.any(),
+        "whole": seen.whole,
+        "fraction": percent(region.mean()),
+        "trials": [
+            (what, trial)
+            for what, trial in (("pasted", seen.pasted), ("covered", seen.covered))
+            if trial
+        ],
+        "is_trigger": seen.pasted and seen.pasted["badnet"] >= A_TRIGGER * seen.pasted["images"],
+        "usual": None if seen.usual is None else page.picture(seen.usual),
+        "mean": None if seen.cut_out is None else page.picture(seen.cut_out),
+        "cut_out": page.lit(seen.cut_out, np.float32(region)) if region.any() else None,
+        "more": page.picture(127.5 + seen.cut_out - seen.usual) if region.any() else None,
+        "images": [
+            shown(stream, row, pixels, called) | {"lit": page.lit(pixels, places)}
+            for row, pixels, places in zip(seen.rows, seen.flagged, seen.places)
+        ],
+        "looked_at": len(seen.rows),
+    }
+
+
+def shown(stream, row, pixels, called):
+    """What the page shows of an image, as a dict. row: of the Stream."""
+
+    def net(answer):
+        if answer < 0:
+            return "NaN"
+        name = named(answer + 1, called)
+        return f"{answer + 1} ({name})" if name else str(answer + 1)
+
+    answers = stream.answers
+    return {
+        "name": stream.named(int(row)),
+        "picture": page.picture(pixels),
+        "badnet": net(int(answers.badnet[row])),
+        "repaired": net(int(answers.repaired[row])),
+        "score": f"{answers.score[row]:.3g}",
+        "lit": None,
+    }
+
+
+def table(found):
+    """Yield (what, value, from, to) of each of the figures, as text."""
+    for name, label in (tables.CLEAN | tables.POISONED).items():
+        if name in found:
+            value, _, interval = tables.cells(found[name]).strip().partition("   ")
+            yield label, value, interval
