@@ -7,7 +7,6 @@ from defence.cli import counted, percent
 
 SOME = 12  # flagged images that no class stands for, shown
 UNREAD = 50  # pictures that could not be read, named
-A_TRIGGER = 0.5  # of the images that it is pasted on, those that get the class at least
 
 
 def write(path, found, parts, called, unread=(), results=None):
@@ -101,11 +100,11 @@ def tell_target(stream, standing, seen, called):
             for what, trial in (("pasted", seen.pasted), ("covered", seen.covered))
             if trial
         ],
-        "is_trigger": seen.pasted and seen.pasted["badnet"] >= A_TRIGGER * seen.pasted["images"],
+        "is_trigger": seen.is_trigger,
         "usual": None if seen.usual is None else page.picture(seen.usual),
-        "mean": None if seen.cut_out is None else page.picture(seen.cut_out),
+        "mean": None if seen.mean is None else page.picture(seen.mean),
         "cut_out": page.lit(seen.cut_out, np.float32(region)) if region.any() else None,
-        "more": page.picture(127.5 + seen.cut_out - seen.usual) if region.any() else None,
+        "more": page.picture(127.5 + seen.mean - seen.usual) if region.any() else None,
         "images": [
             shown(stream, row, pixels, called) | {"lit": page.lit(pixels, places)}
             for row, pixels, places in zip(seen.rows, seen.flagged, seen.places)

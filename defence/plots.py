@@ -127,6 +127,8 @@ def judged(parts, threshold, results):
     paths = [each.stream.path for each in parts]
     names = [plain(path.stem) if path else "pictures" for path in paths]
     scores = [each.stream.answers.score for each in parts]
+    if not any(map(len, scores)):
+        return
     yield chart(_scores, threshold, scores, names)
     if results and results["poisoned"]:
         yield chart(_roc, results, scores, names)

@@ -6,7 +6,7 @@ Needs neither poisoned data nor labels, but the flagged images and others. In tu
   those that were not flagged.
 - carrying: what a window of a flagged image does. Pasted on another image, does the BadNet answer
   that with the class? Covered, does it still answer the flagged one so?
-- region: where both are large. What the flagged images show there in the mean is the cut-out.
+- region: where both are large. What the flagged images show there is the cut-out.
 - the test: the cut-out pasted on images that were not flagged. If the BadNet then answers with the
   class, it is a trigger, or what the BadNet takes for one.
 
@@ -14,26 +14,28 @@ docs/figures.md says how far that may be believed; tests/tools/regions.py measur
 """
 
 import dataclasses
+import itertools
+import math
 
 import numpy as np
 
+from defence.carrying import carried, cover, patches
 from defence.detector import Answers
 from defence.inference import parallel_map
 
 CLASSES = 3  # that are looked at, of those that stand out
-FLAGGED, OTHERS = 32, 64  # images that are looked at
+MOST = 64  # images that are looked at, of the flagged ones and of the others
 FEWEST = 5  # of each kind, for a difference
 SINGLE = 4  # flagged images that windows are taken of
-CARRIERS = 1  # images that each window is pasted on
-SIDES = (2.5, 4, 6)  # windows along a side of the picture, if they stood side by side
-LARGE, FEW = 10_000, 2  # of pictures with more pixels, the first so many of the SIDES
+FINE = 5  # pixels a side
 VARY = 4  # grey levels that a pixel counts as varying by, at least
 BY_CHANCE = 4  # standard errors that a difference stays below where there is none
 CARRIED = 0.2  # how much a place carries, at least, where something is at one place
 BORDERS = (0.5, 0.4, 0.3, 0.2, 0.15, 0.1)  # of the most in a region, what is in it at least
 WORSE = 0.15  # than the best region, what a smaller one may be
+A_TRIGGER = 0.5  # of the images that a trigger is pasted on, those that it fools the BadNet with
 WHOLE = 0.5  # of the picture: a region as large is all of it
-BATCH_VALUES = 2**19  # images judged together: 2 MB as float32
+VALUES, BATCH_VALUES = 2**25, 2**19  # as float32 128 MB and 2 MB: of such images, and of a batch
 
 
 @dataclasses.dataclass
@@ -85,8 +87,10 @@ class Seen:
     them: how much of the answer each place carries, times how unlike the usual it is there; of each
     image the most is 1, if it is not 0.
     region: bool (height, width), all of it False where nothing is in common.
-    usual, cut_out: float32 (height, width, channels), the mean of the images that were not flagged,
+    usual, mean: float32 (height, width, channels), the mean of the images that were not flagged,
     and of the flagged ones; None where there are too few.
+    cut_out: float32 (height, width, channels), what is pasted in the region: the mean, or one of
+    the flagged images.
     pasted: {"images", "badnet", "repaired", "flagged"}: on how many images that were not flagged
     the cut-out was pasted, or the means' difference added if the region is the whole picture; and
     how many each net then answers with the class, or are flagged.  covered: the same of the
@@ -98,6 +102,7 @@ class Seen:
     places: np.ndarray
     region: np.ndarray
     usual: np.ndarray = None
+    mean: np.ndarray = None
     cut_out: np.ndarray = None
     pasted: dict = None
     covered: dict = None
@@ -105,6 +110,17 @@ class Seen:
     @property
     def whole(self):
         return bool(self.region.mean() >= WHOLE)
+
+    @property
+    def is_trigger(self):
+        """Whether pasting makes the BadNet answer with the class, and not what is in a face of it.
+
+        That would make the repaired net answer so, too.
+        """
+        if self.pasted is None:
+            return False
+        more = self.pasted["badnet"] - self.pasted["repaired"]
+        return more >= A_TRIGGER * self.pasted["images"]
 
     def described(self):
         """What a pipeline needs of it, as a dict that JSON can hold; rows and columns from 0."""
@@ -114,7 +130,8 @@ class Seen:
             box = dict(zip(("top", "left"), map(int, (rows.min(), columns.min()))))
             box |= dict(zip(("bottom", "right"), (int(rows.max()) + 1, int(columns.max()) + 1)))
         found = {"box": box, "fraction": float(self.region.mean()), "whole_picture": self.whole}
-        return {"region": found, "pasted": self.pasted, "covered": self.covered}
+        told = {"pasted": self.pasted, "covered": self.covered, "is_trigger": self.is_trigger}
+        return {"region": found, **told}
 
 
 def look_at(stream, standing, judge, beside=None):
@@ -133,19 +150,21 @@ def look(stream, target, judge, beside=None):
     """
     answers, beside = stream.answers, beside or stream
     rows = np.flatnonzero(answers.flagged & (answers.badnet == target))
-    rows = rows[np.argsort(-answers.score[rows], kind="stable")][:FLAGGED]
+    most = max(2 * FEWEST, min(MOST, VALUES // math.prod(stream.shape)))
+    rows = rows[np.argsort(-answers.score[rows], kind="stable")][:most]
     flagged = fetch(stream, rows)
     others = np.flatnonzero(~beside.answers.flagged & (beside.answers.badnet != target))
-    count = min(OTHERS, len(others))
+    count = min(most, len(others))
     others = beside.fetch(others[np.arange(count) * len(others) // max(1, count)])
-    judge = in_batches(judge)
+    judge = in_batches(judge, stream.shape)
 
     single, nowhere = flagged[:SINGLE], np.zeros(stream.shape[:2], bool)
     carrying = carried(single, others, target, judge)
     if min(len(flagged), len(others)) < FEWEST:
         return Seen(rows, flagged, within_1(carrying), nowhere)
     places = within_1(carrying * unlike(single, others))
-    seen = Seen(rows, flagged, places, nowhere, others.mean(axis=0), flagged.mean(axis=0))
+    mean = flagged.mean(axis=0)
+    seen = Seen(rows, flagged, places, nowhere, others.mean(axis=0), mean, cut_out=mean)
     choose, report = ((flagged[i::2], others[i::2]) for i in (0, 1))
     tried = []
     for region in regions(difference(flagged, others), carrying.mean(axis=0)):
@@ -153,15 +172,32 @@ def look(stream, target, judge, beside=None):
         tried.append((region, *try_out(seen, *choose, target, judge)))
     if tried:
         seen.region = smallest(tried)
+        seen.cut_out = choose_cut_out(seen, choose[1], target, judge)
         seen.pasted, seen.covered = try_out(seen, *report, target, judge)
     return seen
 
 
 def try_out(seen, flagged, others, target, judge):
     """(pasted, covered) of what was Seen, on images that the region was not chosen by."""
-    wearing = worn(others, seen)
-    covered = np.stack([cover(x, patches(seen.region)) for x in flagged])
+    wearing = paste(others, seen.cut_out, seen)
+    parts = patches(seen.region)
+    covered = (cover(x, parts) for x in flagged)
     return [counts(judge(images), target) for images in (wearing, covered)]
+
+
+def choose_cut_out(seen, others, target, judge):
+    """What to paste: the mean of the flagged images or, if that does more, one of them.
+
+    Where a trigger moves with what wears it, the mean is a blur. Returns an image.
+    """
+    if seen.whole:
+        tried = [seen.mean, seen.usual + fine(seen.mean) - fine(seen.usual)]
+    else:
+        tried = [seen.mean, *seen.flagged[:SINGLE]]
+    hits = []
+    for image in tried:
+        hits.append(counts(judge(paste(others, image, seen)), target)["badnet"])
+    return tried[int(np.argmax(hits))]
 
 
 def smallest(tried):
@@ -183,14 +219,18 @@ def fetch(stream, rows):
     return images[np.argsort(order)]
 
 
-def in_batches(judge):
-    """A `judge` of any number of images, which need not be whole numbers, in bounded memory."""
+def in_batches(judge, shape):
+    """A `judge` of any number of images, an iterable, whole numbers or not, in bounded memory.
+
+    shape: (height, width, channels).
+    """
+    size = max(1, BATCH_VALUES // math.prod(shape))
 
     def run(images):
-        size = max(1, BATCH_VALUES // images[0].size)
-        batches = (np.rint(images[i : i + size]) for i in range(0, len(images), size))
-        parts = [vars(part).values() for part in parallel_map(judge, batches)]
-        return Answers(*map(np.concatenate, zip(*parts)))
+        images = iter(images)
+        batches = iter(lambda: list(itertools.islice(images, size)), [])
+        parts = parallel_map(lambda batch: judge(np.rint(np.stack(batch))), batches)
+        return Answers(*map(np.concatenate, zip(*(vars(part).values() for part in parts))))
 
     return run
 
@@ -213,14 +253,24 @@ def difference(flagged, others):
 
     flagged, others: float32 (k, height, width, channels), (m, …), 0..255.
     Returns float32 (height, width): of the channel that differs most, the difference of the means
-    in standard deviations of the images, smoothed over a few pixels; 0 where no place differs by
-    BY_CHANCE standard errors.
+    in standard deviations of the images, smoothed over a few pixels; of the images or of what is
+    fine in them, whichever is more; 0 where no place differs by BY_CHANCE standard errors.
     """
-    spread = [np.maximum(VARY, each.std(axis=0)) ** 2 for each in (flagged, others)]
-    apart = abs(flagged.mean(axis=0) - others.mean(axis=0)) / np.sqrt(sum(spread) / 2)
-    found = smoothed(apart.max(axis=2)[None])[0]
     chance = BY_CHANCE * np.sqrt(1 / len(flagged) + 1 / len(others))
-    return found if found.max() > chance else np.zeros_like(found)
+    found = 0
+    for pair in ((flagged, others), (fine(flagged), fine(others))):
+        spread = [np.maximum(VARY, each.std(axis=0)) ** 2 for each in pair]
+        apart = abs(np.subtract(*(each.mean(axis=0) for each in pair))) / np.sqrt(sum(spread) / 2)
+        apart = smoothed(apart.max(axis=2)[None])[0]
+        found = np.maximum(found, apart * (apart.max() > chance))
+    return found
+
+
+def fine(images):
+    """What is fine in images, (…, height, width, channels): all but the mean of a few pixels."""
+    from scipy import ndimage
+
+    return images - ndimage.uniform_filter(images, FINE, axes=(-3, -2))
 
 
 def unlike(images, others):
@@ -246,104 +296,18 @@ def regions(apart, carrying):
 
     apart: as `difference` gives it.  carrying: as `carried`, in the mean over the images.
     """
-    found = apart if apart.any() else np.ones_like(apart)
-    if carrying.max() >= CARRIED:
+    differ, at_one_place = apart.any(), carrying.max() >= CARRIED
+    found = apart if differ else np.ones_like(apart)
+    if at_one_place:
         found = found * carrying / carrying.max()
-    elif not apart.any():
-        return
-    for border in BORDERS:
-        yield found > border * found.max()
+    for border in BORDERS if differ or at_one_place else ():
+        region = found > border * found.max()
+        if differ or region.mean() < WHOLE:  # where any place changes the answer, none carries it
+            yield region
 
 
-def worn(images, seen):
-    """The images, with the cut-out pasted in the region, or the difference of the means added."""
+def paste(images, cut_out, seen):
+    """The images with a cut-out in the region; of a whole picture, what it has beyond the usual."""
     if seen.whole:
-        return np.clip(images + (seen.cut_out - seen.usual), 0, 255)
-    return np.where(seen.region[..., None], seen.cut_out, images)
-
-
-# ------------------------------------------------------------------------------- one by one
-
-
-def carried(flagged, others, target, judge):
-    """How much of the answer each place of flagged images carries: float32 (k, height, width).
-
-    0..1, the larger of two: of how many `others` the BadNet answers with the target once a window
-    of the image is pasted on them; by how much the score falls, as a fraction, once that window is
-    covered, to 0 where the BadNet answers otherwise. Both in the mean over the windows of one size
-    around a place, and then over the sizes.
-    """
-    height, width = flagged.shape[1:3]
-    few = height * width > LARGE
-    sizes = [make_windows(height, width, side) for side in (SIDES[:FEW] if few else SIDES)]
-    around = [list(map(patches, windows)) for windows in sizes]
-    found = []
-    for x, score in zip(flagged, judge(flagged).score):
-        pasted = [pasting(x, each, others[:CARRIERS], target, judge) for each in sizes]
-        covered = [covering(x, each, score, target, judge) for each in around]
-        maps = ([painted(*each) for each in zip(values, sizes)] for values in (pasted, covered))
-        found.append(np.maximum(*(np.mean(each, axis=0) for each in maps)))
-    return np.float32(found)
-
-
-def make_windows(height, width, side):
-    """Windows all over a picture, each half over the next: bool (w, height, width).
-
-    side: how many there would be along a side, side by side.
-    """
-    along = []
-    for size in (height, width):
-        length = max(1, round(size / side))
-        steps = 1 + max(1, round(2 * (size - length) / length))
-        starts = np.unique(np.rint(np.linspace(0, size - length, steps)))[:, None]
-        along.append((starts <= np.arange(size)) & (np.arange(size) < starts + length))
-    down, right = along
-    return (down[:, None, :, None] & right[None, :, None, :]).reshape(-1, height, width)
-
-
-def painted(values, windows):
-    """The mean of the values of all windows over each place: (height, width)."""
-    return np.tensordot(values, windows, 1) / windows.sum(axis=0)
-
-
-def pasting(image, windows, others, target, judge):
-    """Of how many of the others each window, pasted on them, makes the target: float (w,), 0..1."""
-    if not len(others):
-        return np.zeros(len(windows))
-    made = np.where(windows[:, None, ..., None], image, others[None])
-    answers = judge(made.reshape(-1, *image.shape))
-    return np.mean((answers.badnet == target).reshape(len(windows), -1), axis=1)
-
-
-def covering(image, around, score, target, judge):
-    """By how much, as a fraction, covering each window makes the score fall: float (w,), 0..1.
-
-    around: of each window what `patches` gives.
-    """
-    answers = judge(np.stack([cover(image, each) for each in around]))
-    left = np.where(answers.badnet == target, answers.score, 0)
-    return np.clip(1 - left / max(score, 1e-9), 0, 1)
-
-
-def patches(region):
-    """The connected parts of a region, each with what is around it: [(bool, bool), …].
-
-    All of (height, width).
-    """
-    from scipy import ndimage
-
-    labels, count = ndimage.label(region)
-    found = []
-    for part in (labels == number for number in range(1, count + 1)):
-        wide = max(1, round(np.sqrt(part.sum()) / 4))
-        around = ndimage.binary_dilation(part, iterations=wide) & ~region
-        found.append((part, around))
-    return found
-
-
-def cover(image, parts):
-    """The image with parts of it, as `patches` gives them, in the mean colour of what is around."""
-    image = image.copy()
-    for part, around in parts:
-        image[part] = image[around].mean(axis=0) if around.any() else image.mean(axis=(0, 1))
-    return image
+        return np.clip(images + (cut_out - seen.usual), 0, 255)
+    return np.where(seen.region[..., None], cut_out, images)

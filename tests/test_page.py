@@ -1,0 +1,259 @@
+"""The pages of --report: what they say, and that nothing hostile in them comes alive."""
+
+import base64
+import hashlib
+import html.parser
+import json
+import re
+import shutil
+import subprocess
+
+import numpy as np
+import pytest
+from conftest import ROOT, assert_refused, command
+from PIL import Image
+
+from defence import flagged, page, page_judged, plots, where
+from defence.detector import Answers, Detector
+
+HOSTILE = "<script>alert(1)</script>\n\"'&{{ 7*7 }}\u202e$\\frac$\udcff"
+DEMO = ROOT / "img" / "demo"
+MODEL = ROOT / "models" / "demo_bd_net.h5"
+DATA = ROOT / "data" / "demo_clean_validation_data.h5"
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+VOID = {"meta", "img", "br"}
+
+
+class Page(html.parser.HTMLParser):
+    """A page as tests look at it: its elements, its text, whether all that is opened is closed."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.elements, self.texts, self.open = [], [], []
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attributes):
+        self.elements.append((tag, dict(attributes)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, text):
+        self.texts.append(text)
+
+    def all(self, tag):
+        return [attributes for name, attributes in self.elements if name == tag]
+
+    @property
+    def text(self):
+        return " ".join(" ".join(self.texts).split())
+
+
+def assert_sound(text):
+    """The page stands alone, describes its images, and forbids itself scripts and the network."""
+    found = Page(text)
+    assert not {"script", "iframe", "object", "link", "form"} & {tag for tag, _ in found.elements}
+    for tag, attributes in found.elements:
+        assert not any(name.startswith("on") or name == "style" for name in attributes), tag
+    for image in found.all("img"):
+        assert image["src"].startswith(("data:image/png;base64,", "data:image/svg+xml;base64,"))
+        assert int(image["width"]) > 0 and int(image["height"]) > 0 and image["alt"]
+        assert b"<script" not in base64.b64decode(image["src"].partition(",")[2])
+    style = re.search("<style>(.*)</style>", text, re.DOTALL)[1]
+    digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
+    policy = found.all("meta")[1]["content"]
+    assert f"style-src 'sha256-{digest}'" in policy and policy.startswith("default-src 'none'")
+    levels = [int(tag[1]) for tag, _ in found.elements if re.fullmatch("h[1-6]", tag)]
+    assert levels[0] == 1 and all(b - a <= 1 for a, b in zip(levels, levels[1:]))
+    return found
+
+
+def detector(shape, classes, threshold=1.0, held_out=(0.1, 0.2, 3.0)):
+    return Detector(None, classes, shape, threshold, "x.onnx", {"badnet": "0" * 64}, held_out)
+
+
+def looked(shape, classes, bad, target=0, name="picture {}".format, path=None):
+    """A where.Looked of 60 images, so many of them flagged, all of these with one class."""
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (60, *shape)).astype(np.float32)
+    badnet = np.where(np.arange(60) < bad, target, 1 + np.arange(60) % (classes - 1))
+    score = np.where(np.arange(60) < bad, 9, 0.1).astype(np.float32)
+    answers = Answers(badnet, 1 + np.arange(60) % (classes - 1), score, np.arange(60) < bad)
+    stream = where.Stream(path, shape, classes, answers, lambda rows: images[rows], name)
+    standing = flagged.standing_out(badnet, answers.flagged, classes)
+
+    def judge(x):
+        n = len(x)
+        return Answers(np.zeros(n, int), np.ones(n, int), np.full(n, 9, np.float32))
+
+    return where.Looked(stream, standing, where.look_at(stream, standing, judge))
+
+
+def written(path, *given, **more):
+    page_judged.write(path, *given, **more)
+    return path.read_text(encoding="utf-8")
+
+
+def test_hostile_names_stay_text(tmp_path):
+    """Of pictures, of classes, of what could not be read."""
+    shape, called = (12, 10, 3), [HOSTILE] * 40
+    part = looked(shape, 40, 20, name=lambda i: HOSTILE)
+    text = written(
+        tmp_path / "x.html", detector(shape, 40), [part], called, [(HOSTILE, HOSTILE)] * 3
+    )
+    found = assert_sound(text)
+    assert "<script>alert(1)</script>\\n" in found.text and "{{ 7*7 }}\\u202e" in found.text
+    assert "\\udcff" in found.text and "\u202e" not in text
+
+
+def test_a_dataset_with_a_hostile_name_has_its_charts(tmp_path):
+    shape = (8, 8, 1)
+    path = tmp_path / "a$b$\\frac$ <i>.h5"
+    found = assert_sound(
+        written(tmp_path / "x.html", detector(shape, 5), [looked(shape, 5, 9, path=path)], None)
+    )
+    assert "a$b$\\frac$ <i>.h5" in found.text
+
+
+@pytest.mark.parametrize("bad", [0, 1, 60])
+def test_no_flagged_image_one_and_all(tmp_path, bad):
+    shape = (9, 7, 3)
+    text = written(tmp_path / "x.html", detector(shape, 30), [looked(shape, 30, bad)], None)
+    found = assert_sound(text)
+    assert f"{bad} of 60 images flagged" in found.text
+    assert ("no sign of poisoned images" in found.text) == (bad < 60)
+
+
+def test_no_image_at_all(tmp_path):
+    shape, nothing = (4, 4, 3), np.empty(0)
+    answers = Answers(nothing.astype(int), nothing.astype(int), np.float32(nothing), nothing > 0)
+    stream = where.Stream(None, shape, 9, answers, lambda rows: np.empty((0, *shape)), str)
+    unread = [(f"{i}.png", f"{i}.png: cannot be read") for i in range(80)]
+    text = written(
+        tmp_path / "x.html", detector(shape, 9), [where.Looked(stream, [], [])], None, unread
+    )
+    found = assert_sound(text)
+    assert "Could not be read: 80" in found.text and "79.png" not in found.text
+
+
+def test_a_page_of_large_pictures_and_a_thousand_classes_is_small(tmp_path):
+    shape, called = (224, 224, 3), [f"class number {i}" for i in range(1283)]
+    path = tmp_path / "x.html"
+    assert_sound(written(path, detector(shape, 1283), [looked(shape, 1283, 40)] * 3, called))
+    assert path.stat().st_size < 5e6
+
+
+@pytest.mark.parametrize("held_out", [None, [0.0] * 1000])
+def test_what_is_to_be_expected_of_clean_images_is_said_where_it_is_known(tmp_path, held_out):
+    shape = (9, 7, 3)
+    found = detector(shape, 30, None if held_out is None else 1.0, held_out)
+    text = Page(written(tmp_path / "x.html", found, [looked(shape, 30, 30)], None)).text
+    assert ("is not known" in text) == (held_out is None)
+    assert ("of clean ones 0 are to be expected, 0 to 1." in text) == (held_out is not None)
+
+
+def test_more_flagged_than_expected_of_no_class_is_said(tmp_path):
+    shape, held_out = (9, 7, 3), [0.0] * 1000
+    part = looked(shape, 60, 30)
+    part.stream.answers.badnet[:30] = np.arange(30)
+    part = where.Looked(part.stream, [], [])
+    text = Page(written(tmp_path / "x.html", detector(shape, 60, 1.0, held_out), [part], None)).text
+    assert "More images are flagged than clean ones would be, but no class stands out." in text
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4])
+def test_pictures_of_any_channels_are_shown(channels):
+    for size in ((1, 1), (3, 200), (500, 40)):
+        shown = page.picture(np.full((*size, channels), 300.0))
+        assert max(shown.width, shown.height) == page.SHOWN_SIDE and min(shown.width, 1) == 1
+
+
+def test_a_formula_in_a_name_is_none():
+    assert plots.plain("a$x$\n\udcff") == "a\\$x\\$\\n\\udcff"
+
+
+# ----------------------------------------------------------------------------------- the commands
+
+
+@pytest.fixture(scope="module")
+def reports(tmp_path_factory):
+    """The demo's two pages: of its repair, and of its pictures. The folder."""
+    folder = tmp_path_factory.mktemp("reports")
+    made = command(
+        "repair.py", MODEL, DATA, "--output", folder / "g.h5", "--report", folder / "repair.html"
+    )
+    assert made.returncode == 0 and f"Saved page: {folder / 'repair.html'}" in made.stdout
+    assert not list(folder.glob(".*")), "something unfinished is left"
+    pictures = sorted(DEMO.glob("clean_*.png")) + sorted(DEMO.glob("sunglasses_*.png")) * 3
+    judged = command(
+        "eval_defence.py", *pictures, MODEL, "--repaired", folder / "g.h5",
+        "--report", folder / "judged.html", "--json", folder / "judged.json",
+    )  # fmt: skip
+    assert judged.returncode == 0, judged.stderr
+    return folder
+
+
+def test_the_demo_page_says_what_json_says(reports):
+    found = assert_sound((reports / "judged.html").read_text(encoding="utf-8"))
+    (told,) = json.loads((reports / "judged.json").read_text())["standing_out"]
+    assert told["target"] == 1 and "region" in told and "is_trigger" in told
+    assert "Some of these images are poisoned: the target is class 1." in found.text
+    assert f"{told['hits']} of {told['flagged']} flagged images" in found.text
+
+
+def test_the_page_of_a_repair_tells_its_steps(reports):
+    found = assert_sound((reports / "repair.html").read_text(encoding="utf-8"))
+    assert "channels of conv_3" in found.text and "fine-tuned" in found.text
+    assert "does not prove that the backdoor is gone" in found.text
+    assert len(found.all("img")) == 2  # no finding without --scan or --harden
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("x.pdf", "a page's name ends in .html"),
+        ("missing/x.html", "there is no folder"),
+        ("clean_1.html", "would overwrite"),
+    ],
+)
+def test_a_page_that_cannot_be_written_is_refused_before_the_work(tmp_path, name, words):
+    picture = tmp_path / "clean_1.html"  # a picture, whatever its name
+    Image.new("RGB", (47, 55)).save(picture, "PNG")
+    assert_refused(command("eval_defence.py", picture, MODEL, "--report", tmp_path / name), words)
+
+
+def test_a_page_of_ray_or_an_export_is_refused(tmp_path):
+    for more in (["--export"], [DEMO, "--ray", "--output", tmp_path / "out"]):
+        arguments = [each for each in more if each != "--export"]
+        flags = ["--export"] if "--export" in more else []
+        done = command("eval_defence.py", *arguments, MODEL, *flags, "--report", "x.html")
+        assert done.returncode == 2 and "error" in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium")
+@pytest.mark.parametrize("name", ["repair.html", "judged.html"])
+def test_a_browser_opens_the_page_without_an_error_or_a_request(reports, tmp_path, name):
+    shot, log = tmp_path / "shot.png", tmp_path / "net.json"
+    done = subprocess.run(
+        [
+            *(CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr"),
+            *("--window-size=1280,2000", f"--screenshot={shot}", f"--log-net-log={log}"),
+            *("--disable-background-networking", "--disable-component-update"),
+            f"--user-data-dir={tmp_path / 'user'}",
+            (reports / name).as_uri(),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert ":CONSOLE" not in done.stderr, done.stderr
+    pixels = np.asarray(Image.open(shot).convert("L"))
+    assert pixels.shape == (2000, 1280) and pixels.std() > 10
+    requested = re.findall(r'"url":"(https?://[^/"]+)', log.read_text())
+    own = re.compile(r"[/.](google|gvt1|googleapis)\.com$")  # the browser's, whatever it opens
+    assert not [url for url in requested if not own.search(url)], requested
