@@ -125,11 +125,14 @@ def judge_on_ray(models, arguments):
     """Judge pictures on Ray and print how many there were. Returns the exit status."""
     if not arguments.output:
         raise InputError("--ray needs --output, the folder for the verdicts")
-    unfit = ("poisoned", "json", "csv", "plot", "report", "scale", "force")
+    unfit = ("poisoned", "json", "csv", "plot", "scale", "force")
     given = [f"--{name}" for name in unfit if getattr(arguments, name)]
     if given or arguments.backend == "keras":
         raise InputError(f"{', '.join(given) or '--backend keras'}: does not go with --ray")
     onnx_file.require("ray", "pyarrow", packages="requirements-scale.txt")
+    files.check_writable({"--report": arguments.report}, models)
+    if arguments.report:
+        options.require_report(arguments.report)
     from defence import screen
 
     found = load(models, arguments, "onnx")
@@ -149,6 +152,11 @@ def judge_on_ray(models, arguments):
         f"{printable(arguments.output)}: {counts['pictures']} pictures, {counts['poisoned']} "
         f"poisoned, {counts['unread']} unread"
     )
+    given = arguments.images, found, arguments.output, arguments.max_bytes, arguments.formats
+    stream, why, unread = screen.stream(*given)
+    looked = look(stream, found, called, arguments)
+    if arguments.report:
+        report(arguments.report, found, [looked], called, why, unread)
     return status(arguments, counts["poisoned"], counts["unread"])
 
 
@@ -252,11 +260,11 @@ def described(looked):
     ]
 
 
-def report(path, found, looked, called, unread=(), results=None):
+def report(path, *told, **more):
     """Write the page of --report. The arguments are page_judged.write's."""
     from defence import page_judged  # here, for the time that it takes
 
-    page_judged.write(path, found, looked, called, unread, results)
+    page_judged.write(path, *told, **more)
     say(f"wrote {path}")
 
 

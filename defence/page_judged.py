@@ -9,11 +9,12 @@ SOME = 12  # flagged images that no class stands for, shown
 UNREAD = 50  # pictures that could not be read, named
 
 
-def write(path, found, parts, called, unread=(), results=None):
+def write(path, found, parts, called, unread=(), unread_count=None, results=None):
     """Write the page.
 
     found: the Detector.  parts: [where.Looked, …].  called: names of the classes, or None.
-    unread: [(path, why), …].  results: of datasets, as in eval_defence.py's JSON; or None.
+    unread: [(path, why), …], the first of unread_count, or all.
+    results: of datasets, as in eval_defence.py's JSON; or None.
     """
     bad, count = (
         sum(int(np.size(of(part.stream.answers))) for part in parts)
@@ -29,7 +30,7 @@ def write(path, found, parts, called, unread=(), results=None):
         charts=[page.chart(*each) for each in plots.judged(parts, found.threshold, results)],
         rule=found.rule,
         unread=unread[:UNREAD],
-        unread_count=len(unread),
+        unread_count=len(unread) if unread_count is None else unread_count,
         provenance=page.provenance(detector=str(found.path), **nets),
     )
 

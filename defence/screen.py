@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pyarrow as pa
+import pyarrow.compute
 import pyarrow.dataset
 import ray
 from pyarrow import fs
@@ -28,7 +29,7 @@ from ray.data.checkpoint import CheckpointConfig
 from ray.data.datasource import Datasource, ReadTask
 
 import utils
-from defence import cli, detector, guard, onnx_file
+from defence import cli, detector, guard, onnx_file, where
 from defence.cli import DEFAULT_MAX_BYTES, InputError, one_line, printable, say
 from defence.files import sha256
 from defence.inference import parallel_map
@@ -38,6 +39,7 @@ BATCH = 100  # pictures that a worker judges together
 READERS = 8  # of them that it reads at a time: an object store answers late, but many at once
 PART = (1_000, 10_000)  # pictures in a file of verdicts, at least and at most
 PARTS = 1_000  # files of verdicts, if that is possible
+UNREAD = 50  # pictures that could not be read, told of
 SHARE = 0.1  # of a processor, for what lists and writes beside the workers
 FILE = "detector.onnx"  # where a worker finds it, beside this code
 DONE = "_done"  # in the folder of verdicts: Ray's list of what is written
@@ -105,13 +107,18 @@ class Worker:
     def read(self, path):
         """A picture as an input of the nets, and None; or None, and why it cannot be read."""
         try:
-            with self.filesystem.open_input_file(path) as file:
-                guard.check_fits(path, "the file", file.size(), self.max_bytes)
-                contents = io.BytesIO(file.read())
-            picture = utils.decode_picture(contents, path, self.max_bytes, self.formats)
-            return utils.as_input(picture, self.detector.shape), None
+            how = self.filesystem, self.max_bytes, self.formats
+            return read_picture(path, self.detector.shape, *how), None
         except (InputError, OSError) as error:
             return None, printable(one_line(error))
+
+
+def read_picture(path, shape, filesystem, max_bytes, formats):
+    """A picture on a pyarrow file system as an input of the nets. Raises InputError, OSError."""
+    with filesystem.open_input_file(path) as file:
+        guard.check_fits(path, "the file", file.size(), max_bytes)
+        contents = io.BytesIO(file.read())
+    return utils.as_input(utils.decode_picture(contents, path, max_bytes, formats), shape)
 
 
 def screen(
@@ -295,3 +302,31 @@ def summary(filesystem, folder, classes):
         "poisoned": rows.count_rows(filter=field("class") == classes + 1),
         "unread": rows.count_rows(filter=field("class").is_null()),
     }
+
+
+def stream(pictures, found, output, max_bytes=DEFAULT_MAX_BYTES, formats=utils.PICTURE_FORMATS):
+    """The verdicts that `screen`, given the same, left: (where.Stream, [(path, why), …], unread).
+
+    The pairs are the first UNREAD of so many that could not be read.
+    """
+    (there, _), (kept, folder) = locate(pictures[0]), locate(output)
+    rows = pa.dataset.dataset(folder, SCHEMA, "parquet", kept).to_table().sort_by("path")
+    judged = rows.filter(pa.compute.is_valid(rows["class"]))
+    failed = rows.filter(pa.compute.is_null(rows["class"]))
+    classes, paths = found.classes, judged["path"]
+    badnet, repaired = (
+        judged[f"{net}_class"].fill_null(0).to_numpy() - 1 for net in ("badnet", "repaired")
+    )
+    flagged = judged["class"].to_numpy() == classes + 1
+    answers = detector.Answers(badnet, repaired, judged["score"].to_numpy(), flagged)
+
+    def fetch(chosen):
+        how = found.shape, there, max_bytes, formats
+        images = [read_picture(paths[int(i)].as_py(), *how) for i in chosen]
+        return np.array(images, np.float32).reshape(-1, *found.shape)
+
+    told = zip(*(failed.slice(0, UNREAD)[name].to_pylist() for name in ("path", "error")))
+    judged_ones = where.Stream(
+        None, found.shape, classes, answers, fetch, lambda i: paths[i].as_py()
+    )
+    return judged_ones, list(told), len(failed)

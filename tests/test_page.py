@@ -226,12 +226,9 @@ def test_a_page_that_cannot_be_written_is_refused_before_the_work(tmp_path, name
     assert_refused(command("eval_defence.py", picture, MODEL, "--report", tmp_path / name), words)
 
 
-def test_a_page_of_ray_or_an_export_is_refused(tmp_path):
-    for more in (["--export"], [DEMO, "--ray", "--output", tmp_path / "out"]):
-        arguments = [each for each in more if each != "--export"]
-        flags = ["--export"] if "--export" in more else []
-        done = command("eval_defence.py", *arguments, MODEL, *flags, "--report", "x.html")
-        assert done.returncode == 2 and "error" in done.stderr
+def test_a_page_of_an_export_is_refused():
+    call = ("eval_defence.py", MODEL, "--export", "--report", "x.html")
+    assert_refused(command(*call), "--export goes with a MODEL alone")
 
 
 @pytest.mark.slow

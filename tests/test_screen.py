@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import sys
@@ -188,7 +189,7 @@ def test_verdicts_are_those_without_ray(folder, address):
     (inside / "deep00000.png").rename(inside / "deeper" / "d.JPG")
     (inside / "notes.txt").write_text("no picture")
     call = (*CALL, "--ray-address", address)
-    process = apart(*call, cwd=folder)
+    process = apart(*call, "--report", "ray.html", cwd=folder)
     assert process.returncode == 2, process.stderr
     rows = verdicts(folder)
     assert set(rows) == {str(path) for path in inside.rglob("*") if path.is_file()}
@@ -198,7 +199,11 @@ def test_verdicts_are_those_without_ray(folder, address):
     assert all(
         row["class"] is row["badnet_class"] is row["score"] is None for row in unread.values()
     )
-    command("eval_defence.py", inside, NAME, "--json", "plain.json", cwd=folder)
+    more = ("--json", "plain.json", "--report", "plain.html")
+    command("eval_defence.py", inside, NAME, *more, cwd=folder)
+    pages = [(folder / name).read_text("utf-8") for name in ("ray.html", "plain.html")]
+    for part in ('<div class="verdict.*?</div>', "Could not be read: 102", "<figcaption>.*?</"):
+        assert re.findall(part, pages[0], re.DOTALL) == re.findall(part, pages[1], re.DOTALL) != []
     plain = json.loads((folder / "plain.json").read_text())["pictures"]
     assert len(plain) == len(rows) and rows[plain[0]["path"]].keys() == plain[0].keys()
     for row in plain:
@@ -325,6 +330,7 @@ def test_calls_that_do_not_fit_are_refused(folder):
         (("--ray", "none", NAME, "--output", OUTPUT), "none: no such file"),
         (("--ray", "ftp://x/y", NAME, "--output", OUTPUT), "ftp://x/y: unknown file system"),
         ((*begin, "--output", OUTPUT, "--json", "x"), "--json: does not go with --ray"),
+        ((*begin, "--output", OUTPUT, "--report", "no/x.html"), "there is no folder"),
         (
             (*begin, "--output", OUTPUT, "--poisoned", "x", "--csv", "x", "--plot", "x.png"),
             "--poisoned, --csv, --plot: does not go with --ray",

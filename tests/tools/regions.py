@@ -1,0 +1,158 @@
+"""How well the place of a trigger is found on flagged images, of which nobody knows the truth.
+
+    python tests/tools/regions.py                       the zoo of the demo's size
+    python tests/tools/regions.py NAME …                some of its nets
+
+For each net and trigger of a zoo, whose nets and NAME_hardened.h5 `make results` leaves in
+models/zoo-SIZE, the clean test images and a tenth as many poisoned ones are judged together, by the
+threshold of results.py, and looked at as eval_defence.py --report does. Writes
+tests/results/regions-SIZE.md. A net that is not there is left out.
+
+A place belongs to the trigger where the poisoned image and the clean one of the same face are more
+than TOLD grey levels apart. IoU is the intersection over the union of that and of what was found.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "models"), str(ROOT / "data"), str(ROOT / "tests" / "tools")]
+
+import badnet
+import h5py
+import numpy as np
+from results import RATES, RESULTS, SIZES
+
+from defence import backends, files, flagged, where
+from defence.cli import Parser, command, say
+
+TOLD = 8  # grey levels
+SHARE = 0.1  # of poisoned images, per clean one
+IN_PLACES = 0.4  # of the most, what of one image's map counts as the place of the trigger
+HEAD = """# Where the trigger is, and whether what is found is one
+
+`{command}`
+
+Of the clean test images and a tenth as many poisoned ones, judged by the hardened net with
+`--fpr {rate}`: whether the target stands out among the flagged images; how well the region that
+they share covers the trigger, and the map of a single one, as the intersection over the union with
+the true place, in the mean over the poisoned images that were looked at; and how many of the images
+on which the cut-out was pasted get the target from the BadNet and from the repaired net.
+[regions.py](../tools/regions.py) says more.
+
+"""
+COLUMNS = (
+    *("net", "trigger → class", "stands out", "region: IoU", "one image: IoU"),
+    *("pasted: BadNet", "pasted: repaired", "is it a trigger?"),
+)
+
+
+def read(path):
+    """The images of a dataset, float32 (n, height, width, channels), and their true labels."""
+    with h5py.File(path) as file:
+        images = np.moveaxis(file["data"][:], 1, 3).astype(np.float32)
+        return images, file["original_label" if "original_label" in file else "label"][:].astype(
+            int
+        )
+
+
+def mixed(clean, labels, poisoned, persons, rng):
+    """A stream of clean and poisoned images: (images, the trigger's place on each), in that order.
+
+    labels, persons: true labels; the clean and the poisoned image of a face come in one order.
+    """
+    place = np.arange(len(poisoned)) - np.searchsorted(persons, persons)
+    same = clean[np.searchsorted(labels, persons) + place]
+    chosen = np.sort(rng.choice(len(poisoned), round(SHARE * len(clean)), replace=False))
+    changed = abs(poisoned - same).max(axis=3) > TOLD
+    nowhere = np.zeros(clean.shape[:3], bool)
+    return np.concatenate([clean, poisoned[chosen]]), np.concatenate([nowhere, changed[chosen]])
+
+
+def look(found, images, target):
+    """What eval_defence.py sees in a stream: (classes that stand out, what was Seen of target).
+
+    target: 0..N-1.  It is Seen where it stands out, else None.
+    """
+    judge = where.in_batches(found.judge, found.shape)
+    answers = judge(images)
+    stream = where.Stream(None, found.shape, found.classes, answers, images.__getitem__, str)
+    standing = flagged.standing_out(answers.badnet, answers.flagged, found.classes)
+    classes = [each.target - 1 for each in standing]
+    return classes, where.look(stream, target, found.judge) if target in classes else None
+
+
+def overlap(region, place):
+    """The intersection over the union of two regions, or None where there is nothing."""
+    union = np.sum(region | place)
+    return np.sum(region & place) / union if union else None
+
+
+def cells(classes, target, seen, places):
+    """The cells of a row, behind net and trigger. places: of the trigger on each image."""
+    others = [str(each) for each in classes if each != target]
+    stands = ("yes" if target in classes else "no") + (f", and {', '.join(others)}" * bool(others))
+    if seen is None:
+        return [stands, *["–"] * 5]
+    worn = [row for row in seen.rows if places[row].any()]
+    of_region = [overlap(seen.region, places[row]) for row in worn]
+    of_one = [
+        overlap(found > IN_PLACES, places[row])
+        for found, row in zip(seen.places, seen.rows)
+        if places[row].any()
+    ]
+    shares = [f"{np.mean(each):.2f}" if each else "–" for each in (of_region, of_one)]
+    if seen.pasted is None:
+        return [stands, "no region", shares[1], "–", "–", "not shown"]
+    hits = [f"{seen.pasted[net]} of {seen.pasted['images']}" for net in ("badnet", "repaired")]
+    return [stands, *shares, *hits, "yes" if seen.is_trigger else "not shown"]
+
+
+def rows(names, size):
+    """Yield the lines of the table."""
+    yield f"| {' | '.join(COLUMNS)} |"
+    yield f"|---|---|---|{'--:|' * 4}---|"
+    nets_folder, data_folder = (ROOT / kind / f"zoo-{size}" for kind in ("models", "data"))
+    for name in names:
+        path = badnet.net_path(name, nets_folder)
+        repaired = path.with_name(f"{path.stem}_hardened.h5")
+        if not repaired.exists():
+            say(f"{repaired}: is not there; left out")
+            continue
+        found = backends.load([path, repaired], fpr=RATES[size])
+        clean, labels = read(data_folder / "clean_test_data.h5")
+        pairs = badnet.ZOO[name].triggers
+        if not pairs:
+            classes, _ = look(found, clean, None)
+            yield f"| {name} | none | {', '.join(map(str, classes)) or 'none'} |{' – |' * 5}"
+        for trigger, to in pairs:
+            poisoned, persons = read(badnet.poisoned_path(trigger, to, data_folder))
+            rng = np.random.default_rng(0)
+            images, places = mixed(clean, labels, poisoned, persons, rng)
+            classes, seen = look(found, images, to)
+            told = cells(classes, to, seen, places)
+            yield f"| {' | '.join([name, f'{trigger} → {to}', *told])} |"
+
+
+def main():
+    parser = Parser(
+        prog="regions.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("names", metavar="NAME", nargs="*", help="of nets (default: all)")
+    parser.add_argument("--size", choices=SIZES, default="demo", help="of the zoo (default: demo)")
+    given = parser.parse_args()
+    names = given.names or SIZES[given.size]
+    called = " ".join(["python tests/tools/regions.py", "--size", given.size, *given.names])
+    text = HEAD.format(command=called, rate=RATES[given.size])
+    for line in rows(names, given.size):
+        say(line)
+        text += line + "\n"
+    with files.replacing(RESULTS / f"regions-{given.size}.md") as beside:
+        beside.write_text(text)
+
+
+if __name__ == "__main__":
+    sys.exit(command(main))
