@@ -247,8 +247,12 @@ def look(stream, found, called, arguments, beside=None):
     for each in standing:
         name = called and names.of(each.target, called)
         say((f"{stream.path}: " if stream.path else "") + flagged.in_words(each, name))
-    wanted = standing if arguments.json or arguments.report else []
-    return where.Looked(stream, standing, where.look_at(stream, wanted, found.judge, beside))
+    looked = where.Looked(stream, standing, [])
+    if arguments.json or arguments.report:
+        looked.seen = where.look_at(stream, standing, found.judge, beside)
+    if arguments.report and not standing:
+        looked.alone = where.look_alone(stream, found.judge, beside)
+    return looked
 
 
 def described(looked):

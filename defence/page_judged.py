@@ -5,6 +5,7 @@ import numpy as np
 from defence import flagged, page, plots, tables, where
 from defence.cli import counted, percent
 
+FEW = 50  # images, of which the number of flagged ones tells little
 SOME = 12  # flagged images that no class stands for, shown
 UNREAD = 50  # pictures that could not be read, named
 
@@ -38,22 +39,21 @@ def write(path, found, parts, called, unread=(), unread_count=None, results=None
 def tell(part, found, called, file):
     """What the page tells of a where.Looked, as a dict.  file: its figures, or None."""
     answers, looked = part.stream.answers, [each.target - 1 for each in part.standing]
-    rest = np.flatnonzero(answers.flagged & ~np.isin(answers.badnet, looked))
-    rest = rest[np.argsort(-answers.score[rest], kind="stable")]
-    alarm, lines = verdict(part, found, called)
-    some = np.sort(rest[:SOME])
+    rest = where.highest(answers, ~np.isin(answers.badnet, looked), len(answers.score))
+    tone, lines = verdict(part, found, called)
+    some = rest[:SOME]
     return {
         "name": part.stream.path and str(part.stream.path),
         "count": len(answers.score),
-        "alarm": alarm,
+        "tone": tone,
         "lines": lines,
         "targets": [
             tell_target(part.stream, *each, called) for each in zip(part.standing, part.seen)
         ],
         "unseen": len(part.standing) - len(part.seen),
         "rest": [
-            shown(part.stream, row, pixels, called)
-            for row, pixels in zip(some, part.stream.fetch(some))
+            shown(part.stream, row, pixels, called, part.alone.get(row))
+            for row, pixels in zip(some, where.fetch(part.stream, some))
         ],
         "rest_count": len(rest),
         "figures": file and list(table(file["figures"])),
@@ -61,9 +61,10 @@ def tell(part, found, called, file):
 
 
 def verdict(part, found, called):
-    """Whether there is reason for alarm, and what is to be said first: (bool, [str])."""
-    answers, most = part.stream.answers, None
+    """What is to be said first: ("alarm", "open" or "calm", [line, …])."""
+    answers = part.stream.answers
     count, bad = len(answers.score), int(answers.flagged.sum())
+    most = None
     says = f"{bad:,} of {counted(count, 'image')} flagged"
     if found.held_out is None:
         says += "; how many clean ones would be is not known (repair.py --holdout 0.1, --fpr)."
@@ -72,14 +73,25 @@ def verdict(part, found, called):
         says += f"; of clean ones {usual:,.0f} are to be expected, {least:,} to {most:,}."
     if part.standing:
         these = " and ".join(f"class {each.target}" for each in part.standing[: where.CLASSES])
+        sure = "are" if any(seen.is_trigger for seen in part.seen) else "are probably"
+        first = f"Some of these images {sure} poisoned: the target is {these}."
         words = [flagged.in_words(each, named(each.target, called)) for each in part.standing]
-        return True, [f"Some of these images are poisoned: the target is {these}.", says, *words]
-    if most is not None and bad > most:
-        first = "More images are flagged than clean ones would be, but no class stands out."
-        return True, [first, says, "They are poisoned with many targets, or unlike the clean data."]
-    first = "No class stands out among what is flagged" if bad else "Nothing is flagged"
+        return "alarm", [first, says, *words]
     no_proof = "That does not prove that none is poisoned."
-    return False, [f"{first}: no sign of poisoned images.", says, no_proof]
+    if bad == 0:
+        return "calm", ["Nothing is flagged: no sign of poisoned images.", says, no_proof]
+    if most is None or count < FEW:
+        either = "Whether these are poisoned, or clean and flagged by mistake, cannot be told."
+        return "open", ["Images are flagged, and no class stands out among them.", says, either]
+    if bad > most:
+        first = "More images are flagged than clean ones would be, but no class stands out."
+        return "alarm", [
+            first,
+            says,
+            "They are poisoned with many targets, or unlike the clean data.",
+        ]
+    first = "No more images are flagged than clean ones would be, and no class stands out."
+    return "calm", [first, says, no_proof]
 
 
 def named(number, called):
@@ -107,15 +119,18 @@ def tell_target(stream, standing, seen, called):
         "cut_out": page.lit(seen.cut_out, np.float32(region)) if region.any() else None,
         "more": page.picture(127.5 + seen.mean - seen.usual) if region.any() else None,
         "images": [
-            shown(stream, row, pixels, called) | {"lit": page.lit(pixels, places)}
+            shown(stream, row, pixels, called, places)
             for row, pixels, places in zip(seen.rows, seen.flagged, seen.places)
         ],
         "looked_at": len(seen.rows),
     }
 
 
-def shown(stream, row, pixels, called):
-    """What the page shows of an image, as a dict. row: of the Stream."""
+def shown(stream, row, pixels, called, places=None):
+    """What the page shows of an image, as a dict.
+
+    row: of the Stream.  places: float32 (height, width), where its answer comes from, or None.
+    """
 
     def net(answer):
         if answer < 0:
@@ -130,7 +145,7 @@ def shown(stream, row, pixels, called):
         "badnet": net(int(answers.badnet[row])),
         "repaired": net(int(answers.repaired[row])),
         "score": f"{answers.score[row]:.3g}",
-        "lit": None,
+        "lit": None if places is None else page.lit(pixels, places),
     }
 
 

@@ -24,7 +24,7 @@ def write(path, record, found, seconds, called):
         "repaired.html",
         title=f"{badnet['file']}: the repair",
         finding=list(finding.in_words(found, called)) if found else [],
-        alarm=bool(found) and found.finding == "backdoor",
+        tone={"backdoor": "alarm", "nothing": "calm"}.get(found and found.finding, "open"),
         pruned=f"{len(record.pruned)} of {record.channels} channels of {record.layer}",
         steps=steps,
         rows=rows,

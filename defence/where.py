@@ -19,7 +19,7 @@ import math
 
 import numpy as np
 
-from defence.carrying import carried, cover, patches
+from defence.carrying import CARRIERS, carried, cover, patches
 from defence.detector import Answers
 from defence.inference import parallel_map
 
@@ -70,11 +70,15 @@ def of_dataset(data, answers, classes):
 
 @dataclasses.dataclass
 class Looked:
-    """A Stream, the flagged.Standing classes of it, and what was Seen of the first of them."""
+    """A Stream, the flagged.Standing classes of it, and what was Seen of the first of them.
+
+    alone: where none stands out, what `look_alone` gives; else empty.
+    """
 
     stream: Stream
     standing: list
     seen: list
+    alone: dict = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass
@@ -148,14 +152,9 @@ def look(stream, target, judge, beside=None):
     target: 0..N-1, of which some are flagged.  judge: as Detector.judge.
     beside: the Stream that has the images that were not flagged, if not the same.
     """
-    answers, beside = stream.answers, beside or stream
-    rows = np.flatnonzero(answers.flagged & (answers.badnet == target))
     most = max(2 * FEWEST, min(MOST, VALUES // math.prod(stream.shape)))
-    rows = rows[np.argsort(-answers.score[rows], kind="stable")][:most]
-    flagged = fetch(stream, rows)
-    others = np.flatnonzero(~beside.answers.flagged & (beside.answers.badnet != target))
-    count = min(most, len(others))
-    others = beside.fetch(others[np.arange(count) * len(others) // max(1, count)])
+    rows = highest(stream.answers, stream.answers.badnet == target, most)
+    flagged, others = fetch(stream, rows), unflagged(beside or stream, target, most)
     judge = in_batches(judge, stream.shape)
 
     single, nowhere = flagged[:SINGLE], np.zeros(stream.shape[:2], bool)
@@ -175,6 +174,33 @@ def look(stream, target, judge, beside=None):
         seen.cut_out = choose_cut_out(seen, choose[1], target, judge)
         seen.pasted, seen.covered = try_out(seen, *report, target, judge)
     return seen
+
+
+def look_alone(stream, judge, beside=None):
+    """Where the answers of single flagged images come from: {row: float32 (height, width), 0..1}.
+
+    Of the SINGLE images that score highest, as Seen.places.  judge, beside: as for `look`.
+    """
+    judge, found = in_batches(judge, stream.shape), {}
+    for row in highest(stream.answers, stream.answers.badnet >= 0, SINGLE):
+        target = stream.answers.badnet[row]
+        others = unflagged(beside or stream, target, CARRIERS)
+        carrying = carried(stream.fetch(np.array([row])), others, target, judge)
+        found[int(row)] = within_1(carrying)[0]
+    return found
+
+
+def highest(answers, chosen, most):
+    """The flagged images of those chosen, bool (n,), that score highest: int (most or fewer,)."""
+    rows = np.flatnonzero(answers.flagged & chosen)
+    return rows[np.argsort(-answers.score[rows], kind="stable")][:most]
+
+
+def unflagged(stream, target, most):
+    """Images that are not flagged nor answered with the target, as many, spread over the stream."""
+    rows = np.flatnonzero(~stream.answers.flagged & (stream.answers.badnet != target))
+    count = min(most, len(rows))
+    return stream.fetch(rows[np.arange(count) * len(rows) // max(1, count)])
 
 
 def try_out(seen, flagged, others, target, judge):

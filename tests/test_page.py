@@ -125,7 +125,8 @@ def test_no_flagged_image_one_and_all(tmp_path, bad):
     text = written(tmp_path / "x.html", detector(shape, 30), [looked(shape, 30, bad)], None)
     found = assert_sound(text)
     assert f"{bad} of 60 images flagged" in found.text
-    assert ("no sign of poisoned images" in found.text) == (bad < 60)
+    assert ("no sign of poisoned images" in found.text) == (bad == 0)
+    assert ("Some of these images are" in found.text) == (bad == 60)
 
 
 def test_no_image_at_all(tmp_path):
@@ -201,7 +202,7 @@ def test_the_demo_page_says_what_json_says(reports):
     found = assert_sound((reports / "judged.html").read_text(encoding="utf-8"))
     (told,) = json.loads((reports / "judged.json").read_text())["standing_out"]
     assert told["target"] == 1 and "region" in told and "is_trigger" in told
-    assert "Some of these images are poisoned: the target is class 1." in found.text
+    assert re.search("images are (probably )?poisoned: the target is class 1.", found.text)
     assert f"{told['hits']} of {told['flagged']} flagged images" in found.text
 
 
