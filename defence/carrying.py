@@ -4,6 +4,8 @@ To cover a place (occlusion: M. D. Zeiler, R. Fergus, ECCV 2014) finds what is n
 that works by any part of it, nothing is. To paste a place elsewhere finds what is enough.
 """
 
+import itertools
+
 import numpy as np
 
 CARRIERS = 1  # images that each window is pasted on
@@ -22,54 +24,44 @@ def carried(flagged, others, target, judge):
     height, width = flagged.shape[1:3]
     few = height * width > LARGE
     sizes = [make_windows(height, width, side) for side in (SIDES[:FEW] if few else SIDES)]
-    around = [list(map(patches, windows)) for windows in sizes]
+    windows, others = np.concatenate(sizes), others[:CARRIERS]
+    around = list(map(patches, windows))
     found = []
     for x, score in zip(flagged, judge(flagged).score):
-        pasted = [pasting(x, each, others[:CARRIERS], target, judge) for each in sizes]
-        covered = [covering(x, each, score, target, judge) for each in around]
-        maps = ([painted(*each) for each in zip(values, sizes)] for values in (pasted, covered))
-        found.append(np.maximum(*(np.mean(each, axis=0) for each in maps)))
+        pasted = (np.where(window[..., None], x, each) for each in others for window in windows)
+        covered = (cover(x, each) for each in around)
+        answers = judge(itertools.chain(pasted, covered))
+        hits = np.split(answers.badnet == target, len(others) + 1)
+        enough = np.mean(hits[:-1], axis=0) if len(others) else np.zeros(len(windows))
+        left = np.where(hits[-1], answers.score[-len(windows) :], 0)
+        needed = np.clip(1 - left / max(score, 1e-9), 0, 1)
+        found.append(np.maximum(*(painted(each, sizes) for each in (enough, needed))))
     return np.float32(found)
 
 
 def make_windows(height, width, side):
-    """Windows all over a picture, each half over the next: bool (w, height, width).
+    """Windows all over a picture, each a third over the next: bool (w, height, width).
 
     side: how many there would be along a side, side by side.
     """
     along = []
     for size in (height, width):
         length = max(1, round(size / side))
-        steps = 1 + max(1, round(2 * (size - length) / length))
+        steps = 1 + max(1, round(1.5 * (size - length) / length))
         starts = np.unique(np.rint(np.linspace(0, size - length, steps)))[:, None]
         along.append((starts <= np.arange(size)) & (np.arange(size) < starts + length))
     down, right = along
     return (down[:, None, :, None] & right[None, :, None, :]).reshape(-1, height, width)
 
 
-def painted(values, windows):
-    """The mean of the values of all windows over each place: (height, width)."""
-    return np.tensordot(values, windows, 1) / windows.sum(axis=0)
-
-
-def pasting(image, windows, others, target, judge):
-    """Of how many of the others each window, pasted on them, makes the target: float (w,), 0..1."""
-    if not len(others):
-        return np.zeros(len(windows))
-    answers = judge(
-        np.where(window[..., None], image, other) for window in windows for other in others
-    )
-    return np.mean((answers.badnet == target).reshape(len(windows), -1), axis=1)
-
-
-def covering(image, around, score, target, judge):
-    """By how much, as a fraction, covering each window makes the score fall: float (w,), 0..1.
-
-    around: of each window what `patches` gives.
-    """
-    answers = judge(cover(image, each) for each in around)
-    left = np.where(answers.badnet == target, answers.score, 0)
-    return np.clip(1 - left / max(score, 1e-9), 0, 1)
+def painted(values, sizes):
+    """The values of windows, (w,), in the mean over those around a place, then over the sizes."""
+    each = np.split(values, np.cumsum([len(windows) for windows in sizes])[:-1])
+    maps = [
+        np.tensordot(of_size, windows, 1) / windows.sum(axis=0)
+        for of_size, windows in zip(each, sizes)
+    ]
+    return np.mean(maps, axis=0)
 
 
 def patches(region):

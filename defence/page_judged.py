@@ -3,8 +3,9 @@
 import numpy as np
 
 from defence import flagged, page, plots, tables, where
-from defence.cli import counted, percent
+from defence.cli import percent
 
+NETS = {"badnet": "BadNet", "repaired": "repaired net"}
 FEW = 50  # images, of which the number of flagged ones tells little
 SOME = 12  # flagged images that no class stands for, shown
 UNREAD = 50  # pictures that could not be read, named
@@ -22,7 +23,7 @@ def write(path, found, parts, called, unread=(), unread_count=None, results=None
         for of in (lambda answers: np.flatnonzero(answers.flagged), lambda answers: answers.score)
     )
     of_files = [results["clean"], *results["poisoned"]] if results else [None] * len(parts)
-    nets = {f"{net}, SHA-256": digest for net, digest in found.sha256.items()}
+    nets = {f"{NETS[net]}, SHA-256": digest for net, digest in found.sha256.items()}
     page.write(
         path,
         "judged.html",
@@ -65,7 +66,7 @@ def verdict(part, found, called):
     answers = part.stream.answers
     count, bad = len(answers.score), int(answers.flagged.sum())
     most = None
-    says = f"{bad:,} of {counted(count, 'image')} flagged"
+    says = f"{bad:,} of {count:,} {'image' if count == 1 else 'images'} flagged"
     if found.held_out is None:
         says += "; how many clean ones would be is not known (repair.py --holdout 0.1, --fpr)."
     else:

@@ -14,6 +14,7 @@ SHEET, SHEET_ROWS = 10, 6  # flagged images in a row of the contact sheet, and i
 NAME = {"width": 26, "max_lines": 3, "placeholder": " …"}  # of a file, beside such a row
 ATTRACTING = 20  # classes that get most of the wrong answers, shown
 CHART = (4.8, 3.2)  # of a page, in inches
+EDGES = {"left": 0.2, "right": 0.98, "bottom": 0.16, "top": 0.92}
 BINS, LEAST = 40, 1e-6  # of the histograms, and the score that a smaller one is shown as
 
 
@@ -139,7 +140,8 @@ def chart(draw, *given):
     import matplotlib
     from matplotlib.figure import Figure
 
-    figure, file = Figure(figsize=CHART, layout="constrained"), io.BytesIO()
+    figure, file = Figure(figsize=CHART), io.BytesIO()
+    figure.subplots_adjust(**EDGES)  # a layout that is sought takes as long as all else
     draw(figure.add_subplot(), *given)
     with matplotlib.rc_context({"svg.fonttype": "path", "svg.hashsalt": "chart"}):
         figure.savefig(file, format="svg", metadata={"Date": None})

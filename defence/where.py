@@ -28,6 +28,7 @@ MOST = 64  # images that are looked at, of the flagged ones and of the others
 FEWEST = 5  # of each kind, for a difference
 SINGLE = 4  # flagged images that windows are taken of
 FINE = 5  # pixels a side
+UNLIKE = 1  # standard deviations by which the trigger differs from the usual, at least
 VARY = 4  # grey levels that a pixel counts as varying by, at least
 BY_CHANCE = 4  # standard errors that a difference stays below where there is none
 CARRIED = 0.2  # how much a place carries, at least, where something is at one place
@@ -35,7 +36,8 @@ BORDERS = (0.5, 0.4, 0.3, 0.2, 0.15, 0.1)  # of the most in a region, what is in
 WORSE = 0.15  # than the best region, what a smaller one may be
 A_TRIGGER = 0.5  # of the images that a trigger is pasted on, those that it fools the BadNet with
 WHOLE = 0.5  # of the picture: a region as large is all of it
-VALUES, BATCH_VALUES = 2**25, 2**19  # as float32 128 MB and 2 MB: of such images, and of a batch
+VALUES, BATCH_VALUES = 2**25, 2**17  # as float32 128 MB and 512 KB: of such images, and of a batch
+FEWEST_TOGETHER = 4  # images in a batch
 
 
 @dataclasses.dataclass
@@ -88,8 +90,8 @@ class Seen:
     rows: int (k,), which images of the stream were looked at, those that score highest first.
     flagged: float32 (k, height, width, channels), 0..255, the images.
     places: float32 (SINGLE or fewer, height, width), 0..1, where the trigger is on the first of
-    them: how much of the answer each place carries, times how unlike the usual it is there; of each
-    image the most is 1, if it is not 0.
+    them: 1 where the image is UNLIKE the usual, within a region that is not all of the picture;
+    without one, how much of the answer a place carries, times how unlike it is, the most being 1.
     region: bool (height, width), all of it False where nothing is in common.
     usual, mean: float32 (height, width, channels), the mean of the images that were not flagged,
     and of the flagged ones; None where there are too few.
@@ -161,7 +163,8 @@ def look(stream, target, judge, beside=None):
     carrying = carried(single, others, target, judge)
     if min(len(flagged), len(others)) < FEWEST:
         return Seen(rows, flagged, within_1(carrying), nowhere)
-    places = within_1(carrying * unlike(single, others))
+    apart = unlike(single, others)
+    places = within_1(carrying * apart)
     mean = flagged.mean(axis=0)
     seen = Seen(rows, flagged, places, nowhere, others.mean(axis=0), mean, cut_out=mean)
     choose, report = ((flagged[i::2], others[i::2]) for i in (0, 1))
@@ -173,6 +176,8 @@ def look(stream, target, judge, beside=None):
         seen.region = smallest(tried)
         seen.cut_out = choose_cut_out(seen, choose[1], target, judge)
         seen.pasted, seen.covered = try_out(seen, *report, target, judge)
+        if not seen.whole:
+            seen.places = np.float32(seen.region & (apart > UNLIKE))
     return seen
 
 
@@ -250,7 +255,7 @@ def in_batches(judge, shape):
 
     shape: (height, width, channels).
     """
-    size = max(1, BATCH_VALUES // math.prod(shape))
+    size = max(FEWEST_TOGETHER, BATCH_VALUES // math.prod(shape))
 
     def run(images):
         images = iter(images)
