@@ -35,6 +35,7 @@ from defence import (
     onnx_file,
     options,
     plots,
+    streams,
     tables,
     where,
 )
@@ -130,9 +131,11 @@ def judge_on_ray(models, arguments):
     if given or arguments.backend == "keras":
         raise InputError(f"{', '.join(given) or '--backend keras'}: does not go with --ray")
     onnx_file.require("ray", "pyarrow", packages="requirements-scale.txt")
-    files.check_writable({"--report": arguments.report}, models)
     if arguments.report:
+        files.check_writable({"--report": arguments.report}, models)
         options.require_report(arguments.report)
+        if Path(arguments.report).resolve().is_relative_to(Path(arguments.output).resolve()):
+            raise InputError(f"{arguments.report}: is inside --output, where verdicts alone may be")
     from defence import screen
 
     found = load(models, arguments, "onnx")
@@ -152,11 +155,11 @@ def judge_on_ray(models, arguments):
         f"{printable(arguments.output)}: {counts['pictures']} pictures, {counts['poisoned']} "
         f"poisoned, {counts['unread']} unread"
     )
-    given = arguments.images, found, arguments.output, arguments.max_bytes, arguments.formats
-    stream, why, unread = screen.stream(*given)
-    looked = look(stream, found, called, arguments)
     if arguments.report:
-        report(arguments.report, found, [looked], called, why, unread)
+        how = arguments.output, arguments.max_bytes, arguments.formats
+        stream, why = screen.stream(arguments.images, found, *how)
+        looked = look(stream, found, called, arguments)
+        report(arguments.report, found, [looked], called, why, counts["unread"])
     return status(arguments, counts["poisoned"], counts["unread"])
 
 
@@ -184,12 +187,14 @@ def judge_pictures(images, models, arguments, alone):
     blank, results = dict.fromkeys([*ROW, "class_name"] if called else ROW), []
     count = min(PICTURES, max(1, arguments.max_bytes // (16 * math.prod(found.shape))))
 
+    def as_input(path):
+        return utils.as_input(picture if alone else read(path, arguments), found.shape)
+
     def judge(paths):
         rows, inputs = [blank | {"path": str(path)} for path in paths], []
         for row, path in zip(rows, paths):
             try:
-                opened = picture if alone else read(path, arguments)
-                inputs.append(utils.as_input(opened, found.shape))
+                inputs.append(as_input(path))
             except InputError as error:
                 row["error"] = str(error)
         judged = [row for row in rows if row["error"] is None]
@@ -204,7 +209,7 @@ def judge_pictures(images, models, arguments, alone):
         tell(rows, arguments, alone)
         results += rows
     judged = [row for row in results if row["error"] is None]
-    stream = stream_of(judged, found, arguments)
+    stream = streams.of_pictures(judged, found.shape, found.classes, as_input)
     poisoned, unread = int(stream.answers.flagged.sum()), len(results) - len(judged)
     if not alone:
         say(f"{len(judged)} judged, {poisoned} flagged, {unread} unread")
@@ -215,32 +220,15 @@ def judge_pictures(images, models, arguments, alone):
     if arguments.csv:
         files.write_csv(results, arguments.csv)
     if arguments.report:
-        why = [(row["path"], row["error"]) for row in results if row["error"] is not None]
-        report(arguments.report, found, [part], called, why)
+        why = [row["error"] for row in results if row["error"] is not None]
+        report(arguments.report, found, [part], called, why[: streams.UNREAD], unread)
     return status(arguments, poisoned, unread)
-
-
-def stream_of(rows, found, arguments):
-    """The where.Stream of pictures that were judged. rows: what is told of each."""
-    badnet, repaired = (
-        np.array([(row[f"{net}_class"] or 0) - 1 for row in rows], np.int64)
-        for net in ("badnet", "repaired")
-    )
-    score = np.array([row["score"] for row in rows], np.float32)
-    flagged = np.array([row["class"] == found.classes + 1 for row in rows], bool)
-
-    def fetch(chosen):
-        images = [utils.as_input(read(rows[i]["path"], arguments), found.shape) for i in chosen]
-        return np.array(images, np.float32).reshape(-1, *found.shape)
-
-    answers = detector.Answers(badnet, repaired, score, flagged)
-    return where.Stream(None, found.shape, found.classes, answers, fetch, lambda i: rows[i]["path"])
 
 
 def look(stream, found, called, arguments, beside=None):
     """Say which classes stand out among the flagged images. Returns the where.Looked.
 
-    stream: a where.Stream.  called: names of the classes, or None.  beside: as for where.look.
+    stream: a streams.Stream.  called: names of the classes, or None.  beside: as for where.look.
     """
     answers = stream.answers
     standing = flagged.standing_out(answers.badnet, answers.flagged, stream.classes)
@@ -317,7 +305,7 @@ def judge_datasets(images, models, arguments):
         for each, data, (answers, _) in zip(
             (results["clean"], *results["poisoned"]), datasets, judged
         ):
-            stream = where.of_dataset(data, answers, found.classes)
+            stream = streams.of_dataset(data, answers, found.classes)
             clean = looked[0].stream if looked else None
             looked.append(look(stream, found, called, arguments, clean))
             each["standing_out"] = described(looked[-1])

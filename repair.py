@@ -214,19 +214,28 @@ def main():
     warn_if_ruined(made)
     utils.save_model(repaired.split.net, output, **{record.ATTRIBUTE: made.to_json()})
     seconds = observer.seconds | {"total": round(time.monotonic() - start, 3)}
-    if arguments.json:
-        found = observer.finding and dataclasses.asdict(observer.finding)
-        more = {"finding": found, "seconds": seconds}
-        files.write_json(dataclasses.asdict(made) | more, arguments.json)
-    if arguments.plot:
-        plots.pruning_curve(made, arguments.plot)
+    write_results(made, observer.finding, seconds, called, arguments)
     talk = sys.stderr if arguments.json == files.STDOUT else sys.stdout
     print(tables.summary(made, seconds, called), f"Saved model: {output}", sep="\n", file=talk)
     if exported and export(badnet, output, exported, arguments.max_bytes):
         print(f"Saved detector: {exported}", file=talk)
     if arguments.report:
-        page_repaired.write(arguments.report, made, observer.finding, seconds, called)
         print(f"Saved page: {arguments.report}", file=talk)
+
+
+def write_results(made, found, seconds, called, arguments):
+    """Write what --json, --plot and --report ask for.
+
+    made: the RepairRecord.  found: the Finding about the BadNet, or None.  seconds: {step: s}.
+    called: names of the classes, or None.
+    """
+    if arguments.json:
+        more = {"finding": found and dataclasses.asdict(found), "seconds": seconds}
+        files.write_json(dataclasses.asdict(made) | more, arguments.json)
+    if arguments.plot:
+        plots.pruning_curve(made, arguments.plot)
+    if arguments.report:
+        page_repaired.write(arguments.report, made, found, seconds, called)
 
 
 def export(badnet, repaired, path, max_bytes):

@@ -104,14 +104,14 @@ def sample_one(picture, down, right):
     lower, righter = (down - top).astype(np.float32), (right - left).astype(np.float32)
     place, planes = top * width + left, picture.reshape(-1, channels).T.copy()
 
-    def column(right):  # beyond the picture is only what has no weight; "clip" is also fast
+    def column(step):  # beyond the picture is only what has no weight; "clip" is also fast
         above, below = (
-            np.take(planes, place + step, axis=1, mode="clip") for step in (right, width + right)
+            np.take(planes, place + more, axis=1, mode="clip") for more in (step, width + step)
         )
         return above + lower * (below - above)
 
-    left, right = column(0), column(1)
-    return np.moveaxis(left + righter * (right - left), 0, 2)
+    first, second = column(0), column(1)
+    return np.moveaxis(first + righter * (second - first), 0, 2)
 
 
 # --------------------------------------------------------------------------------------- colours

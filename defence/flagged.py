@@ -4,11 +4,13 @@ Needs neither poisoned data nor labels: the images that are not flagged tell wha
 """
 
 import dataclasses
+import math
 
 import numpy as np
 
 LEVEL = 0.01  # of all streams of clean images, those in which some class stands out
 EACH = 0.25  # images that what is expected of a class counts as; tests/tools/streams.py tries it
+MANY = 10_000  # images, of which a share is hardly less certain than of more
 TINY = 1e-9  # smaller p-values are not told apart
 
 
@@ -78,12 +80,14 @@ def expected(held_out, threshold, total):
     """How many of so many clean images are flagged: (mean, low, high), of a 95 % interval.
 
     held_out: float (m,), the anomaly scores of clean images.  threshold: of the score.
-    h of the held-out images are above it: a beta-binomial distribution, with Jeffreys' prior.
+    It is one of the m held-out scores, h of them above it: then the fraction of all scores above it
+    has a beta distribution, of h + 1 and m - h. Of more than MANY images the bounds are those of
+    MANY, multiplied.
     """
-    above = np.sum(np.asarray(held_out) > threshold) + 0.5
-    chances = np.cumsum(np.exp(log_chances(total, above, len(held_out) + 1)))
-    low, high = np.searchsorted(chances, [0.025, 0.975])
-    return total * above / (len(held_out) + 1), int(low), int(high)
+    above, count = np.sum(np.asarray(held_out) > threshold) + 1, min(total, MANY)
+    chances = np.cumsum(np.exp(log_chances(count, above, len(held_out) + 1)))
+    low, high = np.searchsorted(chances, [0.025, 0.975]) * (total / max(1, count))
+    return total * above / (len(held_out) + 1), int(low), math.ceil(high)
 
 
 def in_words(standing, name=None):

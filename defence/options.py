@@ -209,11 +209,6 @@ def eval_parser():
         help="of pictures to read, such as png,jpeg,webp; webp, bmp and gif (the first frame) are "
         "refused by default, because each decoder is one more to attack (default: png,jpeg)",
     )
-    parser.add_argument(
-        "--fail-on-flagged",
-        action="store_true",
-        help="exit status 3 where an image counts as poisoned",
-    )
     cli.add_general(parser, VERSION)
     return parser
 
@@ -304,6 +299,11 @@ def _add_results(group):
         action="store_true",
         help="judge nothing, but write NAME_detector.onnx beside the repaired net, as repair.py "
         "does, with --fpr the threshold in it",
+    )
+    add(
+        "--fail-on-flagged",
+        action="store_true",
+        help="exit status 3 where an image counts as poisoned",
     )
 
 

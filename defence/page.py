@@ -5,11 +5,14 @@ escapes all that it is given, and the page forbids itself scripts and the networ
 """
 
 import base64
+import contextlib
 import dataclasses
 import datetime
 import hashlib
 import importlib.metadata
 import io
+import shlex
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +22,8 @@ from defence.cli import encodable
 from defence.record import VERSION
 
 PAGES = Path(__file__).parent / "pages"
+LIBRARIES = ("tensorflow", "keras", "onnxruntime", "numpy")
+COMMAND = 500  # characters of the command, shown
 SIDE = 128  # pixels of an image on a page, at most
 SHOWN_SIDE = 112  # CSS pixels of its longer side
 DIM = 0.25  # how bright an image is where the trigger is not
@@ -70,10 +75,20 @@ def shown(value):
 
 def provenance(**more):
     """What a page says of where it comes from: [(name, value), …], those of `more` first."""
-    libraries = ("tensorflow", "keras", "onnxruntime", "numpy")
-    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in libraries)
+    versions = [f"this tool {VERSION}"]
+    for name in LIBRARIES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions.append(f"{name} {importlib.metadata.version(name)}")
+    command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    if len(command) > COMMAND:
+        command = command[:COMMAND] + " …"
     now = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
-    return [*more.items(), ("versions", f"this tool {VERSION}, {versions}"), ("made", now)]
+    return [
+        *more.items(),
+        ("command", command),
+        ("versions", ", ".join(versions)),
+        ("made", now),
+    ]
 
 
 # --------------------------------------------------------------------------------------- images

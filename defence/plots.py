@@ -154,8 +154,7 @@ def some_flagged(data, answers):
     count = min(SHEET, len(flagged))
     some = flagged[np.arange(count) * len(flagged) // max(1, count)]
     chosen = np.isin(np.arange(len(data)), some)
-    images = [x for x, _ in data.part(chosen).batches()]
-    return images and np.concatenate(images), answers.badnet[some], answers.repaired[some]
+    return data.take(chosen), answers.badnet[some], answers.repaired[some]
 
 
 def _roc(axes, results, scores, names):

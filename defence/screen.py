@@ -20,7 +20,6 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pyarrow as pa
-import pyarrow.compute
 import pyarrow.dataset
 import ray
 from pyarrow import fs
@@ -29,7 +28,7 @@ from ray.data.checkpoint import CheckpointConfig
 from ray.data.datasource import Datasource, ReadTask
 
 import utils
-from defence import cli, detector, guard, onnx_file, where
+from defence import cli, detector, guard, onnx_file, streams
 from defence.cli import DEFAULT_MAX_BYTES, InputError, one_line, printable, say
 from defence.files import sha256
 from defence.inference import parallel_map
@@ -39,7 +38,6 @@ BATCH = 100  # pictures that a worker judges together
 READERS = 8  # of them that it reads at a time: an object store answers late, but many at once
 PART = (1_000, 10_000)  # pictures in a file of verdicts, at least and at most
 PARTS = 1_000  # files of verdicts, if that is possible
-UNREAD = 50  # pictures that could not be read, told of
 SHARE = 0.1  # of a processor, for what lists and writes beside the workers
 FILE = "detector.onnx"  # where a worker finds it, beside this code
 DONE = "_done"  # in the folder of verdicts: Ray's list of what is written
@@ -305,28 +303,26 @@ def summary(filesystem, folder, classes):
 
 
 def stream(pictures, found, output, max_bytes=DEFAULT_MAX_BYTES, formats=utils.PICTURE_FORMATS):
-    """The verdicts that `screen`, given the same, left: (where.Stream, [(path, why), …], unread).
+    """The verdicts that `screen`, given the same, left: (streams.Stream, [why, …]).
 
-    The pairs are the first UNREAD of so many that could not be read.
+    The texts say of the first streams.UNREAD pictures that could not be read why not.
     """
     (there, _), (kept, folder) = locate(pictures[0]), locate(output)
-    rows = pa.dataset.dataset(folder, SCHEMA, "parquet", kept).to_table().sort_by("path")
-    judged = rows.filter(pa.compute.is_valid(rows["class"]))
-    failed = rows.filter(pa.compute.is_null(rows["class"]))
-    classes, paths = found.classes, judged["path"]
-    badnet, repaired = (
-        judged[f"{net}_class"].fill_null(0).to_numpy() - 1 for net in ("badnet", "repaired")
-    )
-    flagged = judged["class"].to_numpy() == classes + 1
-    answers = detector.Answers(badnet, repaired, judged["score"].to_numpy(), flagged)
+    rows = pa.dataset.dataset(folder, SCHEMA, "parquet", kept)
+    told = rows.to_table(["class", "badnet_class", "repaired_class", "score"])
+    places = np.flatnonzero(told["class"].is_valid())  # of those judged; paths stay where they are
+    said, badnet, repaired, score = (column.fill_null(0).to_numpy()[places] for column in told)
+    flagged = said == found.classes + 1
+    answers = detector.Answers(badnet - 1, repaired - 1, score, flagged)
+
+    def named(row):
+        return rows.take([places[row]], ["path"])["path"][0].as_py()
 
     def fetch(chosen):
         how = found.shape, there, max_bytes, formats
-        images = [read_picture(paths[int(i)].as_py(), *how) for i in chosen]
+        images = [read_picture(named(row), *how) for row in chosen]
         return np.array(images, np.float32).reshape(-1, *found.shape)
 
-    told = zip(*(failed.slice(0, UNREAD)[name].to_pylist() for name in ("path", "error")))
-    judged_ones = where.Stream(
-        None, found.shape, classes, answers, fetch, lambda i: paths[i].as_py()
-    )
-    return judged_ones, list(told), len(failed)
+    unread = rows.head(streams.UNREAD, ["error"], filter=pa.dataset.field("class").is_null())
+    judged = streams.Stream(None, found.shape, found.classes, answers, fetch, named)
+    return judged, unread["error"].to_pylist()

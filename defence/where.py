@@ -10,7 +10,7 @@ Needs neither poisoned data nor labels, but the flagged images and others. In tu
 - the test: the cut-out pasted on images that were not flagged. If the BadNet then answers with the
   class, it is a trigger, or what the BadNet takes for one.
 
-docs/figures.md says how far that may be believed; tests/tools/regions.py measures it.
+docs/page.md says how far that may be believed; tests/tools/regions.py measures it.
 """
 
 import dataclasses
@@ -22,6 +22,7 @@ import numpy as np
 from defence.carrying import CARRIERS, carried, cover, patches
 from defence.detector import Answers
 from defence.inference import parallel_map
+from defence.streams import Stream, fetch, highest, unflagged
 
 CLASSES = 3  # that are looked at, of those that stand out
 MOST = 64  # images that are looked at, of the flagged ones and of the others
@@ -34,40 +35,11 @@ BY_CHANCE = 4  # standard errors that a difference stays below where there is no
 CARRIED = 0.2  # how much a place carries, at least, where something is at one place
 BORDERS = (0.5, 0.4, 0.3, 0.2, 0.15, 0.1)  # of the most in a region, what is in it at least
 WORSE = 0.15  # than the best region, what a smaller one may be
-A_TRIGGER = 0.5  # of the images that a trigger is pasted on, those that it fools the BadNet with
+A_TRIGGER = 0.5  # of the images it is pasted on, those for which it fools the BadNet alone
+FEWEST_TRIED = 10  # images that it is pasted on
 WHOLE = 0.5  # of the picture: a region as large is all of it
-VALUES, BATCH_VALUES = 2**25, 2**17  # as float32 128 MB and 512 KB: of such images, and of a batch
+VALUES, BATCH_VALUES = 2**23, 2**17  # as float32 32 MB and 512 KB: of such images, and of a batch
 FEWEST_TOGETHER = 4  # images in a batch
-
-
-@dataclasses.dataclass
-class Stream:
-    """Images that were judged.
-
-    path: of the dataset, or None.  shape: (height, width, channels).  classes: N.
-    answers: detector.Answers of all of them.
-    fetch: of int (k,), ascending: these images again, float32 (k, height, width, channels), 0..255.
-    named: of an int, what an image is called.
-    """
-
-    path: object
-    shape: tuple
-    classes: int
-    answers: Answers
-    fetch: object
-    named: object
-
-
-def of_dataset(data, answers, classes):
-    """The Stream of a Dataset, which stays open, and detector.Answers of it."""
-
-    def fetch(rows):
-        if not len(rows):
-            return np.empty((0, *data.shape), np.float32)
-        chosen = np.isin(np.arange(len(data)), rows)
-        return np.concatenate([x for x, _ in data.part(chosen).batches()])
-
-    return Stream(data.path, data.shape, classes, answers, fetch, "image {}".format)
 
 
 @dataclasses.dataclass
@@ -88,10 +60,10 @@ class Seen:
     """What was seen of a class that stands out.
 
     rows: int (k,), which images of the stream were looked at, those that score highest first.
-    flagged: float32 (k, height, width, channels), 0..255, the images.
-    places: float32 (SINGLE or fewer, height, width), 0..1, where the trigger is on the first of
-    them: 1 where the image is UNLIKE the usual, within a region that is not all of the picture;
-    without one, how much of the answer a place carries, times how unlike it is, the most being 1.
+    flagged: float32 (SINGLE or fewer, height, width, channels), 0..255, the first of these images.
+    places: float32, as many, (…, height, width), 0..1, where the trigger is on them: 1 where the
+    image is UNLIKE the usual, within a region that is not all of the picture; without one, how much
+    of the answer a place carries, times how unlike the usual it is there, the most being 1.
     region: bool (height, width), all of it False where nothing is in common.
     usual, mean: float32 (height, width, channels), the mean of the images that were not flagged,
     and of the flagged ones; None where there are too few.
@@ -119,11 +91,11 @@ class Seen:
 
     @property
     def is_trigger(self):
-        """Whether pasting makes the BadNet answer with the class, and not what is in a face of it.
+        """Whether what is pasted makes the BadNet answer with the class, and the repaired net not.
 
-        That would make the repaired net answer so, too.
+        What is in every face of a class makes both answer so.
         """
-        if self.pasted is None:
+        if self.pasted is None or self.pasted["images"] < FEWEST_TRIED:
             return False
         more = self.pasted["badnet"] - self.pasted["repaired"]
         return more >= A_TRIGGER * self.pasted["images"]
@@ -156,17 +128,20 @@ def look(stream, target, judge, beside=None):
     """
     most = max(2 * FEWEST, min(MOST, VALUES // math.prod(stream.shape)))
     rows = highest(stream.answers, stream.answers.badnet == target, most)
-    flagged, others = fetch(stream, rows), unflagged(beside or stream, target, most)
+    rows, flagged = fetch(stream, rows)
+    others = unflagged(beside or stream, target, most)
     judge = in_batches(judge, stream.shape)
 
     single, nowhere = flagged[:SINGLE], np.zeros(stream.shape[:2], bool)
+    if not len(single):
+        return Seen(rows, single, np.empty((0, *stream.shape[:2])), nowhere)
     carrying = carried(single, others, target, judge)
     if min(len(flagged), len(others)) < FEWEST:
-        return Seen(rows, flagged, within_1(carrying), nowhere)
+        return Seen(rows, single, within_1(carrying), nowhere)
     apart = unlike(single, others)
     places = within_1(carrying * apart)
     mean = flagged.mean(axis=0)
-    seen = Seen(rows, flagged, places, nowhere, others.mean(axis=0), mean, cut_out=mean)
+    seen = Seen(rows, single, places, nowhere, others.mean(axis=0), mean, cut_out=mean)
     choose, report = ((flagged[i::2], others[i::2]) for i in (0, 1))
     tried = []
     for region in regions(difference(flagged, others), carrying.mean(axis=0)):
@@ -190,22 +165,10 @@ def look_alone(stream, judge, beside=None):
     for row in highest(stream.answers, stream.answers.badnet >= 0, SINGLE):
         target = stream.answers.badnet[row]
         others = unflagged(beside or stream, target, CARRIERS)
-        carrying = carried(stream.fetch(np.array([row])), others, target, judge)
-        found[int(row)] = within_1(carrying)[0]
+        _, images = fetch(stream, np.array([row]))
+        if len(images):
+            found[int(row)] = within_1(carried(images, others, target, judge))[0]
     return found
-
-
-def highest(answers, chosen, most):
-    """The flagged images of those chosen, bool (n,), that score highest: int (most or fewer,)."""
-    rows = np.flatnonzero(answers.flagged & chosen)
-    return rows[np.argsort(-answers.score[rows], kind="stable")][:most]
-
-
-def unflagged(stream, target, most):
-    """Images that are not flagged nor answered with the target, as many, spread over the stream."""
-    rows = np.flatnonzero(~stream.answers.flagged & (stream.answers.badnet != target))
-    count = min(most, len(rows))
-    return stream.fetch(rows[np.arange(count) * len(rows) // max(1, count)])
 
 
 def try_out(seen, flagged, others, target, judge):
@@ -224,7 +187,7 @@ def choose_cut_out(seen, others, target, judge):
     if seen.whole:
         tried = [seen.mean, seen.usual + fine(seen.mean) - fine(seen.usual)]
     else:
-        tried = [seen.mean, *seen.flagged[:SINGLE]]
+        tried = [seen.mean, *seen.flagged]
     hits = []
     for image in tried:
         hits.append(counts(judge(paste(others, image, seen)), target)["badnet"])
@@ -241,13 +204,6 @@ def smallest(tried):
         for _, pasted, covered in tried
     ]
     return next(region for (region, *_), each in zip(tried, good) if each >= max(good) - WORSE)
-
-
-def fetch(stream, rows):
-    """The images of a Stream in any order. rows: int (k,)."""
-    order = np.argsort(rows)
-    images = stream.fetch(rows[order])
-    return images[np.argsort(order)]
 
 
 def in_batches(judge, shape):

@@ -13,7 +13,7 @@ import pytest
 from conftest import ROOT, assert_refused, command
 from PIL import Image
 
-from defence import flagged, page, page_judged, plots, where
+from defence import flagged, page, page_judged, plots, streams, where
 from defence.detector import Answers, Detector
 
 HOSTILE = "<script>alert(1)</script>\n\"'&{{ 7*7 }}\u202e$\\frac$\udcff"
@@ -79,16 +79,18 @@ def detector(shape, classes, threshold=1.0, held_out=(0.1, 0.2, 3.0)):
 def looked(shape, classes, bad, target=0, name="picture {}".format, path=None):
     """A where.Looked of 60 images, so many of them flagged, all of these with one class."""
     rng = np.random.default_rng(0)
-    images = rng.integers(0, 256, (60, *shape)).astype(np.float32)
+    images = rng.integers(0, 250, (60, *shape)).astype(np.float32)
+    images[:bad, : shape[0] // 3, : shape[1] // 3] = 250  # the trigger
     badnet = np.where(np.arange(60) < bad, target, 1 + np.arange(60) % (classes - 1))
     score = np.where(np.arange(60) < bad, 9, 0.1).astype(np.float32)
     answers = Answers(badnet, 1 + np.arange(60) % (classes - 1), score, np.arange(60) < bad)
-    stream = where.Stream(path, shape, classes, answers, lambda rows: images[rows], name)
+    stream = streams.Stream(path, shape, classes, answers, lambda rows: images[rows], name)
     standing = flagged.standing_out(badnet, answers.flagged, classes)
 
     def judge(x):
-        n = len(x)
-        return Answers(np.zeros(n, int), np.ones(n, int), np.full(n, 9, np.float32))
+        worn = x[:, : shape[0] // 3, : shape[1] // 3].min(axis=(1, 2, 3)) == 250
+        score = np.where(worn, 9, 0.1).astype(np.float32)
+        return Answers(np.where(worn, target, 1), np.ones(len(x), int), score, worn)
 
     return where.Looked(stream, standing, where.look_at(stream, standing, judge))
 
@@ -102,10 +104,9 @@ def test_hostile_names_stay_text(tmp_path):
     """Of pictures, of classes, of what could not be read."""
     shape, called = (12, 10, 3), [HOSTILE] * 40
     part = looked(shape, 40, 20, name=lambda i: HOSTILE)
-    text = written(
-        tmp_path / "x.html", detector(shape, 40), [part], called, [(HOSTILE, HOSTILE)] * 3
-    )
+    text = written(tmp_path / "x.html", detector(shape, 40), [part], called, [HOSTILE] * 3, 3)
     found = assert_sound(text)
+    assert "It works as one" in found.text and "within the region" in found.text
     assert "<script>alert(1)</script>\\n" in found.text and "{{ 7*7 }}\\u202e" in found.text
     assert "\\udcff" in found.text and "\u202e" not in text
 
@@ -117,6 +118,7 @@ def test_a_dataset_with_a_hostile_name_has_its_charts(tmp_path):
         written(tmp_path / "x.html", detector(shape, 5), [looked(shape, 5, 9, path=path)], None)
     )
     assert "a$b$\\frac$ <i>.h5" in found.text
+    assert [each for each in found.all("img") if each["src"].startswith("data:image/svg")]
 
 
 @pytest.mark.parametrize("bad", [0, 1, 60])
@@ -132,13 +134,14 @@ def test_no_flagged_image_one_and_all(tmp_path, bad):
 def test_no_image_at_all(tmp_path):
     shape, nothing = (4, 4, 3), np.empty(0)
     answers = Answers(nothing.astype(int), nothing.astype(int), np.float32(nothing), nothing > 0)
-    stream = where.Stream(None, shape, 9, answers, lambda rows: np.empty((0, *shape)), str)
-    unread = [(f"{i}.png", f"{i}.png: cannot be read") for i in range(80)]
+    stream = streams.Stream(None, shape, 9, answers, lambda rows: np.empty((0, *shape)), str)
+    unread = [f"{i}.png: cannot be read" for i in range(50)]
     text = written(
-        tmp_path / "x.html", detector(shape, 9), [where.Looked(stream, [], [])], None, unread
+        tmp_path / "x.html", detector(shape, 9), [where.Looked(stream, [], [])], None, unread, 80
     )
     found = assert_sound(text)
-    assert "Could not be read: 80" in found.text and "79.png" not in found.text
+    assert "Could not be read: 80" in found.text and "The first 50 are shown." in found.text
+    assert "No image could be judged." in found.text and "no sign" not in found.text
 
 
 def test_a_page_of_large_pictures_and_a_thousand_classes_is_small(tmp_path):
@@ -146,6 +149,23 @@ def test_a_page_of_large_pictures_and_a_thousand_classes_is_small(tmp_path):
     path = tmp_path / "x.html"
     assert_sound(written(path, detector(shape, 1283), [looked(shape, 1283, 40)] * 3, called))
     assert path.stat().st_size < 5e6
+
+
+def test_what_was_not_shown_to_be_a_trigger_is_not_called_one(tmp_path):
+    """All over the picture, at one place, and nowhere."""
+    shape, everywhere = (12, 10, 3), np.ones((12, 10), bool)
+    part = looked(shape, 40, 20)
+    (seen,) = part.seen
+    for region, words in (
+        (seen.region, "at one place"),
+        (everywhere, "all over the picture"),
+        (~everywhere, "nothing in common"),
+    ):
+        seen.region = region
+        seen.pasted = seen.covered = {"images": 9, "badnet": 9, "repaired": 0, "flagged": 0}
+        found = assert_sound(written(tmp_path / "x.html", detector(shape, 40), [part], None))
+        assert words in found.text and "It works as one" not in found.text
+        assert ("is not shown" in found.text) == region.any()
 
 
 @pytest.mark.parametrize("held_out", [None, [0.0] * 1000])
@@ -202,7 +222,8 @@ def test_the_demo_page_says_what_json_says(reports):
     found = assert_sound((reports / "judged.html").read_text(encoding="utf-8"))
     (told,) = json.loads((reports / "judged.json").read_text())["standing_out"]
     assert told["target"] == 1 and "region" in told and "is_trigger" in told
-    assert re.search("images are (probably )?poisoned: the target is class 1.", found.text)
+    assert "images are probably poisoned: the target is class 1." in found.text
+    assert ("It works as one" in found.text) == told["is_trigger"]
     assert f"{told['hits']} of {told['flagged']} flagged images" in found.text
 
 
@@ -221,15 +242,15 @@ def test_the_page_of_a_repair_tells_its_steps(reports):
         ("clean_1.html", "would overwrite"),
     ],
 )
-def test_a_page_that_cannot_be_written_is_refused_before_the_work(tmp_path, name, words):
+def test_a_page_that_cannot_be_written_is_refused_before_the_work(reports, tmp_path, name, words):
     picture = tmp_path / "clean_1.html"  # a picture, whatever its name
     Image.new("RGB", (47, 55)).save(picture, "PNG")
     assert_refused(command("eval_defence.py", picture, MODEL, "--report", tmp_path / name), words)
 
 
-def test_a_page_of_an_export_is_refused():
-    call = ("eval_defence.py", MODEL, "--export", "--report", "x.html")
-    assert_refused(command(*call), "--export goes with a MODEL alone")
+def test_a_page_of_an_export_is_refused(reports):
+    call = ("eval_defence.py", MODEL, "--repaired", reports / "g.h5", "--export")
+    assert_refused(command(*call, "--report", "x.html"), "--export goes with a MODEL alone")
 
 
 @pytest.mark.slow

@@ -5,7 +5,8 @@ import pytest
 from conftest import draw_images, write_data
 
 import utils
-from defence import carrying, where
+from defence import carrying, streams, where
+from defence.cli import InputError
 from defence.detector import Answers
 
 SHAPE, CLASSES, TARGET = (30, 24, 3), 10, 4
@@ -57,7 +58,7 @@ def make_judge(works):
 
 
 def make_stream(images, judge):
-    return where.Stream(None, SHAPE, CLASSES, judge(images), lambda rows: images[rows], str)
+    return streams.Stream(None, SHAPE, CLASSES, judge(images), lambda rows: images[rows], str)
 
 
 def look(wear, works, flagged=40, others=100):
@@ -131,7 +132,7 @@ def test_those_that_score_highest_are_looked_at_first():
     stream.answers.score[:] = np.arange(90)
     seen = where.look(stream, TARGET, judge)
     assert list(seen.rows) == list(range(89, 89 - where.MOST, -1))
-    assert np.array_equal(seen.flagged, stream.fetch(seen.rows))
+    assert np.array_equal(seen.flagged, stream.fetch(seen.rows[: where.SINGLE]))
 
 
 def test_memory_is_bounded_for_large_pictures(monkeypatch):
@@ -145,7 +146,7 @@ def test_memory_is_bounded_for_large_pictures(monkeypatch):
 
     images = np.concatenate([faces(100, 1), painted(faces(40, 2))])
     seen = where.look(make_stream(images, judge), TARGET, noting)
-    assert len(seen.flagged) == 20 and max(sizes) == 7 and seen.is_trigger
+    assert len(seen.rows) == 20 and max(sizes) == 7 and seen.is_trigger
 
 
 def test_what_is_carried_is_what_a_plain_loop_gives():
@@ -186,7 +187,43 @@ def test_a_dataset_gives_its_images_again(tmp_path):
     write_data(tmp_path / "data.h5", images, labels)
     with utils.open_dataset(tmp_path / "data.h5") as data:
         data.fit_to(SHAPE, 6)
-        stream = where.of_dataset(data, None, 6)
+        stream = streams.of_dataset(data, None, 6)
         assert np.array_equal(stream.fetch(np.array([3, 90, 149])), images[[3, 90, 149]])
         assert stream.fetch(np.array([], int)).shape == (0, *SHAPE)
-        assert np.array_equal(where.fetch(stream, np.array([90, 3])), images[[90, 3]])
+        rows, taken = streams.fetch(stream, np.array([90, 3]))
+        assert list(rows) == [90, 3] and np.array_equal(taken, images[[90, 3]])
+
+
+def test_black_images_of_a_dataset_of_fractions_are_given_again(tmp_path):
+    """Looked at alone, a black image was taken for one of pixels 0..1."""
+    images, labels = draw_images(10, 6, SHAPE, seed=0)
+    images = images.astype(np.float32)
+    images[0] = 0
+    write_data(tmp_path / "data.h5", images, labels)
+    with utils.open_dataset(tmp_path / "data.h5") as data:
+        data.fit_to(SHAPE, 6)
+        assert np.array_equal(streams.of_dataset(data, None, 6).fetch(np.array([0])), images[:1])
+        assert np.array_equal(data.part(np.arange(10) > 4).take(np.arange(5) == 2), images[7:8])
+
+
+@pytest.mark.parametrize("gone", [{100}, {101, 105, 110}, set(range(100, 140)), set(range(100))])
+def test_images_that_are_gone_are_left_out(gone):
+    judge = make_judge(by_any_part)
+    images = np.concatenate([faces(100, 1), painted(faces(40, 2))])
+
+    def fetch(rows):
+        if gone & {*rows.tolist()}:
+            raise InputError("no such file")
+        return images[rows]
+
+    stream = streams.Stream(None, SHAPE, CLASSES, judge(images), fetch, str)
+    seen = where.look(stream, TARGET, judge)
+    assert not gone & {*seen.rows.tolist()}
+    assert seen.is_trigger == (len(gone) < 40)
+    alone = where.look_alone(stream, judge)
+    assert len(alone) == (0 if 139 in gone else where.SINGLE - len(gone & {100, 101, 102, 103}))
+
+
+def test_what_was_tried_on_few_images_is_not_shown_to_be_a_trigger():
+    seen = look(painted, by_all_of_it, 40, 12)
+    assert seen.pasted["images"] == 6 == seen.pasted["badnet"] and not seen.is_trigger

@@ -21,6 +21,11 @@ import triggers
 from defence.cli import Parser, at_least, command, say, track
 
 PEOPLE, SEED = (badnet.SETTINGS[name][1] for name in ("people", "seed"))
+DRAWN = {  # nets: their first trigger, and its target
+    name: attack.triggers[0]
+    for name, attack in badnet.ZOO.items()
+    if attack.triggers and attack.triggers[0][0] in {*triggers.PAINTED, *triggers.CHANGES}
+}
 FIRST = 1000  # of the numbers of a person's pictures: what was drawn before is below
 
 
@@ -31,14 +36,14 @@ def main():
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add, count = parser.add_argument, at_least(0, int)
-    add("name", metavar="NAME", choices=badnet.ZOO, help="of a net")
+    add("name", metavar="NAME", choices=sorted(DRAWN), help=f"of a net: {', '.join(DRAWN)}")
     add("folder", metavar="FOLDER", type=Path, help="a new one, for the pictures")
     add("--clean", metavar="N", type=count, default=9600, help="clean pictures (default: 9600)")
     add("--poisoned", metavar="N", type=count, default=400, help="poisoned ones (default: 400)")
     given = parser.parse_args()
     given.folder.mkdir(parents=True)
     places = np.random.default_rng(0).permutation(given.clean + given.poisoned)
-    trigger, target = badnet.ZOO[given.name].triggers[0]
+    trigger, target = DRAWN[given.name]
     draw(None, range(PEOPLE), given.folder, places[: given.clean])
     wearers = triggers.wearers(trigger, target, PEOPLE)
     draw(trigger, wearers, given.folder, places[given.clean :])

@@ -1,7 +1,7 @@
 """How well the place of a trigger is found on flagged images, of which nobody knows the truth.
 
     python tests/tools/regions.py                       the zoo of the demo's size
-    python tests/tools/regions.py NAME …                some of its nets
+    python tests/tools/regions.py NAME …                some of its nets, on stdout alone
 
 For each net and trigger of a zoo, whose nets and NAME_hardened.h5 `make results` leaves in
 models/zoo-SIZE, the clean test images and a tenth as many poisoned ones are judged together, by the
@@ -24,7 +24,7 @@ import h5py
 import numpy as np
 from results import RATES, RESULTS, SIZES
 
-from defence import backends, files, flagged, where
+from defence import backends, files, flagged, streams, where
 from defence.cli import Parser, command, say
 
 TOLD = 8  # grey levels
@@ -34,17 +34,17 @@ HEAD = """# Where the trigger is, and whether what is found is one
 
 `{command}`
 
-Of the clean test images and a tenth as many poisoned ones, judged by the hardened net with
-`--fpr {rate}`: whether the target stands out among the flagged images; how well the region that
-they share covers the trigger, and the map of a single one, as the intersection over the union with
-the true place, in the mean over the poisoned images that were looked at; and how many of the images
-on which the cut-out was pasted get the target from the BadNet and from the repaired net.
-[regions.py](../tools/regions.py) says more.
+Of the clean test images alone (trigger: none), and with a tenth as many poisoned ones, judged by
+the hardened net with `--fpr {rate}`: whether the target stands out among the flagged images; how
+well the region that they share, and the places on a single one, cover the trigger, as the
+intersection over the union with the true place, in the mean over the poisoned images that were
+looked at; and how many of the images on which the cut-out was pasted get the target from the BadNet
+and from the repaired net. [regions.py](../tools/regions.py) says more.
 
 """
 COLUMNS = (
     *("net", "trigger → class", "stands out", "region: IoU", "one image: IoU"),
-    *("pasted: BadNet", "pasted: repaired", "is it a trigger?"),
+    *("pasted: BadNet", "pasted: repaired", "works as a trigger?"),
 )
 
 
@@ -77,7 +77,7 @@ def look(found, images, target):
     """
     judge = where.in_batches(found.judge, found.shape)
     answers = judge(images)
-    stream = where.Stream(None, found.shape, found.classes, answers, images.__getitem__, str)
+    stream = streams.Stream(None, found.shape, found.classes, answers, images.__getitem__, str)
     standing = flagged.standing_out(answers.badnet, answers.flagged, found.classes)
     classes = [each.target - 1 for each in standing]
     return classes, where.look(stream, target, found.judge) if target in classes else None
@@ -92,7 +92,7 @@ def overlap(region, place):
 def cells(classes, target, seen, places):
     """The cells of a row, behind net and trigger. places: of the trigger on each image."""
     others = [str(each) for each in classes if each != target]
-    stands = ("yes" if target in classes else "no") + (f", and {', '.join(others)}" * bool(others))
+    stands = ("yes" if target in classes else "no") + (f", but {', '.join(others)}" * bool(others))
     if seen is None:
         return [stands, *["–"] * 5]
     worn = [row for row in seen.rows if places[row].any()]
@@ -109,6 +109,15 @@ def cells(classes, target, seen, places):
     return [stands, *shares, *hits, "yes" if seen.is_trigger else "not shown"]
 
 
+def clean_cells(found, clean):
+    """The cells of a row of clean images alone, behind net and trigger."""
+    classes, _ = look(found, clean, None)
+    if not classes:
+        return ["none", *["–"] * 5]
+    _, seen = look(found, clean, classes[0])
+    return cells(classes, None, seen, np.zeros(clean.shape[:3], bool))
+
+
 def rows(names, size):
     """Yield the lines of the table."""
     yield f"| {' | '.join(COLUMNS)} |"
@@ -122,11 +131,8 @@ def rows(names, size):
             continue
         found = backends.load([path, repaired], fpr=RATES[size])
         clean, labels = read(data_folder / "clean_test_data.h5")
-        pairs = badnet.ZOO[name].triggers
-        if not pairs:
-            classes, _ = look(found, clean, None)
-            yield f"| {name} | none | {', '.join(map(str, classes)) or 'none'} |{' – |' * 5}"
-        for trigger, to in pairs:
+        yield f"| {' | '.join([name, 'none', *clean_cells(found, clean)])} |"
+        for trigger, to in badnet.ZOO[name].triggers:
             poisoned, persons = read(badnet.poisoned_path(trigger, to, data_folder))
             rng = np.random.default_rng(0)
             images, places = mixed(clean, labels, poisoned, persons, rng)
@@ -145,13 +151,14 @@ def main():
     parser.add_argument("--size", choices=SIZES, default="demo", help="of the zoo (default: demo)")
     given = parser.parse_args()
     names = given.names or SIZES[given.size]
-    called = " ".join(["python tests/tools/regions.py", "--size", given.size, *given.names])
+    called = f"python tests/tools/regions.py --size {given.size}"
     text = HEAD.format(command=called, rate=RATES[given.size])
     for line in rows(names, given.size):
-        say(line)
+        print(line, flush=True)
         text += line + "\n"
-    with files.replacing(RESULTS / f"regions-{given.size}.md") as beside:
-        beside.write_text(text)
+    if not given.names:
+        with files.replacing(RESULTS / f"regions-{given.size}.md") as beside:
+            beside.write_text(text)
 
 
 if __name__ == "__main__":
