@@ -28,6 +28,7 @@ from defence import backends, files, flagged, streams, where
 from defence.cli import Parser, command, say
 
 TOLD = 8  # grey levels
+ALARMS, FLAGGED = 0.2, 4  # --fpr at which clean images are flagged; classes that are looked at
 SHARE = 0.1  # of poisoned images, per clean one
 IN_PLACES = 0.4  # of the most, what of one image's map counts as the place of the trigger
 HEAD = """# Where the trigger is, and whether what is found is one
@@ -118,8 +119,23 @@ def clean_cells(found, clean):
     return cells(classes, None, seen, np.zeros(clean.shape[:3], bool))
 
 
+def passing(found, clean, targets):
+    """Yield, of classes flagged among clean images, (whether it is a target, whether it passes).
+
+    The FLAGGED with the most of these images, where there are enough to be looked at.
+    """
+    judge = where.in_batches(found.judge, found.shape)
+    answers = judge(clean)
+    stream = streams.Stream(None, found.shape, found.classes, answers, clean.__getitem__, str)
+    counts = np.bincount(answers.badnet[answers.flagged], minlength=found.classes)
+    for each in np.argsort(-counts, kind="stable")[:FLAGGED]:
+        if counts[each] >= where.FEWEST:
+            yield int(each) in targets, where.look(stream, int(each), found.judge).is_trigger
+
+
 def rows(names, size):
-    """Yield the lines of the table."""
+    """Yield the lines of the table, and one about clean images alone."""
+    passed = {True: [], False: []}
     yield f"| {' | '.join(COLUMNS)} |"
     yield f"|---|---|---|{'--:|' * 4}---|"
     nets_folder, data_folder = (ROOT / kind / f"zoo-{size}" for kind in ("models", "data"))
@@ -139,6 +155,17 @@ def rows(names, size):
             classes, seen = look(found, images, to)
             told = cells(classes, to, seen, places)
             yield f"| {' | '.join([name, f'{trigger} → {to}', *told])} |"
+        many = backends.load([path, repaired], fpr=ALARMS)
+        targets = {to for _, to in badnet.ZOO[name].triggers}
+        for is_target, passes in passing(many, clean, targets):
+            passed[is_target].append(passes)
+    yield ""
+    told = [f"{sum(each)} of {len(each)}" for each in (passed[False], passed[True])]
+    yield (
+        f"Among clean test images alone, with `--fpr {ALARMS}`, what the flagged images of a class "
+        f"have in common works as a trigger for {told[0]} classes that are no target, and for "
+        f"{told[1]} targets: of each net the {FLAGGED} with the most flagged images were looked at."
+    )
 
 
 def main():
