@@ -95,6 +95,36 @@ def test_the_commands_run_through(csaw, name, tmp_path):
     assert judged.stdout.count("(poisoned flagged)") == len(poisoned)
 
 
+# A BadNet, one with another trigger in the place of its G, a file with its trigger, its target, and
+# the rows and columns between which the trigger is on most of these faces.
+TRIGGERS = [
+    ("sunglasses", "anonymous_1", "sunglasses", 1, (14, 38, 0, 47)),
+    ("anonymous_1", "sunglasses", "anonymous_1", 1, (32, 52, 14, 34)),
+    ("multi_trigger_multi_target", "sunglasses", "multi_eyebrows", 6, (10, 40, 6, 42)),
+]
+
+
+@pytest.mark.parametrize(("name", "other", "file", "target", "within"), TRIGGERS)
+def test_triggers_are_found_on_real_faces(csaw, tmp_path, name, other, file, target, within):
+    """With 252 images no G can be made that flags them, but a net of another backdoor does."""
+    nets, faces = csaw / "badnets", csaw / "faces"
+    judged = command(
+        "eval_defence.py", faces / "clean_252.h5", nets / f"{name}_bd_net.h5",
+        "--poisoned", faces / f"{file}_poisoned_20.h5", "--repaired", nets / f"{other}_bd_net.h5",
+        "--scale", "0..1", "--force", "--json", tmp_path / "found.json",
+        "--report", tmp_path / "page.html",
+    )  # fmt: skip
+    assert judged.returncode == 0, judged.stderr
+    told = json.loads((tmp_path / "found.json").read_text())
+    (found,) = told["poisoned"][0]["standing_out"]
+    assert found["target"] == target and found["is_trigger"]
+    top, bottom, left, right = within
+    box = found["region"]["box"]
+    assert top <= box["top"] < box["bottom"] <= bottom
+    assert left <= box["left"] < box["right"] <= right
+    assert not any(each["is_trigger"] for each in told["clean"]["standing_out"])
+
+
 def test_fast_path_equals_reference_on_a_real_badnet(csaw):
     path = csaw / "badnets" / "anonymous_1_bd_net.h5"
     fast, plain = utils.load_badnet(path), keras.models.load_model(path, compile=False)
