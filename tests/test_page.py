@@ -245,7 +245,8 @@ def test_the_page_of_a_repair_tells_its_steps(reports):
 def test_a_page_that_cannot_be_written_is_refused_before_the_work(reports, tmp_path, name, words):
     picture = tmp_path / "clean_1.html"  # a picture, whatever its name
     Image.new("RGB", (47, 55)).save(picture, "PNG")
-    assert_refused(command("eval_defence.py", picture, MODEL, "--report", tmp_path / name), words)
+    call = (picture, MODEL, "--repaired", reports / "g.h5", "--report", tmp_path / name)
+    assert_refused(command("eval_defence.py", *call), words)
 
 
 def test_a_page_of_an_export_is_refused(reports):
