@@ -146,7 +146,10 @@ def show(stream, row, pixels, called, places=None):
 
 
 def table(found):
-    """Yield (what, value, from, to) of each of the figures, as text."""
+    """Yield (what, value, interval) of each of the figures, as text.
+
+    found: {name: figure}, as figures.py gives them.
+    """
     for name, label in (tables.CLEAN | tables.POISONED).items():
         if name in found:
             value, _, interval = tables.cells(found[name]).strip().partition("   ")

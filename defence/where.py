@@ -172,7 +172,10 @@ def look_alone(stream, judge, beside=None):
 
 
 def try_out(seen, flagged, others, target, judge):
-    """(pasted, covered) of what was Seen, on images that the region was not chosen by."""
+    """[pasted, covered], as in Seen, of these images.
+
+    seen: with a region and a cut-out.
+    """
     wearing = paste(others, seen.cut_out, seen)
     parts = patches(seen.region)
     covered = (cover(x, parts) for x in flagged)
@@ -261,7 +264,10 @@ def fine(images):
 
 
 def unlike(images, others):
-    """By how many standard deviations of the others images differ from their mean, as above."""
+    """How many standard deviations of the others each image is from their mean: (k, height, width).
+
+    Of the channel that differs most, smoothed over a few pixels.
+    """
     spread = np.maximum(VARY, others.std(axis=0))
     return smoothed((abs(images - others.mean(axis=0)) / spread).max(axis=3))
 
