@@ -71,14 +71,19 @@ def mixed(clean, labels, poisoned, persons, rng):
     return np.concatenate([clean, poisoned[chosen]]), np.concatenate([nowhere, changed[chosen]])
 
 
+def judged(found, images):
+    """The Stream of images, judged by a Detector."""
+    answers = where.in_batches(found.judge, found.shape)(images)
+    return streams.Stream(None, found.shape, found.classes, answers, images.__getitem__, str)
+
+
 def look(found, images, target):
     """What eval_defence.py sees in a stream: (classes that stand out, what was Seen of target).
 
     target: 0..N-1.  It is Seen where it stands out, else None.
     """
-    judge = where.in_batches(found.judge, found.shape)
-    answers = judge(images)
-    stream = streams.Stream(None, found.shape, found.classes, answers, images.__getitem__, str)
+    stream = judged(found, images)
+    answers = stream.answers
     standing = flagged.standing_out(answers.badnet, answers.flagged, found.classes)
     classes = [each.target - 1 for each in standing]
     return classes, where.look(stream, target, found.judge) if target in classes else None
@@ -124,9 +129,8 @@ def passing(found, clean, targets):
 
     The FLAGGED with the most of these images, where there are enough to be looked at.
     """
-    judge = where.in_batches(found.judge, found.shape)
-    answers = judge(clean)
-    stream = streams.Stream(None, found.shape, found.classes, answers, clean.__getitem__, str)
+    stream = judged(found, clean)
+    answers = stream.answers
     counts = np.bincount(answers.badnet[answers.flagged], minlength=found.classes)
     for each in np.argsort(-counts, kind="stable")[:FLAGGED]:
         if counts[each] >= where.FEWEST:
