@@ -75,7 +75,6 @@ class Patterns:
         which = tf.range(tf.shape(x)[0]) % COUNT
         with tf.GradientTape(watch_accessed_variables=False) as tape:
             worn = self.add(x, which)
-            worn = self.add(x, which)
             tape.watch(worn)
             loss = self.loss(tf.gather(self.targets, which), self.model(worn, training=False))
         of_worn = tape.gradient(loss, worn, unconnected_gradients="zero")
