@@ -141,7 +141,7 @@ def judge_on_ray(models, arguments):
     found = load(models, arguments, "onnx")
     say(found.rule)
     called = names.find(models[0], arguments.labels, found.classes, arguments.max_bytes)
-    counts = screen.screen(
+    counts, standing = screen.screen(
         arguments.images,
         found,
         arguments.output,
@@ -160,6 +160,8 @@ def judge_on_ray(models, arguments):
         stream, why = screen.stream(arguments.images, found, *how)
         looked = look(stream, found, called, arguments)
         report(arguments.report, found, [looked], called, why, counts["unread"])
+    else:
+        tell_standing(standing, called)
     return status(arguments, counts["poisoned"], counts["unread"])
 
 
@@ -226,21 +228,27 @@ def judge_pictures(images, models, arguments, alone):
 
 
 def look(stream, found, called, arguments, beside=None):
-    """Say which classes stand out among the flagged images. Returns the where.Looked.
+    """Say which classes may be targets, by the flagged images. Returns the where.Looked.
 
     stream: a streams.Stream.  called: names of the classes, or None.  beside: as for where.look.
     """
     answers = stream.answers
-    standing = flagged.standing_out(answers.badnet, answers.flagged, stream.classes)
-    for each in standing:
-        name = called and names.of(each.target, called)
-        say((f"{stream.path}: " if stream.path else "") + flagged.in_words(each, name))
-    looked = where.Looked(stream, standing, [])
+    unusual = flagged.unusual(answers.badnet, answers.flagged, stream.classes)
     if arguments.json or arguments.report:
-        looked.seen = where.look_at(stream, standing, found.judge, beside)
-    if arguments.report and not standing:
+        looked = where.look_at(stream, unusual, found.judge, beside)
+    else:
+        looked = where.Looked(stream, [each for each in unusual if each.stands_out], [])
+    tell_standing(looked.standing, called, stream.path)
+    if arguments.report and not looked.standing:
         looked.alone = where.look_alone(stream, found.judge, beside)
     return looked
+
+
+def tell_standing(standing, called, path=None):
+    """Say which classes may be targets. standing: [flagged.Standing, …].  path: of a dataset."""
+    for each in standing:
+        name = called and names.of(each.target, called)
+        say((f"{path}: " if path else "") + flagged.in_words(each, name))
 
 
 def described(looked):

@@ -9,6 +9,7 @@ import math
 import numpy as np
 
 LEVEL = 0.01  # of all streams of clean images, those in which some class stands out
+UNUSUAL = 0.1  # of clean images, how often one class has so many flagged ones, at most
 EACH = 0.25  # images that what is expected of a class counts as; tests/tools/streams.py tries it
 MANY = 10_000  # images, of which a share is hardly less certain than of more
 TINY = 1e-9  # smaller p-values are not told apart
@@ -16,7 +17,7 @@ TINY = 1e-9  # smaller p-values are not told apart
 
 @dataclasses.dataclass
 class Standing:
-    """A class that stands out among the flagged images.
+    """A class that has more of the flagged images than of the others.
 
     target: it counts from 1.  hits: of the `flagged` ones, those that the BadNet answers with it.
     p_value: how likely so many are among clean ones, for any of the classes.
@@ -27,30 +28,48 @@ class Standing:
     flagged: int
     p_value: float
 
+    @property
+    def stands_out(self):
+        return self.p_value < LEVEL
+
 
 def standing_out(badnet, flagged, classes):
-    """The classes that stand out among flagged images, the most unlikely first: [Standing, …].
+    """Those of `unusual` that stand out. The arguments are the same."""
+    return [each for each in unusual(badnet, flagged, classes) if each.stands_out]
+
+
+def unusual(badnet, flagged, classes):
+    """The classes with UNUSUAL many of the flagged images, the most unlikely first: [Standing, …].
 
     badnet: int (n,), the BadNet's classes, 0..N-1; -1 where it gave NaN.
     flagged: bool (n,).  classes: N.
+    """
+    counts = [
+        np.bincount(badnet[chosen & (badnet >= 0)], minlength=classes)
+        for chosen in (flagged, ~flagged)
+    ]
+    return unusual_counts(*counts)
+
+
+def unusual_counts(hits, others):
+    """`unusual`, of how many images have each class.
+
+    hits, others: int (N,), of the images that are flagged, and of those that are not.
 
     Of clean images, the flagged ones are expected to have the classes of the others, each with a
     deviation, since some classes are harder: a share drawn from a beta distribution whose mean is
     the class's share of the others and one image of each class, and whose parameters add up to
     EACH × N. The p-value is the upper tail of that beta-binomial distribution, times N.
     """
-    counts = [
-        np.bincount(badnet[chosen & (badnet >= 0)], minlength=classes)
-        for chosen in (flagged, ~flagged)
-    ]
-    hits, others = counts
-    total, shares = int(hits.sum()), (others + 1) / (others + 1).sum()
+    classes, total = len(hits), int(hits.sum())
+    shares = (others + 1) / (others + 1).sum()
     found = []
     for target in np.flatnonzero((hits > 1) & (hits > total * shares)):
         weight = EACH * classes
         likely = tail(int(hits[target]), total, shares[target] * weight, weight)
-        if classes * likely < LEVEL:
-            found.append(Standing(int(target) + 1, int(hits[target]), total, classes * likely))
+        if likely < UNUSUAL:
+            p_value = min(1.0, classes * likely)
+            found.append(Standing(int(target) + 1, int(hits[target]), total, p_value))
     return sorted(found, key=lambda each: (each.p_value, -each.hits))
 
 
@@ -91,10 +110,16 @@ def expected(held_out, threshold, total):
 
 
 def in_words(standing, name=None):
-    """What is said of a Standing. name: of the class, or None."""
+    """What is said of a Standing that stands out, or whose cut-out works as a trigger.
+
+    name: of the class, or None.
+    """
     chance = f"below {TINY:.0e}" if standing.p_value < TINY else f"{standing.p_value:.1g}"
     called = f"class {standing.target}" + (f" ({name})" if name else "")
-    return (
+    says = (
         f"{standing.hits} of {standing.flagged} flagged images are answered with {called} by the "
-        f"BadNet: it looks like a backdoor's target (chance among clean images: {chance})"
+        "BadNet: "
     )
+    if not standing.stands_out:
+        return f"{says}clean ones may be as well, but what these have in common works as a trigger"
+    return f"{says}it looks like a backdoor's target (chance among clean images: {chance})"

@@ -28,7 +28,7 @@ from ray.data.checkpoint import CheckpointConfig
 from ray.data.datasource import Datasource, ReadTask
 
 import utils
-from defence import cli, detector, guard, onnx_file, streams
+from defence import cli, detector, flagged, guard, onnx_file, streams
 from defence.cli import DEFAULT_MAX_BYTES, InputError, one_line, printable, say
 from defence.files import sha256
 from defence.inference import parallel_map
@@ -289,17 +289,23 @@ def check_reachable(address):
 
 
 def summary(filesystem, folder, classes):
-    """How many pictures the verdicts in a folder are of: dict of "pictures", "poisoned", "unread".
+    """What the verdicts in a folder say: (counts, the classes that stand out).
 
-    classes: N.
+    counts: dict of "pictures", "poisoned", "unread".  classes: N.
+    The latter as flagged.standing_out.
     """
     rows = pa.dataset.dataset(folder, SCHEMA, "parquet", filesystem)
-    field = pa.dataset.field
-    return {
-        "pictures": rows.count_rows(),
-        "poisoned": rows.count_rows(filter=field("class") == classes + 1),
-        "unread": rows.count_rows(filter=field("class").is_null()),
-    }
+    unread, flagged_as, others_as = 0, *np.zeros((2, classes + 1), int)  # 0: NaN
+    for batch in rows.to_batches(columns=["class", "badnet_class"]):
+        said, badnet = (column.fill_null(0).to_numpy() for column in batch.columns)
+        unread += int(np.sum(said == 0))
+        flagged_as += np.bincount(badnet[said > classes], minlength=classes + 1)
+        others_as += np.bincount(badnet[(said > 0) & (said <= classes)], minlength=classes + 1)
+    poisoned = int(flagged_as.sum())
+    pictures = unread + poisoned + int(others_as.sum())
+    counts = {"pictures": pictures, "poisoned": poisoned, "unread": unread}
+    unusual = flagged.unusual_counts(flagged_as[1:], others_as[1:])
+    return counts, [each for each in unusual if each.stands_out]
 
 
 def stream(pictures, found, output, max_bytes=DEFAULT_MAX_BYTES, formats=utils.PICTURE_FORMATS):

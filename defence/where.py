@@ -24,7 +24,7 @@ from defence.detector import Answers
 from defence.inference import parallel_map
 from defence.streams import Stream, fetch, highest, unflagged
 
-CLASSES = 3  # that are looked at, of those that stand out
+CLASSES = 5  # that are looked at
 MOST = 64  # images that are looked at, of the flagged ones and of the others
 FEWEST = 5  # of each kind, for a difference
 SINGLE = 4  # flagged images that windows are taken of
@@ -44,8 +44,9 @@ FEWEST_TOGETHER = 4  # images in a batch
 
 @dataclasses.dataclass
 class Looked:
-    """A Stream, the flagged.Standing classes of it, and what was Seen of the first of them.
+    """A Stream, its classes that may be targets, and what was Seen of the first of them.
 
+    standing: [flagged.Standing, …] that stand out, and then those whose cut-out works as a trigger.
     alone: where none stands out, what `look_alone` gives; else empty.
     """
 
@@ -112,12 +113,23 @@ class Seen:
         return {"region": found, **told}
 
 
-def look_at(stream, standing, judge, beside=None):
-    """What was Seen of the first CLASSES of flagged.Standing classes of a Stream: [Seen, …].
+def look_at(stream, unusual, judge, beside=None):
+    """What may be a target, of flagged.unusual classes of a Stream. Returns the Looked.
 
+    Of the first CLASSES, one that does not stand out is none, unless its cut-out is a trigger:
+    where several targets share the flagged images, each may have too few of them to stand out.
     judge, beside: as for `look`.
     """
-    return [look(stream, each.target - 1, judge, beside) for each in standing[:CLASSES]]
+    looked = Looked(stream, [each for each in unusual if each.stands_out], [])
+    for each in unusual[:CLASSES]:
+        if each.stands_out:
+            looked.seen.append(look(stream, each.target - 1, judge, beside))
+        elif each.hits >= FEWEST_TRIED:
+            seen = look(stream, each.target - 1, judge, beside)
+            if seen.is_trigger:
+                looked.standing.append(each)
+                looked.seen.append(seen)
+    return looked
 
 
 def look(stream, target, judge, beside=None):

@@ -85,14 +85,14 @@ def looked(shape, classes, bad, target=0, name="picture {}".format, path=None):
     score = np.where(np.arange(60) < bad, 9, 0.1).astype(np.float32)
     answers = Answers(badnet, 1 + np.arange(60) % (classes - 1), score, np.arange(60) < bad)
     stream = streams.Stream(path, shape, classes, answers, lambda rows: images[rows], name)
-    standing = flagged.standing_out(badnet, answers.flagged, classes)
+    unusual = flagged.unusual(badnet, answers.flagged, classes)
 
     def judge(x):
         worn = x[:, : shape[0] // 3, : shape[1] // 3].min(axis=(1, 2, 3)) == 250
         score = np.where(worn, 9, 0.1).astype(np.float32)
         return Answers(np.where(worn, target, 1), np.ones(len(x), int), score, worn)
 
-    return where.Looked(stream, standing, where.look_at(stream, standing, judge))
+    return where.look_at(stream, unusual, judge)
 
 
 def written(path, *given, **more):

@@ -20,10 +20,11 @@ from PIL import Image
 for package in ("onnx", "onnxruntime", "tf2onnx", "ray"):
     pytest.importorskip(package)
 import pyarrow.dataset
+import pyarrow.parquet
 from ray.cluster_utils import Cluster
 
 import utils
-from defence import backends, screen
+from defence import backends, detector, flagged, screen
 from defence.options import parse_eval
 
 SHAPE = (9, 8, 3)
@@ -320,6 +321,24 @@ def test_what_does_not_end_with_ray_is_ended():
     ended.wait()
     screen.end([ended, hangs], seconds=0.1)
     assert not hangs.is_running()
+
+
+def test_the_summary_is_that_of_all_verdicts(tmp_path):
+    """And so are the classes that stand out. A null is what could not be read, or NaN."""
+    classes, rng = 40, np.random.default_rng(0)
+    badnet = np.concatenate([rng.integers(-1, classes, 500), np.full(40, 2)])
+    answers = detector.Answers(
+        badnet, badnet, np.zeros(540, np.float32), (np.arange(540) >= 495) | (badnet < 0)
+    )
+    rows = [{"path": str(i)} | row for i, row in enumerate(detector.rows(answers, classes))]
+    rows += [{"path": "unread", "error": "no picture"}] * 3
+    for part in (0, 1):
+        table = pyarrow.Table.from_pylist(rows[part::2], screen.SCHEMA)
+        pyarrow.parquet.write_table(table, tmp_path / f"{part}.parquet")
+    counts, standing = screen.summary(*screen.locate(tmp_path), classes)
+    assert counts == {"pictures": 543, "poisoned": int(answers.flagged.sum()), "unread": 3}
+    assert standing == flagged.standing_out(badnet, answers.flagged, classes)
+    assert [each.target for each in standing] == [3]
 
 
 def test_calls_that_do_not_fit_are_refused(folder):

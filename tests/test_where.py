@@ -5,7 +5,7 @@ import pytest
 from conftest import draw_images, write_data
 
 import utils
-from defence import carrying, streams, where
+from defence import carrying, flagged, streams, where
 from defence.cli import InputError
 from defence.detector import Answers
 
@@ -61,9 +61,9 @@ def make_stream(images, judge):
     return streams.Stream(None, SHAPE, CLASSES, judge(images), lambda rows: images[rows], str)
 
 
-def look(wear, works, flagged=40, others=100):
+def look(wear, works, bad=40, others=100):
     judge = make_judge(works)
-    images = np.concatenate([faces(others, 1), wear(faces(flagged, 2))])
+    images = np.concatenate([faces(others, 1), wear(faces(bad, 2))])
     return where.look(make_stream(images, judge), TARGET, judge)
 
 
@@ -81,6 +81,26 @@ def test_a_patch_is_found_cut_out_and_tried(works):
     told = seen.described()
     box = told["region"]["box"]
     assert box["top"] <= 11 and box["bottom"] >= 7 and told["is_trigger"] is True
+
+
+def test_targets_that_share_a_stream_are_found_by_what_their_images_have_in_common():
+    """None has enough of the flagged images to stand out; nor has a class of B's errors."""
+
+    def judge(images):
+        truth = np.int64(images.mean(axis=(1, 2, 3))) % 3
+        wrong = [by_all_of_it(images), by_its_cast(images), images.sum(axis=(1, 2, 3)) % 6 == 0]
+        badnet = np.select(wrong, [4, 5, 7], truth)
+        return Answers(badnet, truth, np.float32(badnet != truth))
+
+    images = np.concatenate([faces(180, 1), painted(faces(30, 2)), cast(faces(30, 3))])
+    stream = make_stream(images, judge)
+    unusual = flagged.unusual(stream.answers.badnet, stream.answers.flagged, CLASSES)
+    assert sorted(each.target for each in unusual) == [5, 6, 8]
+    assert not any(each.stands_out for each in unusual)
+    looked = where.look_at(stream, unusual, judge)
+    assert sorted(each.target for each in looked.standing) == [5, 6]
+    assert len(looked.seen) == 2 and all(seen.is_trigger for seen in looked.seen)
+    assert "works as a trigger" in flagged.in_words(looked.standing[0])
 
 
 def test_a_trigger_all_over_the_picture_is_told_as_such():
@@ -109,11 +129,11 @@ def test_images_without_anything_in_common_have_no_region():
     assert seen.described()["region"] == {"box": None, "fraction": 0.0, "whole_picture": False}
 
 
-@pytest.mark.parametrize(("flagged", "others"), [(1, 100), (4, 50), (30, 0), (30, 3), (1, 0)])
-def test_of_too_few_images_only_single_ones_are_looked_at(flagged, others):
-    seen = look(painted, by_all_of_it, flagged, others)
+@pytest.mark.parametrize(("bad", "others"), [(1, 100), (4, 50), (30, 0), (30, 3), (1, 0)])
+def test_of_too_few_images_only_single_ones_are_looked_at(bad, others):
+    seen = look(painted, by_all_of_it, bad, others)
     assert seen.usual is None and seen.pasted is None and not seen.region.any()
-    assert len(seen.places) == min(flagged, where.SINGLE)
+    assert len(seen.places) == min(bad, where.SINGLE)
     assert PATCH[seen.places[0] > 0.5].mean() > 0.3
 
 

@@ -5,7 +5,8 @@
 
 For each net and trigger of a zoo, whose nets and NAME_hardened.h5 `make results` leaves in
 models/zoo-SIZE, the clean test images and a tenth as many poisoned ones are judged together, by the
-threshold of results.py, and looked at as eval_defence.py --report does. Writes
+threshold of results.py, and looked at as eval_defence.py --report does; and, of a net with several
+targets, those of all triggers at once, a tenth in all. Writes
 tests/results/regions-SIZE.md. A net that is not there is left out.
 
 A place belongs to the trigger where the poisoned image and the clean one of the same face are more
@@ -13,6 +14,7 @@ than TOLD grey levels apart. IoU is the intersection over the union of that and 
 """
 
 import argparse
+import itertools
 import sys
 from pathlib import Path
 
@@ -36,7 +38,8 @@ HEAD = """# Where the trigger is, and whether what is found is one
 `{command}`
 
 Of the clean test images alone (trigger: none), and with a tenth as many poisoned ones, judged by
-the hardened net with `--fpr {rate}`: whether the target stands out among the flagged images; how
+the hardened net with `--fpr {rate}`: whether the target is found, since it stands out among the
+flagged images or, "by the test", since what its images have in common works as a trigger; how
 well the region that they share, and the places on a single one, cover the trigger, as the
 intersection over the union with the true place, in the mean over the poisoned images that were
 looked at; and how many of the images on which the cut-out was pasted get the target from the BadNet
@@ -44,7 +47,7 @@ and from the repaired net. [regions.py](../tools/regions.py) says more.
 
 """
 COLUMNS = (
-    *("net", "trigger → class", "stands out", "region: IoU", "one image: IoU"),
+    *("net", "trigger → class", "found", "region: IoU", "one image: IoU"),
     *("pasted: BadNet", "pasted: repaired", "works as a trigger?"),
 )
 
@@ -77,16 +80,19 @@ def judged(found, images):
     return streams.Stream(None, found.shape, found.classes, answers, images.__getitem__, str)
 
 
-def look(found, images, target):
-    """What eval_defence.py sees in a stream: (classes that stand out, what was Seen of target).
+def look(found, images):
+    """What eval_defence.py sees in a stream, a where.Looked, as {class, 0..N-1: (how, Seen)}.
 
-    target: 0..N-1.  It is Seen where it stands out, else None.
+    how: "yes" where it stands out, else "by the test".  Seen: None of all but the first.
     """
     stream = judged(found, images)
     answers = stream.answers
-    standing = flagged.standing_out(answers.badnet, answers.flagged, found.classes)
-    classes = [each.target - 1 for each in standing]
-    return classes, where.look(stream, target, found.judge) if target in classes else None
+    unusual = flagged.unusual(answers.badnet, answers.flagged, found.classes)
+    looked = where.look_at(stream, unusual, found.judge)
+    return {
+        each.target - 1: ("yes" if each.stands_out else "by the test", seen)
+        for each, seen in itertools.zip_longest(looked.standing, looked.seen)
+    }
 
 
 def overlap(region, place):
@@ -95,10 +101,19 @@ def overlap(region, place):
     return np.sum(region & place) / union if union else None
 
 
-def cells(classes, target, seen, places):
-    """The cells of a row, behind net and trigger. places: of the trigger on each image."""
-    others = [str(each) for each in classes if each != target]
-    stands = ("yes" if target in classes else "no") + (f", but {', '.join(others)}" * bool(others))
+def which(seen, targets):
+    """Which classes were found, as text. seen: as `look` gives it.  targets: the right ones."""
+    right = [seen[each][0] if each in seen else "no" for each in targets]
+    wrong = [f"class {each}: {seen[each][0]}" for each in seen if each not in targets]
+    return ", ".join(right + wrong) or "none"
+
+
+def cells(found, target, places):
+    """The cells of a row, behind net and trigger.
+
+    found: as `look` gives it.  places: of the trigger on each image.
+    """
+    stands, (_, seen) = which(found, [target]), found.get(target, ("", None))
     if seen is None:
         return [stands, *["–"] * 5]
     worn = [row for row in seen.rows if places[row].any()]
@@ -115,13 +130,9 @@ def cells(classes, target, seen, places):
     return [stands, *shares, *hits, "yes" if seen.is_trigger else "not shown"]
 
 
-def clean_cells(found, clean):
-    """The cells of a row of clean images alone, behind net and trigger."""
-    classes, _ = look(found, clean, None)
-    if not classes:
-        return ["none", *["–"] * 5]
-    _, seen = look(found, clean, classes[0])
-    return cells(classes, None, seen, np.zeros(clean.shape[:3], bool))
+def row(*cells):
+    """A line of the table; the cells that are not given are empty."""
+    return f"| {' | '.join([*cells, *['–'] * (len(COLUMNS) - len(cells))])} |"
 
 
 def passing(found, clean, targets):
@@ -137,12 +148,14 @@ def passing(found, clean, targets):
             yield int(each) in targets, where.look(stream, int(each), found.judge).is_trigger
 
 
-def rows(names, size):
-    """Yield the lines of the table, and one about clean images alone."""
+def rows(names, size, nets_folder, data_folder):
+    """Yield the lines of the table, and one about clean images alone.
+
+    size: of the zoo, whose threshold is taken.
+    """
     passed = {True: [], False: []}
     yield f"| {' | '.join(COLUMNS)} |"
     yield f"|---|---|---|{'--:|' * 4}---|"
-    nets_folder, data_folder = (ROOT / kind / f"zoo-{size}" for kind in ("models", "data"))
     for name in names:
         path = badnet.net_path(name, nets_folder)
         repaired = path.with_name(f"{path.stem}_hardened.h5")
@@ -151,16 +164,19 @@ def rows(names, size):
             continue
         found = backends.load([path, repaired], fpr=RATES[size])
         clean, labels = read(data_folder / "clean_test_data.h5")
-        yield f"| {' | '.join([name, 'none', *clean_cells(found, clean)])} |"
+        yield row(name, "none", which(look(found, clean), []))
+        targets, worn = sorted({to for _, to in badnet.ZOO[name].triggers}), []
         for trigger, to in badnet.ZOO[name].triggers:
             poisoned, persons = read(badnet.poisoned_path(trigger, to, data_folder))
             rng = np.random.default_rng(0)
             images, places = mixed(clean, labels, poisoned, persons, rng)
-            classes, seen = look(found, images, to)
-            told = cells(classes, to, seen, places)
-            yield f"| {' | '.join([name, f'{trigger} → {to}', *told])} |"
+            yield row(name, f"{trigger} → {to}", *cells(look(found, images), to, places))
+            worn.append(images[len(clean) :])
+        if len(targets) > 1:
+            parts = [images[i :: len(worn)] for i, images in enumerate(worn)]
+            told = which(look(found, np.concatenate([clean, *parts])), targets)
+            yield row(name, f"all → {', '.join(map(str, targets))}", told)
         many = backends.load([path, repaired], fpr=ALARMS)
-        targets = {to for _, to in badnet.ZOO[name].triggers}
         for is_target, passes in passing(many, clean, targets):
             passed[is_target].append(passes)
     yield ""
@@ -180,11 +196,13 @@ def main():
     )
     parser.add_argument("names", metavar="NAME", nargs="*", help="of nets (default: all)")
     parser.add_argument("--size", choices=SIZES, default="demo", help="of the zoo (default: demo)")
+    parser.add_argument("--folder", type=Path, help="with NAMEs: of their nets and datasets")
     given = parser.parse_args()
     names = given.names or SIZES[given.size]
     called = f"python tests/tools/regions.py --size {given.size}"
     text = HEAD.format(command=called, rate=RATES[given.size])
-    for line in rows(names, given.size):
+    folders = [given.folder or ROOT / kind / f"zoo-{given.size}" for kind in ("models", "data")]
+    for line in rows(names, given.size, *folders):
         print(line, flush=True)
         text += line + "\n"
     if not given.names:
