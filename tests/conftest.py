@@ -17,6 +17,7 @@ import filelock
 import h5py
 import numpy as np
 import pytest
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -30,6 +31,10 @@ from defence.options import Settings
 from defence.startup import import_keras, make_reproducible
 
 keras = import_keras()
+pytest_plugins = ["hostile"]
+B = "models/small_bd_net.h5"
+G = "models/small_bd_net_defence.h5"
+SHAPE = (31, 31, 3)
 
 
 @pytest.fixture(scope="session")
@@ -162,6 +167,20 @@ def make_world(name, folder):
     return folder
 
 
+@pytest.fixture(scope="session")
+def done(deepid_world):
+    """The world after `repair.py`: (folder, the finished process)."""
+    process = command(
+        "repair.py", B, "clean.h5", "--poisoned", "poisoned.h5", "--json", "record.json",
+        "--plot", "curve.svg", "--rounds", 2, cwd=deepid_world,
+    )  # fmt: skip
+    assert process.returncode == 0, process.stderr
+    images, _ = draw_images(3, 6, SHAPE, seed=5)
+    for i, image in enumerate(images):
+        Image.fromarray(image).save(deepid_world / f"{i}.png")
+    return deepid_world, process
+
+
 def command(script, *arguments, cwd=ROOT):
     """Run one of the project's scripts as its command line does, but in this process.
 
@@ -187,6 +206,17 @@ def command(script, *arguments, cwd=ROOT):
             signal.signal(number, handler)
     said = [stream.detach().getvalue().decode("utf-8", "surrogateescape") for stream in (out, err)]
     return subprocess.CompletedProcess([script, *arguments], status, *said)
+
+
+def plain_verdicts(folder, names):
+    nets = [keras.models.load_model(folder / path, compile=False) for path in (B, G)]
+    x = np.stack([np.asarray(Image.open(folder / name)) for name in names]) / 255
+    of_b, of_g = (net.predict(x, verbose=0).argmax(axis=1) for net in nets)
+    return [int(b) + 1 if b == g else 7 for b, g in zip(of_b, of_g)]
+
+
+def read_models(*paths):
+    return [utils.read_model(path) for path in paths]
 
 
 def apart(script, *arguments, cwd=ROOT, **options):

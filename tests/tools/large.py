@@ -16,7 +16,8 @@ from pathlib import Path
 import applications  # first: it says where the others are
 import h5py
 import numpy as np
-from benchmark import in_another_process, measure, table
+from benchmark import measure, table
+from world import in_another_process
 
 from defence.cli import Parser, at_least, command, say
 from defence.startup import import_keras, make_reproducible

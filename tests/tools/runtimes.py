@@ -18,7 +18,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "tools")]
 
-from benchmark import in_another_process, table
+from benchmark import table
+from world import in_another_process
 
 import utils
 from defence import backends, onnx_file

@@ -19,18 +19,8 @@ from pathlib import Path
 
 import numpy as np
 import psutil
-from benchmark import (
-    PEOPLE,
-    ROOT,
-    ROUNDS,
-    TEST,
-    draw_world,
-    fastest,
-    in_another_process,
-    measure,
-    repeat_images,
-    table,
-)
+from benchmark import ROUNDS, fastest, measure, table
+from world import PEOPLE, ROOT, TEST, draw_world, in_another_process, repeat_images
 
 PICTURES = (1_000, 10_000, 100_000)  # for --scale
 DRAWN = 1_000  # of them; the others are these in other shades

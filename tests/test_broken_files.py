@@ -1,0 +1,144 @@
+"""Data and models that are broken, or unfit for the commands, are refused."""
+
+import os
+
+import h5py
+import keras
+import numpy as np
+import pytest
+from conftest import SHAPE, B, assert_refused, command, draw_images, write_data
+
+import utils
+from defence.cli import InputError
+
+
+def test_every_broken_data_file_is_refused(deepid_world, tmp_path):
+    images, labels = draw_images(12, 6, SHAPE, seed=0)
+    whole = (deepid_world / "clean.h5").read_bytes()
+
+    def data(images=images, labels=labels, **options):
+        path = tmp_path / f"{len(os.listdir(tmp_path))}.h5"
+        return write_data(path, images, labels, **options)
+
+    def raw(contents):
+        path = tmp_path / f"{len(os.listdir(tmp_path))}.h5"
+        path.write_bytes(contents)
+        return path
+
+    def keyed(**values):
+        path = tmp_path / f"{len(os.listdir(tmp_path))}.h5"
+        with h5py.File(path, "w") as file:
+            for name, value in values.items():
+                file[name] = value
+        return path
+
+    def pixel(value, kind="f4"):
+        changed = images.astype(kind)
+        changed[5, 3, 3, 1] = value
+        return data(changed)
+
+    def label(value):
+        changed = labels.astype("f8")
+        changed[5] = value
+        return data(labels=changed)
+
+    corrupt = bytearray(data(compression="gzip").read_bytes())
+    where = corrupt.index(b"\x78\x5e") if b"\x78\x5e" in corrupt else len(corrupt) // 2
+    corrupt[where + 50 : where + 5000] = b"\xff" * 4950
+    cases = [
+        (tmp_path / "absent.h5", "no such file"),
+        (tmp_path, "has no folder of pictures for each class in it"),
+        (raw(b""), "empty"),
+        (raw(b"not HDF5" * 99), "not an HDF5 file"),
+        (raw(whole[: len(whole) // 2]), "cut short"),
+        (raw(bytes(corrupt)), "damaged"),
+        (keyed(label=labels), "'data'"),
+        (keyed(data=images), "'label'"),
+        (keyed(data=images[0], label=labels), "not an array of images"),
+        (keyed(data=images.astype("S"), label=labels), "not an array of numbers"),
+        (data(labels=labels[:-1]), "12 images, but 11 labels"),
+        (data(images[:0], labels[:0]), "no images"),
+        (data(images[:, :30]), "3×30×31"),
+        (pixel(np.nan), "is nan, not within 0..255"),
+        (pixel(-1), "is -1, not within 0..255"),
+        (pixel(256), "is 256, not within 0..255"),
+        (data(images / 255), "must be 0..255, so multiply by 255"),
+        (label(6), "label 6 is outside"),
+        (data(labels=np.arange(12) % 6 + 1), "labels seem to count from 1: subtract 1"),
+        (data(labels=np.eye(6)[labels.astype(int)]), "of one-hot labels take argmax(axis=1)"),
+        (label(-1), "label -1 is not"),
+        (label(0.5), "label 0.5"),
+        (label(np.nan), "label nan"),
+        (data(labels=labels.astype("S")), "not an array of numbers"),
+        (data(labels=(labels + 1) % 6), "answers none of its images"),
+    ]
+    for path, words in cases:
+        output = deepid_world / "models" / "never.h5"
+        process = command("repair.py", B, path, "--output", output, cwd=deepid_world)
+        assert_refused(process, words, str(path))
+        assert (
+            process.stderr.startswith("repair.py: error: ")
+            or "\nrepair.py: error: " in process.stderr
+        )
+        assert not output.exists()
+    assert not [name for name in os.listdir(deepid_world / "models") if name.startswith(".")]
+
+
+def test_every_unfit_model_is_refused(deepid_world, tmp_path):
+    layers, image = keras.layers, keras.Input(SHAPE)
+
+    def saved(net, name):
+        net.save(tmp_path / name)
+        return tmp_path / name
+
+    flat = layers.Dense(6, activation="softmax")(layers.Flatten()(image))
+    hidden = keras.Model(image, layers.Lambda(lambda x: x)(flat))
+    conv = layers.Conv2D(4, 3)(image)
+    pooled = layers.Softmax()(layers.GlobalAveragePooling2D()(layers.Conv2D(6, 3)(image)))
+    with h5py.File(tmp_path / "other_weights.h5", "w") as file:
+        file["some/kernel"] = np.zeros(3)
+    with h5py.File(tmp_path / "config.h5", "w") as file:
+        file.attrs["model_config"] = '{"class_name": "Functional"'
+    (tmp_path / "zip.keras").write_bytes(b"PK nothing")
+    (tmp_path / "net.txt").write_text("text")
+    cases = [
+        (tmp_path / "absent.h5", "no such file"),
+        (saved(keras.Model(image, conv), "image.h5"), "not a classifier"),
+        (saved(keras.Model(image, [flat, conv]), "two.h5"), "it has 2 outputs"),
+        (
+            saved(keras.Model(image, layers.Dense(1)(layers.Flatten()(image))), "one.h5"),
+            "not a class",
+        ),
+        (saved(keras.Model(image, flat), "dense.h5"), "no feature map to prune"),
+        (saved(keras.Model(image, pooled), "no_dense.h5"), "no feature map to prune"),
+        (saved(hidden, "lambda.h5"), "Lambda layer (layer 'lambda'): it could run code"),
+        (saved(hidden, "lambda.keras"), "Lambda layer (layer 'lambda'): it could run code"),
+        (
+            saved(keras.Model(image, layers.RandomFlip()(flat[:, None, :, None])), "f.h5"),
+            "GetItem",
+        ),
+        (tmp_path / "other_weights.h5", "no model config"),
+        (tmp_path / "config.h5", "its JSON cannot be read"),
+        (tmp_path / "zip.keras", "not a .keras archive"),
+        (tmp_path / "net.txt", "a model is a .h5 or a .keras file"),
+        (deepid_world / "clean.h5", "is a dataset, not a model"),
+    ]
+    for path, words in cases:
+        process = command(
+            "repair.py", path, "clean.h5", "--output", tmp_path / "g.h5", cwd=deepid_world
+        )
+        assert_refused(process, words)
+        assert not (tmp_path / "g.h5").exists()
+
+
+def test_lambdas_hidden_in_nested_models_and_wrappers_are_found(tmp_path):
+    layers, image = keras.layers, keras.Input(SHAPE)
+    inner = keras.Sequential([keras.Input(SHAPE), layers.Lambda(lambda x: x, name="hidden")])
+    nested = keras.Model(image, layers.Dense(6)(layers.Flatten()(inner(image))))
+    nested.save(tmp_path / "nested.h5")
+    with pytest.raises(InputError, match="Lambda layer .layer 'hidden'"):
+        utils.load_badnet(tmp_path / "nested.h5")
+    wrapped = layers.TimeDistributed(layers.Lambda(lambda x: x))(image)
+    keras.Model(image, wrapped).save(tmp_path / "wrapped.keras")
+    with pytest.raises(InputError, match="TimeDistributed|Lambda"):
+        utils.load_badnet(tmp_path / "wrapped.keras")

@@ -1,0 +1,255 @@
+"""Nets of every kind as a detector's file: its answers are those of the nets, or it is refused."""
+
+import dataclasses
+import json
+import re
+
+import keras
+import numpy as np
+import onnx
+import pytest
+from conftest import read_models
+from test_detector import on_serving
+from test_files import every_layer
+
+import utils
+from defence import backends, detector, guard_model, onnx_file
+from defence.cli import InputError
+from defence.graph import leaves
+from defence.net import last_weighted, prune_channels, split
+
+
+def assert_same_answers(ours, theirs, error=1e-5):
+    """Equal classes; scores that differ by `error`, of a score above 1 as a share of it.
+
+    ours: what DetectorFile.run gives.  theirs: what the model of detector.build gives.
+    """
+    badnet, repaired, score = theirs
+    np.testing.assert_array_equal(ours["badnet_class"] - 1, badnet)
+    np.testing.assert_array_equal(ours["repaired_class"] - 1, repaired)
+    np.testing.assert_allclose(ours["score"], score, rtol=error, atol=error)
+
+
+def exported(badnet, folder, scale="0..1", change=-2, repaired=None):
+    """Export a net and another. Returns (DetectorFile.run, Keras's model).
+
+    repaired: the other one; if None, the first with its weights times `change`, so that the answers
+    of the two are far apart.
+    """
+    badnet.save(folder / "b.h5")
+    if repaired is None:
+        badnet.set_weights([values * change for values in badnet.get_weights()])
+    (repaired or badnet).save(folder / "g.h5")
+    models = read_models(folder / "b.h5", folder / "g.h5")
+    returned = backends.export(*models, folder / "d.onnx", scale=scale)
+    file = onnx_file.read(folder / "d.onnx")
+    assert returned.path == file.path and returned.shape == file.shape
+    assert (returned.classes, returned.threshold) == (file.classes, None)
+    model, classes = backends.load_nets(*models, backends.Usage(scale, None, None, None))
+    assert classes == file.classes
+    return file.run, model
+
+
+def ending_in(activation, shape=(9, 8, 2)):
+    keras.utils.set_random_seed(3)
+    layers = keras.layers
+    inner = [layers.Conv2D(3, 3, activation=activation), layers.Flatten()]
+    return keras.Sequential([keras.Input(shape), *inner, layers.Dense(4, activation=activation)])
+
+
+def random_images(shape, seed=1):
+    return np.float32(np.random.default_rng(seed).integers(0, 256, (300, *shape)))
+
+
+def test_nets_that_end_in_a_softmax(tmp_path):
+    run, by_keras = exported(ending_in("softmax"), tmp_path)
+    assert_same_answers(run(random_images((9, 8, 2))), by_keras(random_images((9, 8, 2))))
+
+
+@pytest.mark.parametrize(
+    "activation, scale", [("softmax", "0..255"), ("linear", "0..1"), ("sigmoid", "0..255")]
+)
+def test_nets_of_any_kind_of_scores(tmp_path, activation, scale):
+    run, by_keras = exported(ending_in(activation), tmp_path, scale)
+    assert_same_answers(run(random_images((9, 8, 2))), by_keras(random_images((9, 8, 2))))
+
+
+def test_the_trunk_that_both_nets_share_is_in_the_file_once(tmp_path):
+    net = ending_in("relu")
+    sizes = {}
+    for name in ("shared", "apart"):
+        net.save(tmp_path / "b.h5")
+        prune_channels(net.layers[0], [1])
+        if name == "apart":
+            net.layers[0].set_weights([values * 2 for values in net.layers[0].get_weights()])
+        net.save(tmp_path / "g.h5")
+        models = read_models(tmp_path / "b.h5", tmp_path / "g.h5")
+        backends.export(*models, tmp_path / "d.onnx")
+        operators = [node.op_type for node in onnx.load(tmp_path / "d.onnx").graph.node]
+        sizes[name] = operators.count("Conv")
+    assert sizes == {"shared": 1, "apart": 2}
+
+
+def test_scores_that_are_nan_count_as_poisoned(tmp_path):
+    run, by_keras = exported(ending_in("linear"), tmp_path, change=1e30)
+    images = random_images((9, 8, 2))
+    images[0] = 0
+    ours, theirs = run(images), by_keras(images)
+    assert_same_answers(ours, theirs)
+    broken = ours["repaired_class"] == 0
+    assert broken.any() and not broken.all()
+    assert np.all(ours["class"][broken] == 5)
+    assert np.all(ours["score"][broken] == np.float32(detector.MOST))
+
+
+@pytest.mark.parametrize("scale", ["-1..1", "caffe", "torch"])
+def test_every_scale_can_be_exported(tmp_path, scale):
+    images = random_images((9, 8, 3))
+    run, by_keras = exported(ending_in("softmax", (9, 8, 3)), tmp_path, scale)
+    assert_same_answers(run(images), by_keras(images))
+
+
+def of_all_layers(folder):
+    """A net with each layer that guard_model.py allows, but an activation that is refused."""
+    every_layer().save(folder / "every.keras")
+    config = json.dumps(utils.load_badnet(folder / "every.keras").get_config()).replace(
+        '"gelu"', '"relu"'
+    )
+    # Or its first ReLU would leave nothing below 0 to the layers behind it.
+    config = re.sub(r'"negative_slope": [\d.]+', '"negative_slope": 0.7', config)
+    net, rng = keras.Model.from_config(json.loads(config)), np.random.default_rng(0)
+    for layer in net.layers:
+        most = 1 if isinstance(layer, keras.layers.PReLU) else 0.1
+        layer.set_weights([each + most * rng.random(each.shape) for each in layer.get_weights()])
+    return net
+
+
+def of_all_activations(_):
+    """A net with each activation that guard_model.py allows, once for pictures, once for rows."""
+    layers, parts = keras.layers, []
+    image = keras.Input((16, 16, 4))
+    pixels = layers.Rescaling(1 / 255)(image)
+    # Wide enough to reach the flat ends of relu6, hard_tanh and so on.
+    wide = {"kernel_initializer": keras.initializers.RandomNormal(stddev=0.6)}
+    row = layers.Flatten()(layers.Conv2D(2, 4, 4)(pixels))
+    for name in sorted({*guard_model.ACTIVATIONS.split()} - REFUSED):
+        parts.append(layers.Flatten()(layers.Conv2D(2, 4, 4, activation=name, **wide)(pixels)))
+        parts.append(layers.Dense(4, activation=name, **wide)(row))
+    return keras.Model(image, layers.Dense(3)(layers.Concatenate()(parts)))
+
+
+REFUSED = {"celu", "gelu"}
+
+
+@pytest.mark.parametrize("make", [of_all_layers, of_all_activations])
+def test_what_can_be_exported(tmp_path, make):
+    """The file answers as Keras does, where an error of 1 % in any one layer would be seen."""
+    keras.utils.set_random_seed(0)
+    net, images = make(tmp_path), random_images((16, 16, 4))
+    spread_scores(net, images)
+    layers = keras.layers
+    plain = [keras.Input((16, 16, 4)), layers.Rescaling(1 / 255), layers.Flatten(), layers.Dense(3)]
+    run, by_keras = exported(net, tmp_path, "0..255", repaired=keras.Sequential(plain))
+    ours = run(images)
+    assert_same_answers(ours, by_keras(images, training=False), 5e-5)
+    assert set(ours["badnet_class"]) == {1, 2, 3}
+    assert min(effects(by_keras, images[:30])) * 0.01 > 5e-5
+
+
+def spread_scores(net, images):
+    """Give a net's last Dense layer weights that make of each feature as much as of the others."""
+    dense = last_weighted(net)
+    features = np.asarray(keras.Model(net.input, dense.input)(images))
+    mean, far = features.mean(axis=0), features.std(axis=0)
+    kernel = np.random.default_rng(0).normal(0, 2 / len(mean) ** 0.5, (len(mean), 3))
+    kernel /= np.maximum(far, 0.1 * np.abs(mean) + 0.3 * np.median(far[far > 0]))[:, None]
+    dense.set_weights([kernel, -mean @ kernel])
+
+
+def effects(model, images):
+    """How much the scores of a detector's model change with an error in each of its layers.
+
+    Returns [float, …], for an error as large as the layer's output, another one for each value.
+    """
+    import tensorflow as tf
+
+    errors, signs = [], np.random.default_rng(0).choice([-1, 1], len(images))
+    with pytest.MonkeyPatch.context() as patched, tf.GradientTape() as tape:
+        for layer in leaves(model):
+            if not isinstance(layer, keras.layers.Lambda | keras.layers.InputLayer):
+                errors.append(tf.Variable(0.0))
+                patched.setattr(layer, "call", with_error(layer.call, errors[-1]))
+        change = tf.reduce_sum(model(images, training=False)[2] * signs)
+    return [abs(float(each)) for each in tape.gradient(change, errors)]
+
+
+def with_error(call, error):
+    """What a layer calls, but each value that it returns is larger by a share of `error`."""
+
+    def wrong(*arguments, **options):
+        values = call(*arguments, **options)
+        shares = np.random.default_rng(0).random(values.shape[1:], np.float32)
+        return values * (1 + error * shares)
+
+    return wrong
+
+
+def test_what_cannot_be_exported_is_refused(tmp_path):
+    layers = keras.layers
+    in_groups = [layers.Conv2D(4, 3, groups=2), layers.Flatten(), layers.Dense(3)]
+    for net in (*map(ending_in, REFUSED), keras.Sequential([keras.Input((9, 8, 2)), *in_groups])):
+        with pytest.raises(InputError, match="cannot be made of these nets: contains the operator"):
+            exported(net, tmp_path)
+        assert not (tmp_path / "d.onnx").exists()
+    assert "celu and gelu" in " ".join(on_serving().split())
+
+
+def test_a_file_that_answers_otherwise_is_not_written(tmp_path, monkeypatch):
+    read = onnx_file.read
+
+    def lying(*arguments):
+        file = read(*arguments)
+
+        def run(images):
+            found = file.run(images)
+            return {**found, "badnet_class": found["badnet_class"] % 4 + 1}
+
+        return dataclasses.replace(file, run=run)
+
+    monkeypatch.setattr(onnx_file, "read", lying)
+    with pytest.raises(InputError, match="its badnet_class differs from theirs"):
+        exported(ending_in("softmax"), tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["b.h5", "g.h5"]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "lab3",
+        *(
+            pytest.param(each, marks=pytest.mark.slow)
+            for each in ("sunglasses", "anonymous_1", "anonymous_2", "multi_trigger_multi_target")
+        ),
+    ],
+)
+def test_real_badnets_are_judged_alike(csaw, tmp_path, name):
+    """A real BadNet and a G of it with pruned channels and another head, on real faces."""
+    badnet_path = csaw / "badnets" / f"{name}_bd_net.h5"
+    net = utils.load_badnet(badnet_path)
+    layer = split(net).layer
+    prune_channels(layer, range(0, layer.filters, 2))
+    dense = last_weighted(net)
+    dense.set_weights([values * 0.9 for values in dense.get_weights()])
+    net.save(tmp_path / "g.h5")
+    scale = "0..255" if name == "lab3" else "0..1"
+    models = read_models(badnet_path, tmp_path / "g.h5")
+    backends.export(*models, tmp_path / "d.onnx", scale=scale)
+    run = onnx_file.read(tmp_path / "d.onnx").run
+    by_keras, classes = backends.load_nets(*models, backends.Usage(scale, layer.name, None, None))
+    paths = sorted((csaw / "faces").glob("*.h5"))
+    assert len(paths) == 6
+    for faces in paths:
+        with utils.open_dataset(faces) as data:
+            data.fit_to(by_keras.input_shape[1:], classes)
+            for x, _ in data.batches():
+                assert_same_answers(run(x), by_keras(x), 5e-5)

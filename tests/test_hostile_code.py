@@ -1,0 +1,161 @@
+"""Hostile models that would run code when they are loaded are refused: no code of a file runs.
+
+A payload that ran would leave a file, the canary; the tests at the top show that the same payloads
+do their work where nothing guards.
+"""
+
+import os
+import types
+
+import keras
+import pytest
+from hostile import CLASSES, FORMATS, SHAPE, copied, with_layer
+
+
+def lambda_net(canary):
+    """A net with a Python lambda inside that leaves the canary."""
+    payload = compile(f"lambda x: (open({str(canary)!r}, 'w'), x)[1]", "f", "eval").co_consts[0]
+    image = keras.Input(SHAPE, name="input")
+    x = keras.layers.Conv2D(4, 3, name="conv")(image)
+    x = keras.layers.Lambda(types.FunctionType(payload, {}), name="payload")(x)
+    x = keras.layers.Flatten(name="flat")(x)
+    return keras.Model(image, keras.layers.Dense(CLASSES, name="output")(x))
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_a_lambda_is_refused_that_runs_where_nothing_guards(suffix, refused, tmp_path):
+    path, canary = tmp_path / f"lambda{suffix}", tmp_path / "canary"
+    net = lambda_net(canary)
+    net.save(path)
+    assert canary.exists()  # it ran when the net was built
+    canary.unlink()
+    refused(path, "contains a Lambda layer (layer 'payload'): it could run code from the file")
+    keras.config.enable_unsafe_deserialization()
+    try:
+        keras.saving.load_model(path, compile=False, safe_mode=False)
+    finally:
+        # The switch has no opposite.
+        keras.src.backend.common.global_state.set_global_attribute("safe_mode_saving", None)
+    assert canary.exists()
+
+
+def function(module, name):
+    return {"module": module, "class_name": "function", "config": name, "registered_name": name}
+
+
+CODE = {
+    "keras function in a lambda": (
+        {"class_name": "Lambda", "config": {"function": function("keras.utils", "get_file")}},
+        "Lambda layer (layer 'activation_1')",
+    ),
+    "switch off safe mode": (
+        function("keras.config", "enable_unsafe_deserialization"),
+        "'function'",
+    ),
+    "module os": ({"class_name": "system", "module": "os", "config": {}}, "'system'"),
+    "known name, other module": (
+        {"class_name": "Dense", "module": "evil", "config": {"units": 3}},
+        "'evil'",
+    ),
+    "registered": (
+        {"class_name": "Dense", "registered_name": "evil>Dense", "config": {"units": 3}},
+        "'evil>Dense'",
+    ),
+    "custom": ({"class_name": "MyLayer"}, "'MyLayer'"),
+    "function as class": ({"class_name": "deserialize", "config": {"config": {}}}, "'deserialize'"),
+    "no text as class": ({"class_name": ["Dense"]}, "['Dense']"),
+    "SavedModel": (
+        {"class_name": "TFSMLayer", "config": {"filepath": "secret"}},
+        "contains a TFSMLayer layer",
+    ),
+    "pickle": (
+        {"class_name": "TorchModuleWrapper", "config": {"module": "gASV"}},
+        "contains a TorchModuleWrapper layer",
+    ),
+    "reads a file": (
+        {"class_name": "StringLookup", "config": {"vocabulary": "secret"}},
+        "'StringLookup'",
+    ),
+    "reads text": (
+        {"class_name": "TextVectorization", "config": {"vocabulary": "secret"}},
+        "'TextVectorization'",
+    ),
+    "augmentation": ({"class_name": "RandomCrop"}, "'RandomCrop'"),
+    "preprocessing": ({"class_name": "Hashing", "config": {"num_bins": 9}}, "'Hashing'"),
+    "in a wrapper": (
+        {"class_name": "TimeDistributed", "config": {"layer": {"class_name": "Lambda"}}},
+        "'TimeDistributed'",
+    ),
+    "in a nested model": (
+        {
+            "class_name": "Sequential",
+            "config": {"layers": [{"class_name": "Lambda", "config": {"name": "deep"}}]},
+        },
+        "Lambda layer (layer 'deep')",
+    ),
+    "an activation": ({"class_name": "Activation", "config": {"activation": "evil"}}, "'evil'"),
+    "an activation that is a function": (
+        {"class_name": "Activation", "config": {"activation": function("os", "system")}},
+        "'function'",
+    ),
+    "a lambda as activation": (
+        {"class_name": "Activation", "config": {"activation": {"class_name": "__lambda__"}}},
+        "Lambda layer",
+    ),
+    "an initializer": (
+        {"class_name": "Dense", "config": {"kernel_initializer": function("os", "system")}},
+        "'function'",
+    ),
+    "an argument of a call": (
+        {
+            "class_name": "Activation",
+            "config": {"activation": "relu"},
+            "inbound_nodes": [{"args": [{"class_name": "__lambda__", "config": {}}]}],
+        },
+        "Lambda layer",
+    ),
+    "an argument that is no tensor": (
+        {
+            "class_name": "BatchNormalization",
+            "inbound_nodes": [{"args": ["secret"], "kwargs": {"mask": "secret"}}],
+        },
+        "calls a layer on something other than a tensor",
+    ),
+    "a policy": (
+        {
+            "class_name": "Activation",
+            "config": {"dtype": {"class_name": "DTypePolicy", "config": {"name": "string"}}},
+        },
+        "the dtype 'string'",
+    ),
+    "a type": (
+        {"class_name": "Activation", "config": {"activation": "relu", "dtype": "string"}},
+        "the dtype 'string'",
+    ),
+}
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+@pytest.mark.parametrize("kind", CODE)
+def test_what_could_run_code_or_is_no_part_of_a_classifier(kind, suffix, good, refused, tmp_path):
+    changes, words = CODE[kind]
+    refused(with_layer(copied(good, tmp_path, suffix), **changes), words)
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_what_a_nested_model_was_compiled_with_is_never_read(suffix, good, run, tmp_path):
+    layers = [
+        {"class_name": "InputLayer", "config": {"batch_shape": [None, 160], "name": "inside"}},
+        {"class_name": "ReLU", "config": {"name": "relu"}},
+    ]
+    evil = {"optimizer": {"class_name": "__lambda__", "config": {"value": "open('canary', 'w')"}}}
+    path = with_layer(
+        copied(good, tmp_path, suffix),
+        class_name="Sequential",
+        module="keras",
+        config={"layers": layers},
+        compile_config=evil,
+    )
+    process = run("repair.py", path, good / "data.h5", "--threshold", 0, "--output", "out.h5")
+    assert process.returncode == 0, process.stderr
+    assert {path.name, "out.h5", "out_detector.onnx"} == set(os.listdir(tmp_path)) - {"inside.h5"}

@@ -1,0 +1,221 @@
+"""Hostile files that point at other files, or are not what they declare, are refused."""
+
+import shutil
+import zipfile
+
+import h5py
+import numpy as np
+import pytest
+from hostile import FORMATS, KERNELS, SECRET, copied, edited, replace, write_archive
+
+# ----------------------------------------------------------------------------- no other file
+
+
+def external_link(group, key):
+    group[key] = h5py.ExternalLink("elsewhere.h5", "/kernel")
+
+
+def soft_link(group, key):
+    group[key] = h5py.SoftLink("/somewhere")
+
+
+def external_storage(group, key):
+    group.create_dataset(key, (3, 3, 40, 60), "f4", external=[("secret", 0, 86_400)])
+
+
+def virtual(group, key):
+    layout = h5py.VirtualLayout((3, 3, 40, 60), "f4")
+    layout[:] = h5py.VirtualSource("elsewhere.h5", "kernel", (3, 3, 40, 60))
+    group.create_virtual_dataset(key, layout)
+
+
+def loop(group, key):
+    group[key] = group.parent
+
+
+def twice(group, key):
+    group[key] = np.zeros((3, 3, 40, 60), "f4")
+    group["again"] = group[key]
+
+
+ELSEWHERE = {
+    external_link: "is a soft or external link",
+    soft_link: "is a soft or external link",
+    external_storage: "is stored in another file",
+    virtual: "is stored in another file",
+    loop: "is a second name of another object",
+    twice: "is a second name of another object",
+}
+
+
+def test_h5py_follows_what_is_refused_below(tmp_path):
+    secret = np.frombuffer(SECRET[:64], "f4")
+    (tmp_path / "secret").write_bytes(SECRET)
+    with h5py.File(tmp_path / "elsewhere.h5", "w") as file:
+        file["kernel"] = secret
+    with h5py.File(tmp_path / "evil.h5", "w") as file:
+        file["link"] = h5py.ExternalLink("elsewhere.h5", "/kernel")
+        file.create_dataset("stored", (16,), "f4", external=[(str(tmp_path / "secret"), 0, 64)])
+        layout = h5py.VirtualLayout((16,), "f4")
+        layout[:] = h5py.VirtualSource("elsewhere.h5", "kernel", (16,))
+        file.create_virtual_dataset("virtual", layout)
+    with h5py.File(tmp_path / "evil.h5") as file:
+        for name in ("link", "stored", "virtual"):
+            assert np.array_equal(file[name][:], secret), name
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+@pytest.mark.parametrize("put", ELSEWHERE, ids=lambda put: put.__name__)
+def test_a_model_that_reads_elsewhere(put, suffix, good, refused, tmp_path):
+    refused(replace(copied(good, tmp_path, suffix), put), ELSEWHERE[put])
+
+
+@pytest.mark.parametrize("name", ["data", "label", "unread"])
+@pytest.mark.parametrize("put", ELSEWHERE, ids=lambda put: put.__name__)
+def test_a_dataset_that_reads_elsewhere(put, name, good, refused, tmp_path):
+    path = shutil.copy(good / "data.h5", tmp_path / "evil.h5")
+    with h5py.File(path, "r+") as file:
+        file["unread"] = 1
+    refused(replace(path, put, name), ELSEWHERE[put], data=True)
+
+
+# ---------------------------------------------------------------------------------------- zip
+
+
+ARCHIVES = {
+    "path traversal": ({"../canary": "x"}, "contains '../canary'"),
+    "absolute path": ({"/tmp/canary": "x"}, "contains '/tmp/canary'"),
+    "assets": ({"assets/vocabulary.txt": "x"}, "contains 'assets/vocabulary.txt'"),
+    "many members": ({f"{i}": "" for i in range(70_000)}, "not a .keras archive"),
+}
+
+
+@pytest.mark.parametrize("kind", ARCHIVES)
+def test_an_archive_of_other_members(kind, good, refused, tmp_path):
+    more, words = ARCHIVES[kind]
+    archive = zipfile.ZipFile(good / "b.keras")
+    members = {name: archive.read(name) for name in archive.namelist()}
+    members.pop("metadata.json")
+    refused(write_archive(tmp_path / "evil.keras", {**members, **more}), words)
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_an_archive_of_tricks(good, refused, tmp_path):
+    path, archive = tmp_path / "evil.keras", zipfile.ZipFile(good / "b.keras")
+    config, weights = (archive.read(name) for name in ("config.json", "model.weights.h5"))
+    evil = config.replace(b"Activation", b"LambdaHere")
+    twice = [("config.json", config), ("model.weights.h5", weights), ("config.json", evil)]
+    refused(write_archive(path, twice), "contains 'config.json' more than once")
+
+    zeros = {"config.json": b" " * 50_000_000 + config, "model.weights.h5": weights}
+    refused(write_archive(path, zeros, zipfile.ZIP_DEFLATED), "is compressed")
+    long = {"config.json": b" " * 9_000_000 + config, "model.weights.h5": weights}
+    refused(write_archive(path, long), "JSON is longer")
+
+    # The directory says 3 GB where a few bytes are.
+    write_archive(path, {"config.json": config, "model.weights.h5": weights})
+    contents = bytearray(path.read_bytes())
+    entry = contents.rindex(b"PK\1\2")
+    contents[entry + 24 : entry + 28] = (3 * 2**30).to_bytes(4, "little")
+    path.write_bytes(contents)
+    refused(path, "GB of memory")
+    contents[entry + 24 : entry + 28] = (len(weights) + 10**6).to_bytes(4, "little")
+    path.write_bytes(contents)
+    refused(path, "compressed or encrypted")
+
+    write_archive(path, {"config.json": config, "model.weights.h5": weights})
+    contents = bytearray(path.read_bytes())
+    contents[contents.rindex(b"PK\1\2") + 8] |= 1  # "encrypted"
+    path.write_bytes(contents)
+    refused(path, "compressed or encrypted")
+    refused(write_archive(path, {"config.json": config}), "damaged")
+
+
+# ------------------------------------------------------------------------------------ weights
+
+
+def filled(value):
+    def put(group, key):
+        kernel = np.zeros((3, 3, 40, 60), "f4")
+        kernel[1, 1, 7, 7] = value
+        group[key] = kernel
+
+    return put
+
+
+OTHER_SHAPES = "the shapes of its weights do not match its config"
+
+
+def reshaped(group, key):
+    group[key] = np.zeros((3, 3, 60, 40), "f4")
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_weights_of_another_shape_or_no_numbers(suffix, good, refused, tmp_path):
+    for put, words in (
+        (filled(np.nan), "layer 'conv_3' has weights that are NaN or infinite"),
+        (filled(np.inf), "layer 'conv_3' has weights that are NaN or infinite"),
+        (
+            reshaped,
+            "[(3, 3, 60, 40), (60,)], but its config says" if suffix == ".h5" else OTHER_SHAPES,
+        ),
+    ):
+        refused(replace(copied(good, tmp_path, suffix), put), words)
+    path = copied(good, tmp_path, suffix)
+    words = (
+        "damaged or of another format: 'model_weights/conv_3" if suffix == ".h5" else OTHER_SHAPES
+    )
+    refused(edited(path, lambda file: file.__delitem__(KERNELS[suffix])), words)
+
+
+NAMES = {
+    "out of the group": (
+        "weight_names",
+        [b"../conv_1/conv_1/kernel", b"conv_3/bias"],
+        "'model_weights/conv_3/../conv_1/conv_1/kernel'",
+    ),
+    "absolute": (
+        "weight_names",
+        [b"/model_weights/conv_3/conv_3/kernel", b"conv_3/bias"],
+        "'model_weights/conv_3//model_weights/conv_3/conv_3/kernel'",
+    ),
+    "the same twice": (
+        "weight_names",
+        [b"conv_3/kernel", b"conv_3/kernel"],
+        "[(3, 3, 40, 60), (3, 3, 40, 60)], but its config says [(3, 3, 40, 60), (60,)]",
+    ),
+    "often": (
+        "weight_names",
+        [b"conv_3/kernel"] * 4_000,
+        "the weights of layer 'conv_3' are of shape",
+    ),
+    "numbers": ("weight_names", [1, 2], "the attribute 'weight_names' is not text"),
+    "a table": ("weight_names", [[b"conv_3/kernel", b"conv_3/bias"]], "is not a row of texts"),
+    "no bytes of text": (
+        "weight_names",
+        [b"\xff\xfe", b"conv_3/bias"],
+        r"'model_weights/conv_3/\udcff\udcfe'",
+    ),
+    "too few layers": (
+        "layer_names",
+        [b"conv_1"],
+        "has weights of 1 layers, but its config describes 7",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", NAMES)
+def test_names_of_weights_that_lead_astray(kind, good, refused, tmp_path):
+    attribute, value, words = NAMES[kind]
+    path = copied(good, tmp_path)
+    with h5py.File(path, "r+") as file:
+        group = file["model_weights"]
+        (group["conv_3"] if attribute == "weight_names" else group).attrs[attribute] = value
+    refused(path, words)
+
+
+def test_an_attribute_of_an_array_that_is_no_text(good, refused, tmp_path):
+    def change(file):
+        file[KERNELS[".keras"]].attrs["dtype"] = np.zeros((5, 5))
+
+    refused(edited(copied(good, tmp_path, ".keras"), change), "the attribute 'dtype'")

@@ -1,0 +1,163 @@
+"""Hostile detectors: a file of ONNX with anything but a detector of two nets in it is refused."""
+
+import re
+
+import numpy as np
+import onnx
+import pytest
+from test_export import ending_in, exported, random_images
+
+from defence import onnx_file
+from defence.cli import InputError
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A valid detector's file, as onnx.ModelProto."""
+    folder = tmp_path_factory.mktemp("softmax")
+    exported(ending_in("softmax"), folder)
+    return onnx.load(folder / "d.onnx")
+
+
+def external(model):
+    tensor = model.graph.initializer[0]
+    tensor.data_location = onnx.TensorProto.EXTERNAL
+    entry = tensor.external_data.add()
+    entry.key, entry.value = "location", "../../etc/passwd"
+
+
+def of_another_domain(model):
+    model.graph.node[0].domain = "com.microsoft"
+
+
+def imported_domain(model):
+    model.opset_import.append(onnx.helper.make_opsetid("com.example", 1))
+
+
+def random_operator(model):
+    model.graph.node.append(
+        onnx.helper.make_node("RandomNormal", [], ["noise"], shape=[10**6, 10**6])
+    )
+
+
+def loop(model):
+    body = onnx.helper.make_graph([], "body", [], [])
+    model.graph.node.append(onnx.helper.make_node("Loop", ["", ""], ["x"], body=body))
+
+
+def graph_inside(model):
+    body = onnx.helper.make_graph([], "body", [], [])
+    model.graph.node[0].attribute.append(onnx.helper.make_attribute("body", body))
+
+
+def function(model):
+    model.functions.append(onnx.helper.make_function("com.example", "f", [], [], [], []))
+
+
+def tensor_without_its_values(model):
+    model.graph.initializer[0].dims[:] = [10**9, 10**9]
+
+
+def tile_bomb(model):
+    repeats = onnx.numpy_helper.from_array(np.array([1, 10**4, 10**4, 10]), "repeats")
+    model.graph.initializer.append(repeats)
+    name = model.graph.input[0].name
+    model.graph.node.append(onnx.helper.make_node("Tile", [name, "repeats"], ["tiled"]))
+
+
+def unknown_size(model):
+    model.graph.initializer.append(onnx.numpy_helper.from_array(np.array([-1]), "row"))
+    for operator, inputs, output, more in (
+        ("Reshape", [model.graph.input[0].name, "row"], "flat", {}),
+        ("Cast", ["flat"], "sizes", {"to": onnx.TensorProto.INT64}),
+        ("Reshape", ["flat", "sizes"], "shaped", {}),
+    ):
+        model.graph.node.append(onnx.helper.make_node(operator, inputs, [output], **more))
+
+
+def two_inputs(model):
+    model.graph.input.append(model.graph.input[0])
+    model.graph.input[1].name = "more"
+
+
+def floats_in(model):
+    model.graph.input[0].type.tensor_type.elem_type = onnx.TensorProto.FLOAT
+
+
+def open_size(model):
+    model.graph.input[0].type.tensor_type.shape.dim[1].dim_param = "height"
+
+
+def no_score(model):
+    model.graph.output.pop()
+
+
+def cycle(model):
+    model.graph.node[0].input[0] = model.graph.node[-1].output[0]
+
+
+def no_metadata(model):
+    del model.metadata_props[:]
+
+
+def metadata(name, value):
+    def change(model):
+        {each.key: each for each in model.metadata_props}[name].value = value
+
+    return change
+
+
+HOSTILE = {
+    "external data": (external, "another file"),
+    "another domain": (of_another_domain, "operator"),
+    "imported domain": (imported_domain, "not ONNX's own"),
+    "random operator": (random_operator, "'RandomNormal'"),
+    "loop": (loop, "'Loop'"),
+    "graph inside": (graph_inside, "graph inside an operator"),
+    "function": (function, "more than one graph"),
+    "huge tensor": (tensor_without_its_values, "GB of memory"),
+    "tile bomb": (tile_bomb, "largest output of an operator would take"),
+    "unknown size": (unknown_size, "cannot be determined"),
+    "two inputs": (two_inputs, "takes 2 inputs"),
+    "floats in": (floats_in, "its input is not pictures"),
+    "open size": (open_size, "its input is not pictures"),
+    "no score": (no_score, "its outputs are not"),
+    "cycle": (cycle, "damaged or of another format"),
+    "no metadata": (no_metadata, "metadata are damaged"),
+    "no class": (metadata("classes", "1"), "metadata are damaged"),
+    "many classes": (metadata("classes", "9" * 5000), "metadata are damaged"),
+    "threshold": (metadata("threshold", "nan"), "metadata are damaged"),
+    "record": (metadata("repair_record", "[1"), "JSON cannot be read"),
+    "list for a record": (metadata("repair_record", "[1]"), "repair record is damaged"),
+    "empty record": (metadata("repair_record", "{}"), "repair record is damaged"),
+    "scale": (metadata("input_scale", "0..2"), "metadata are damaged"),
+}
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_hostile_files_are_refused(model, tmp_path, kind):
+    change, words = HOSTILE[kind]
+    changed = onnx.ModelProto()
+    changed.CopyFrom(model)
+    change(changed)
+    path = tmp_path / "d.onnx"
+    path.write_bytes(changed.SerializeToString())
+    with pytest.raises(InputError, match=re.escape(words)) as error:
+        onnx_file.read(path)
+    assert str(error.value).startswith(f"{path}: ") and "\n" not in str(error.value)
+
+
+def test_changed_bytes_lead_to_answers_or_to_one_line(model, tmp_path):
+    contents = bytearray(model.SerializeToString())
+    rng, path, images = np.random.default_rng(0), tmp_path / "d.onnx", random_images((9, 8, 2))
+    refused = 0
+    for _ in range(200):
+        changed = contents.copy()
+        for place in rng.integers(0, len(contents), rng.integers(1, 9)):
+            changed[place] = rng.integers(256)
+        path.write_bytes(changed)
+        try:
+            onnx_file.read(path).run(images[:2])
+        except InputError:
+            refused += 1
+    assert 20 < refused < 200
