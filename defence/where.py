@@ -25,6 +25,7 @@ from defence.inference import parallel_map
 from defence.streams import Stream, fetch, highest, unflagged
 
 CLASSES = 5  # that are looked at
+SHARE = 0.1  # of the flagged images, what a class has at least that is looked at, or stands out
 MOST = 64  # images that are looked at, of the flagged ones and of the others
 FEWEST = 5  # of each kind, for a difference
 SINGLE = 4  # flagged images that windows are taken of
@@ -124,7 +125,7 @@ def look_at(stream, unusual, judge, beside=None):
     for each in unusual[:CLASSES]:
         if each.stands_out:
             looked.seen.append(look(stream, each.target - 1, judge, beside))
-        elif each.hits >= FEWEST_TRIED:
+        elif each.hits >= max(FEWEST_TRIED, SHARE * each.flagged):
             seen = look(stream, each.target - 1, judge, beside)
             if seen.is_trigger:
                 looked.standing.append(each)

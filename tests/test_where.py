@@ -103,6 +103,15 @@ def test_targets_that_share_a_stream_are_found_by_what_their_images_have_in_comm
     assert "works as a trigger" in flagged.in_words(looked.standing[0])
 
 
+@pytest.mark.parametrize(("hits", "bad"), [(9, 20), (12, 200)])
+def test_a_class_with_few_of_the_flagged_images_is_not_looked_at(monkeypatch, hits, bad):
+    """It would take as long as thousands of verdicts, of any clean stream."""
+    monkeypatch.delattr(where, "look")
+    stream = make_stream(faces(3, 1), make_judge(by_any_part))
+    few = [flagged.Standing(TARGET + 1, hits, bad, p_value=0.3)]
+    assert where.look_at(stream, few, None) == where.Looked(stream, [], [])
+
+
 def test_a_trigger_all_over_the_picture_is_told_as_such():
     seen = look(cast, by_its_cast)
     assert seen.whole and seen.is_trigger and seen.described()["region"]["whole_picture"]
