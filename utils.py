@@ -13,7 +13,6 @@ import tempfile
 import warnings
 from pathlib import Path
 
-import h5py
 import numpy as np
 
 from defence import architecture, folder, guard, guard_model, pixels
@@ -73,7 +72,8 @@ class ModelFile:
         if path.suffix == ".keras":
             with guard.inspecting(path, max_bytes), self._archive() as archive:
                 guard.check_heaps(self.contents, path)
-                with h5py.File(io.BytesIO(archive.read("model.weights.h5")), "r") as file:
+                weights = io.BytesIO(archive.read("model.weights.h5"))
+                with open_hdf5(weights, path, max_bytes) as file:
                     shapes = guard_model.declared_shapes(file, path, max_bytes)
                 config = architecture.read_config(archive.read("config.json"), path)
             return functools.partial(architecture.build, config), shapes
@@ -161,6 +161,7 @@ def load_badnet(path, max_bytes=DEFAULT_MAX_BYTES):
 def save_model(model, path, **attributes):
     """Save a Keras model without optimizer as .h5, with these texts as root attributes."""
     import_keras()
+    import h5py
     from keras.src.legacy.saving.legacy_h5_format import save_model_to_hdf5  # into an open file
 
     # In memory first: where the disk is full, libhdf5 ends the process with a segmentation fault.
@@ -193,7 +194,7 @@ class Dataset:
 
     path: Path
     max_bytes: int
-    images: h5py.Dataset
+    images: object
     labels: np.ndarray
     true_labels: np.ndarray
     fingerprint: tuple
@@ -338,7 +339,7 @@ def open_dataset(path, max_bytes=DEFAULT_MAX_BYTES):
             found = guard.check_links(file, path)
             names = ["data", "label"] + ["original_label"] * ("original_label" in found)
             for name in names:
-                if not isinstance(found.get(name), h5py.Dataset):
+                if not guard.is_array(found.get(name)):
                     there = ", ".join(sorted(filter(None, found))[:9]) or "nothing"
                     raise InputError(f"{path}: there is no array '{name}' in the file, but {there}")
                 guard.check_stored(found[name], path, max_bytes)

@@ -1,7 +1,5 @@
 """From the config in a model's file to an untrained net, whichever Keras since 2.2 wrote it."""
 
-import h5py
-
 from defence import graph, guard, guard_model
 from defence.cli import InputError
 from defence.startup import import_keras
@@ -37,7 +35,7 @@ def deepid_classes(file, path):
     Raises InputError where they are not those of a DeepID.  path: the file's name, for messages.
     """
     for bias in ("output/output/bias:0", "output/output/bias", "layers/dense_2/vars/1"):
-        if isinstance(file.get(bias), h5py.Dataset) and file[bias].ndim == 1:
+        if guard.is_array(file.get(bias)) and file[bias].ndim == 1:
             return len(file[bias])
     if "data" in file and "label" in file:
         raise InputError(f"{path}: is a dataset, not a model; --help shows the order")

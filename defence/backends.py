@@ -143,9 +143,15 @@ def load(paths, max_bytes=DEFAULT_MAX_BYTES, backend=None, fpr=None, scale=None,
         file = onnx_file.read(path, max_bytes)
         return file.detector(file.threshold if fpr is None else file.threshold_for(fpr))
     badnet, repaired = (utils.read_model(path, max_bytes) for path in paths)
+    file = None if backend == "keras" else matching_file(badnet, repaired, backend)
+    if file and file.tells_of(badnet) and not (scale or force):
+        # It has G's record, too: then B and G are hashed, and libhdf5 is not even imported.
+        return file.detector(fpr and file.record.threshold(fpr, repaired.path))
     usage = usage_from_record(badnet, repaired, fpr, scale, force)
-    if backend != "keras" and (file := matching_file(badnet, repaired, usage.scale, backend)):
+    if file and file.made_of[2] == usage.scale:
         return file.detector(usage.threshold)
+    if backend == "onnx":
+        raise not_made_of_these(onnx_file.default_path(repaired.path))
     model, classes = load_nets(badnet, repaired, usage, force)
 
     def run(images):
@@ -184,10 +190,10 @@ def load_nets(badnet, repaired, usage, force=False):
     return detector.build(of_b, of_g, usage.scale, usage.layer), of_b.output_shape[1]
 
 
-def matching_file(badnet, repaired, scale, backend=None):
-    """The onnx_file.DetectorFile of B and G, ModelFiles, or None where Keras is to judge.
+def matching_file(badnet, repaired, backend=None):
+    """The onnx_file.DetectorFile of B and G, ModelFiles, or None where there is none.
 
-    scale: that the nets are used with.  backend: as for `load`.
+    backend: as for `load`.
     A file of other nets is left alone: it may be what others judge with.
     Raises InputError where `backend` is "onnx" and there is no such file.
     """
@@ -201,13 +207,17 @@ def matching_file(badnet, repaired, scale, backend=None):
             raise
         return None
     file = onnx_file.read(path, badnet.max_bytes)
-    if file.made_of == (badnet.sha256, repaired.sha256, scale):
+    if file.made_of[:2] == (badnet.sha256, repaired.sha256):
         return file
     if backend == "onnx":
-        raise InputError(
-            f"{path}: was not made of these nets; make it again with: eval_defence.py --export"
-        )
+        raise not_made_of_these(path)
     return None
+
+
+def not_made_of_these(path):
+    return InputError(
+        f"{path}: was not made of these nets; make it again with: eval_defence.py --export"
+    )
 
 
 def export(badnet, repaired, path, **how):

@@ -11,7 +11,6 @@ import sys
 import tempfile
 from pathlib import Path
 
-import h5py
 import numpy as np
 
 from defence import cli, guard
@@ -213,6 +212,8 @@ def open_hdf5(file, path, max_bytes=DEFAULT_MAX_BYTES):
 
     file: its path, or a binary file open to read.  path: its name, for messages.
     """
+    import h5py  # here, for the time that it takes
+
     with guard.inspecting(path, max_bytes):
         try:
             opened = h5py.File(file, "r")

@@ -39,7 +39,6 @@ import struct
 import zipfile
 import zlib
 
-import h5py
 import numpy as np
 
 from defence.cli import DEFAULT_MAX_BYTES, InputError, gigabytes, one_line
@@ -48,7 +47,7 @@ OBJECTS = 50_000  # groups and arrays in an HDF5 file: weights, and an optimizer
 TEXTS = 10**6  # in the heaps of an HDF5 file: names of layers and weights
 TEXT_LENGTH = 2**23  # characters; the config of keras.applications.EfficientNetV2L has 964,217
 INFLATION = 1032  # the most that a byte of a deflate stream can become
-FILTERS = {h5py.h5z.FILTER_DEFLATE, h5py.h5z.FILTER_SHUFFLE, h5py.h5z.FILTER_FLETCHER32}
+DEFLATE, SHUFFLE, FLETCHER32 = 1, 2, 3  # the numbers of these filters in an HDF5 file
 HEAP = b"GCOL\1\0\0\0"  # how each global heap of HDF5 begins
 MEMBERS = {"metadata.json", "config.json", "model.weights.h5"}
 NOT_KERAS = "not a .keras archive as Keras writes it"
@@ -161,6 +160,8 @@ def check_links(file, path):
     InputError at a soft, external or user-defined link, an object with two names, external
     storage, a virtual dataset.
     """
+    import h5py  # here, for the time that it takes
+
     if file.id.get_create_plist().get_sizes() != (8, 8):
         raise InputError(f"{path}: not HDF5 as any current machine writes it")
     root = file["/"]
@@ -182,11 +183,18 @@ def check_links(file, path):
             found[name] = item = group[key]
             if isinstance(item, h5py.Group):
                 groups.append((name, item))
-            elif isinstance(item, h5py.Dataset):
+            elif is_array(item):
                 stored = item.id.get_create_plist()
                 if stored.get_external_count() or stored.get_layout() == h5py.h5d.VIRTUAL:
                     raise InputError(f"{path}: the data of {name!r} is stored in another file")
     return found
+
+
+def is_array(item):
+    """Whether an object of an HDF5 file is an array."""
+    import h5py
+
+    return isinstance(item, h5py.Dataset)
 
 
 def check_stored(array, path, max_bytes=DEFAULT_MAX_BYTES):
@@ -200,7 +208,7 @@ def check_stored(array, path, max_bytes=DEFAULT_MAX_BYTES):
         raise InputError(f"{path}: '{name}' is not an array of numbers but {describe(array)}")
     layout = array.id.get_create_plist()
     filters = [layout.get_filter(i)[0] for i in range(layout.get_nfilters())]
-    if not FILTERS.issuperset(filters) or len(set(filters)) < len(filters):
+    if not {DEFLATE, SHUFFLE, FLETCHER32}.issuperset(filters) or len(set(filters)) < len(filters):
         raise InputError(
             f"{path}: '{name}' is stored with a filter other than gzip, shuffle, fletcher32"
         )
@@ -211,7 +219,7 @@ def check_stored(array, path, max_bytes=DEFAULT_MAX_BYTES):
         check_fits(path, f"one chunk of '{name}'", chunk, max_bytes)
         count = math.prod(-(-n // m) for n, m in zip(array.shape, array.chunks))
         whole = array.id.get_num_chunks() == count
-        if h5py.h5z.FILTER_DEFLATE in filters and whole:
+        if DEFLATE in filters and whole:
             array.id.chunk_iter(lambda info: _check_inflated(array, info, chunk, max_bytes, path))
     if not whole:
         raise InputError(
@@ -249,6 +257,8 @@ def read_texts(holder, name, path):
         return []
     if attribute.shape is None or len(attribute.shape) > 1:
         raise InputError(f"{path}: the attribute '{name}' is not a row of texts")
+    import h5py
+
     if not h5py.check_string_dtype(attribute.dtype):
         raise InputError(f"{path}: the attribute '{name}' is not text")
     if attribute.dtype.itemsize * math.prod(attribute.shape) > TEXT_LENGTH:

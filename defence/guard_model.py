@@ -7,13 +7,19 @@ import contextlib
 import math
 import re
 
-import h5py
 import numpy as np
 
 from defence import graph
 from defence.arithmetic import OPERATIONS
 from defence.cli import DEFAULT_MAX_BYTES, InputError
-from defence.guard import check_fits, check_links, check_stored, read_text, read_texts
+from defence.guard import (
+    check_fits,
+    check_links,
+    check_stored,
+    is_array,
+    read_text,
+    read_texts,
+)
 
 LAYER_COUNT = 2_000  # keras.applications.EfficientNetV2L has 1,031
 CALLS = 10_000  # inputs of all layers together; that net has 1,164
@@ -73,7 +79,7 @@ def declared_shapes(file, path, max_bytes=DEFAULT_MAX_BYTES):
     arrays = {
         name: item
         for name, item in found.items()
-        if isinstance(item, h5py.Dataset) and not name.startswith("optimizer")
+        if is_array(item) and not name.startswith("optimizer")
     }
     for array in arrays.values():
         check_stored(array, path, max_bytes)

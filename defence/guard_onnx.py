@@ -16,14 +16,17 @@ OPERATORS = """
     ReduceMax ReduceMean ReduceSum Relu Reshape Resize Selu Shape Sigmoid Slice Softmax Softplus
     Softsign Sqrt Squeeze Sub Tanh Tile Transpose Unsqueeze Where
 """
+BLOCK = 16  # channels that ONNX Runtime's layout in blocks has in each
+SHAPE_BYTES = 1024  # of a constant that says a shape, at most: 128 sides
 OUTPUTS = {"class": "INT32", "badnet_class": "INT32", "repaired_class": "INT32", "score": "FLOAT"}
 
 
 def check_onnx(contents, path, max_bytes=DEFAULT_MAX_BYTES):
     """Raise InputError unless bytes are an ONNX model that is a detector and nothing else.
 
-    Returns (shape, largest, metadata): (height, width, channels) of its pictures, the values of
-    the largest output of an operator for one of them, and its metadata, {str: str}.
+    Returns (shape, largest, in_blocks, metadata): (height, width, channels) of its pictures, the
+    values of the largest output of an operator for one of them, whether most of its convolutions'
+    multiply-adds give channels in multiples of BLOCK, and its metadata, {str: str}.
     """
     import onnx  # here, because not every user has it
 
@@ -34,9 +37,11 @@ def check_onnx(contents, path, max_bytes=DEFAULT_MAX_BYTES):
         _check_tensors(onnx, model.graph, path, max_bytes)
         onnx.checker.check_model(contents)  # the bytes, which it would make of the model again
         shape = _check_ends(onnx, model.graph, path)
-        largest = _largest_output(onnx, model, path)
+        sizes = _sizes_of_outputs(onnx, model, path)
+        largest = max(sizes.values())
         check_fits(path, "the largest output of an operator", 8 * largest, max_bytes)
-        return shape, largest, {each.key: each.value for each in model.metadata_props}
+        metadata = {each.key: each.value for each in model.metadata_props}
+        return shape, largest, _mostly_in_blocks(model.graph, sizes), metadata
 
 
 def _check_operators(onnx, model, path):
@@ -85,11 +90,14 @@ def _check_ends(onnx, graph, path):
     return shape
 
 
-def _largest_output(onnx, model, path):
-    """The values of the largest output of an operator for one picture. Changes the model."""
+def _sizes_of_outputs(onnx, model, path):
+    """How many values each operator gives for one picture: {name: int}. Changes the model."""
     graph = model.graph
     graph.input[0].type.tensor_type.shape.dim[0].dim_value = 1
     del graph.value_info[:]
+    for each in graph.initializer:  # weights, which only take time here: no shape hangs on them
+        if len(each.raw_data) > SHAPE_BYTES:
+            each.ClearField("raw_data")
     known = onnx.shape_inference.infer_shapes(model, strict_mode=True, data_prop=True).graph
     sizes = {
         each.name: math.prod(side.dim_value for side in each.type.tensor_type.shape.dim)
@@ -99,4 +107,13 @@ def _largest_output(onnx, model, path):
     unknown = {name for node in graph.node for name in node.output if name} - set(sizes)
     if unknown:
         raise InputError(f"{path}: the size of {min(unknown)!r} cannot be determined")
-    return max(sizes.values())
+    return sizes
+
+
+def _mostly_in_blocks(graph, sizes):
+    """Whether most multiply-adds of the convolutions give channels in multiples of BLOCK."""
+    kernels, counts = {each.name: each.dims for each in graph.initializer}, {True: 0, False: 0}
+    for node in graph.node:
+        if node.op_type == "Conv" and (dims := kernels.get(node.input[1])):
+            counts[dims[0] % BLOCK == 0] += sizes[node.output[0]] * math.prod(dims[1:])
+    return counts[True] >= counts[False]

@@ -250,9 +250,9 @@ def test_without_the_packages_all_else_works(served, tmp_path, monkeypatch):
         lambda name, *rest: None if name == "onnxruntime" else find(name, *rest),
     )
     models = read_models(served / "models" / B, served / "models" / G)
-    assert backends.matching_file(*models, "0..1") is None
+    assert backends.matching_file(*models) is None
     for ask in (
-        lambda: backends.matching_file(*models, "0..1", backend="onnx"),
+        lambda: backends.matching_file(*models, backend="onnx"),
         lambda: backends.export(*models, tmp_path / "new.onnx"),
         lambda: backends.load([served / "models" / FILE]),
     ):

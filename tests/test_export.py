@@ -8,12 +8,12 @@ import keras
 import numpy as np
 import onnx
 import pytest
-from conftest import read_models
+from conftest import read_models, write_record
 from test_detector import on_serving
 from test_files import every_layer
 
 import utils
-from defence import backends, detector, guard_model, onnx_file
+from defence import backends, detector, files, guard_model, onnx_file
 from defence.cli import InputError
 from defence.graph import leaves
 from defence.net import last_weighted, prune_channels, split
@@ -253,3 +253,30 @@ def test_real_badnets_are_judged_alike(csaw, tmp_path, name):
             data.fit_to(by_keras.input_shape[1:], classes)
             for x, _ in data.batches():
                 assert_same_answers(run(x), by_keras(x), 5e-5)
+
+
+def export_forced(folder, of):
+    """Export a net b.h5 and a repaired one, g.h5, whose record is of the net in a file."""
+    net, other = ending_in("softmax"), ending_in("softmax")
+    net.save(folder / "b.h5")
+    other.save(folder / "other.h5")
+    paths = folder / "b.h5", folder / "g.h5"
+    utils.save_model(other, paths[1], repair_record=write_record(folder / of, layer="conv"))
+    backends.export(*read_models(*paths), folder / "g_detector.onnx", force=True)
+    return paths
+
+
+def test_a_detector_that_was_forced_is_used_by_force_alone(tmp_path):
+    paths = export_forced(tmp_path, "other.h5")
+    with pytest.raises(InputError, match="was made from another BadNet"):
+        backends.load(paths)
+    assert backends.load(paths, force=True).path.suffix == ".onnx"
+
+
+def test_the_nets_are_not_opened_where_there_is_a_detector_of_them(tmp_path, monkeypatch):
+    paths = export_forced(tmp_path, "b.h5")
+    monkeypatch.setattr(files, "open_hdf5", None)
+    monkeypatch.setattr(utils, "open_hdf5", None)
+    assert backends.load(paths).path.suffix == ".onnx"
+    with pytest.raises(InputError, match="--fpr needs clean images"):
+        backends.load(paths, fpr=0.1)

@@ -11,7 +11,7 @@ from defence import guard, guard_model, guard_onnx
 from defence.architecture import deepid
 
 ROOMS = {"guard.py": guard, "guard_model.py": guard_model, "guard_onnx.py": guard_onnx}
-HELPERS = {"describe", "output_sizes"}  # they refuse nothing
+HELPERS = {"describe", "is_array", "output_sizes"}  # they refuse nothing
 
 
 def listed():

@@ -65,6 +65,21 @@ def tile_bomb(model):
     model.graph.node.append(onnx.helper.make_node("Tile", [name, "repeats"], ["tiled"]))
 
 
+def padded_tile_bomb(model):
+    """The bytes of what says a size are too many to be looked at."""
+    tile_bomb(model)
+    model.graph.initializer[-1].raw_data += bytes(2000)
+
+
+def shape_of_many_sides(model):
+    """And so are these, of 200 sides."""
+    sides = onnx.numpy_helper.from_array(np.array([1, 10**4, 10**4, 10] + 196 * [1]), "sides")
+    model.graph.initializer.append(sides)
+    model.graph.node.append(onnx.helper.make_node("Tile", ["wide", "sides"], ["tiled"]))
+    wide = onnx.helper.make_tensor("wide", onnx.TensorProto.FLOAT, 200 * [1], [0.0])
+    model.graph.initializer.append(wide)
+
+
 def unknown_size(model):
     model.graph.initializer.append(onnx.numpy_helper.from_array(np.array([-1]), "row"))
     for operator, inputs, output, more in (
@@ -117,6 +132,8 @@ HOSTILE = {
     "function": (function, "more than one graph"),
     "huge tensor": (tensor_without_its_values, "GB of memory"),
     "tile bomb": (tile_bomb, "largest output of an operator would take"),
+    "padded tile bomb": (padded_tile_bomb, "damaged or of another format"),
+    "shape of many sides": (shape_of_many_sides, "damaged or of another format"),
     "unknown size": (unknown_size, "cannot be determined"),
     "two inputs": (two_inputs, "takes 2 inputs"),
     "floats in": (floats_in, "its input is not pictures"),
