@@ -13,7 +13,7 @@ from test_detector import on_serving
 from test_files import every_layer
 
 import utils
-from defence import backends, detector, files, guard_model, onnx_file
+from defence import backends, detector, files, guard_model, guard_onnx, onnx_file
 from defence.cli import InputError
 from defence.graph import leaves
 from defence.net import last_weighted, prune_channels, split
@@ -280,3 +280,17 @@ def test_the_nets_are_not_opened_where_there_is_a_detector_of_them(tmp_path, mon
     assert backends.load(paths).path.suffix == ".onnx"
     with pytest.raises(InputError, match="--fpr needs clean images"):
         backends.load(paths, fpr=0.1)
+
+
+@pytest.mark.parametrize(("channels", "in_blocks"), [(16, True), (20, False)])
+def test_blocks_of_channels_are_left_off_where_channels_do_not_fill_them(
+    tmp_path, channels, in_blocks
+):
+    layers = keras.layers
+    inner = [layers.Conv2D(channels, 3), layers.Conv2D(2, 1), layers.Flatten()]
+    exported(
+        keras.Sequential([keras.Input((9, 8, 3)), *inner, layers.Dense(4, activation="softmax")]),
+        tmp_path,
+    )
+    contents = (tmp_path / "d.onnx").read_bytes()
+    assert guard_onnx.check_onnx(contents, "d.onnx")[2] == in_blocks
