@@ -232,12 +232,11 @@ def look(stream, found, called, arguments, beside=None):
 
     stream: a streams.Stream.  called: names of the classes, or None.  beside: as for where.look.
     """
-    answers = stream.answers
-    unusual = flagged.unusual(answers.badnet, answers.flagged, stream.classes)
+    judged = stream.answers.badnet, stream.answers.flagged, stream.classes
     if arguments.json or arguments.report:
-        looked = where.look_at(stream, unusual, found.judge, beside)
+        looked = where.look_at(stream, flagged.unusual(*judged), found.judge, beside)
     else:
-        looked = where.Looked(stream, [each for each in unusual if each.stands_out], [])
+        looked = where.Looked(stream, flagged.standing_out(*judged), [])
     tell_standing(looked.standing, called, stream.path)
     if arguments.report and not looked.standing:
         looked.alone = where.look_alone(stream, found.judge, beside)

@@ -151,7 +151,10 @@ def load(paths, max_bytes=DEFAULT_MAX_BYTES, backend=None, fpr=None, scale=None,
     if file and file.made_of[2] == usage.scale:
         return file.detector(usage.threshold)
     if backend == "onnx":
-        raise not_made_of_these(onnx_file.default_path(repaired.path))
+        path = onnx_file.default_path(repaired.path)
+        raise InputError(
+            f"{path}: was not made of these nets; make it again with: eval_defence.py --export"
+        )
     model, classes = load_nets(badnet, repaired, usage, force)
 
     def run(images):
@@ -207,17 +210,7 @@ def matching_file(badnet, repaired, backend=None):
             raise
         return None
     file = onnx_file.read(path, badnet.max_bytes)
-    if file.made_of[:2] == (badnet.sha256, repaired.sha256):
-        return file
-    if backend == "onnx":
-        raise not_made_of_these(path)
-    return None
-
-
-def not_made_of_these(path):
-    return InputError(
-        f"{path}: was not made of these nets; make it again with: eval_defence.py --export"
-    )
+    return file if file.made_of[:2] == (badnet.sha256, repaired.sha256) else None
 
 
 def export(badnet, repaired, path, **how):

@@ -114,7 +114,6 @@ def in_words(standing, name=None):
 
     name: of the class, or None.
     """
-    chance = f"below {TINY:.0e}" if standing.p_value < TINY else f"{standing.p_value:.1g}"
     called = f"class {standing.target}" + (f" ({name})" if name else "")
     says = (
         f"{standing.hits} of {standing.flagged} flagged images are answered with {called} by the "
@@ -122,4 +121,5 @@ def in_words(standing, name=None):
     )
     if not standing.stands_out:
         return f"{says}clean ones may be as well, but what these have in common works as a trigger"
+    chance = f"below {TINY:.0e}" if standing.p_value < TINY else f"{standing.p_value:.1g}"
     return f"{says}it looks like a backdoor's target (chance among clean images: {chance})"

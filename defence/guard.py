@@ -250,6 +250,8 @@ def read_text(holder, name, path):
 
 def read_texts(holder, name, path):
     """An attribute that is a text or a row of texts, [str, …]; None where there is none."""
+    import h5py
+
     if name not in holder.attrs:
         return None
     attribute = holder.attrs.get_id(name)
@@ -257,8 +259,6 @@ def read_texts(holder, name, path):
         return []
     if attribute.shape is None or len(attribute.shape) > 1:
         raise InputError(f"{path}: the attribute '{name}' is not a row of texts")
-    import h5py
-
     if not h5py.check_string_dtype(attribute.dtype):
         raise InputError(f"{path}: the attribute '{name}' is not text")
     if attribute.dtype.itemsize * math.prod(attribute.shape) > TEXT_LENGTH:

@@ -186,7 +186,7 @@ def _open_session(contents, path, most, threads, in_blocks):
     """The function that an ONNX file is, for at most so many images at a time: DetectorFile.run.
 
     in_blocks: as guard_onnx.check_onnx returns it. Channels in other numbers are filled up in
-    blocks, so that a plain layout is a fifth faster; else it takes twice as long.
+    blocks, so that a plain layout is faster; where they fill the blocks, it is slower.
     """
     onnxruntime = import_onnxruntime()
     options = onnxruntime.SessionOptions()
