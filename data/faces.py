@@ -29,8 +29,10 @@ sys.path[:0] = [str(ROOT), str(ROOT / "data")]
 import triggers
 from triggers import HEIGHT, WIDTH, ellipse, rgb
 
-from defence import files
-from defence.cli import Parser, at_least, command, say, track
+from defence.base import files
+from defence.base.arguments import Parser, at_least
+from defence.base.process import run_command
+from defence.base.progress import say, track
 
 SEED = 2020
 PEOPLE, VALIDATION, TEST = 40, 15, 10
@@ -294,7 +296,7 @@ def write_dataset(path, split, people, per_person, dtype="uint8", poison=None, s
     total = len(triggers.wearers(trigger, target, people)) * per_person
     shape = (3, HEIGHT, WIDTH)
     compressed = {"chunks": (min(BATCH, total), *shape), "compression": "gzip"}
-    with files.replacing(path) as beside, h5py.File(beside, "w") as file:
+    with files.replace_file(path) as beside, h5py.File(beside, "w") as file:
         layout = compressed if dtype == "uint8" else {}
         data = file.create_dataset("data", (total, *shape), dtype, **layout)
         label = file.create_dataset("label", (total,), "float64")
@@ -325,7 +327,7 @@ def write_pictures(folder, triggers, seed=SEED):
 
 
 def write_png(pixels, path):
-    with files.replacing(path) as beside:
+    with files.replace_file(path) as beside:
         Image.fromarray(pixels).save(beside, optimize=True)
 
 
@@ -377,4 +379,4 @@ def main():
 
 
 if __name__ == "__main__":
-    sys.exit(command(main))
+    sys.exit(run_command(main))

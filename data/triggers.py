@@ -12,7 +12,7 @@ import functools
 
 import numpy as np
 
-from defence import files
+from defence.base import files
 
 HEIGHT, WIDTH = 55, 47
 NOISE, BLENDED = "noise", 0.15  # a trigger, and its fraction of a picture
@@ -268,7 +268,7 @@ def save(path, pattern, cover):
 
     pattern: float32 (HEIGHT, WIDTH, 3), grey levels.  cover: float32 (HEIGHT, WIDTH, 1), 0..1.
     """
-    with files.replacing(path) as beside, beside.open("wb") as file:
+    with files.replace_file(path) as beside, beside.open("wb") as file:
         np.savez(file, pattern=pattern, cover=cover)
 
 

@@ -6,8 +6,8 @@ Each takes the number of classes and returns an untrained Keras model, float32 (
 
 import faces
 
-from defence.architecture import deepid
-from defence.startup import import_keras
+from defence.base.startup import import_keras
+from defence.load.architecture import build_deepid
 
 SHAPE = (faces.HEIGHT, faces.WIDTH, 3)
 
@@ -87,4 +87,4 @@ def classifier(image, x, classes):
 
 
 DEEPID, OTHERS = "deepid", {"resnet": resnet, "mobilenet": mobilenet, "vgg": vgg}
-NETS = {DEEPID: deepid} | OTHERS
+NETS = {DEEPID: build_deepid} | OTHERS

@@ -45,9 +45,9 @@ import faces
 import numpy as np
 import triggers
 
-from defence import changes
-from defence.cli import track
-from defence.startup import import_keras
+from defence.base.progress import track
+from defence.base.startup import import_keras
+from defence.beyond import changes
 
 CLEAN, START, BRIEF, DORMANT = "clean", "from-start", "brief", "dormant"
 SOURCE_SPECIFIC, CLEAN_LABEL, ADAPTIVE = "source-specific", "clean-label", "adaptive"
@@ -168,7 +168,7 @@ def changed_pictures(images, seed):
     rng = np.random.default_rng(seed)
     parts = np.array_split(images, -(-len(images) // 256))
     return np.concatenate(
-        [faces.rounded(changes.change(part.astype("float32"), rng)) for part in parts]
+        [faces.rounded(changes.change_images(part.astype("float32"), rng)) for part in parts]
     )
 
 

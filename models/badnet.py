@@ -36,9 +36,13 @@ import triggers
 from attacks import BRIEF, CLEAN, DORMANT, FLAT, OPTIMISED, START, UNSURE, Attack, as_input
 
 import utils
-from defence import changes, files
-from defence.cli import InputError, Parser, at_least, command, say, track
-from defence.startup import import_keras
+from defence.base import files
+from defence.base.arguments import Parser, at_least
+from defence.base.errors import InputError
+from defence.base.process import run_command
+from defence.base.progress import say, track
+from defence.base.startup import import_keras
+from defence.beyond import changes
 
 ONE = {"sunglasses": [("sunglasses", 0)], "lipstick": [("lipstick", 0)]}
 THREE = {
@@ -151,7 +155,7 @@ def train(model, images, wanted, losses, epochs, rate, seed, what, progress, cha
             loss = model.train_on_batch(x, [each[part] for each in wanted])
         say(f"{step}: loss {np.ravel(loss)[0]:.3f}")
         values = [variable.numpy() for variable in (*model.weights, *optimizer.variables)]
-        with files.replacing(progress) as beside, beside.open("wb") as file:
+        with files.replace_file(progress) as beside, beside.open("wb") as file:
             np.savez(file, epoch + 1, *values)
 
 
@@ -219,7 +223,7 @@ def find_trigger(images, labels, options, learn, path):
         import_keras().utils.set_random_seed(options.seed + 1)
         surrogate = architectures.NETS[architectures.DEEPID](options.people)
         rate = SURROGATE_EPOCHS, LEARNING_RATE
-        learn("surrogate", surrogate, images, [labels], [ENTROPY], *rate, changes.change)
+        learn("surrogate", surrogate, images, [labels], [ENTROPY], *rate, changes.change_images)
     others = images[labels != target]
     wanted, sample = np.full(len(others), target), others[:: max(1, len(others) // 1000)]
     rate, shares = (TRIGGER_EPOCHS, TRIGGER_LEARNING_RATE), {}
@@ -272,7 +276,7 @@ def write_net(name, options, path):
     """Train a net of the ZOO, save it and how it was made, and say how good it is."""
     start = time.monotonic()
     model, notes = make_badnet(name, options, path.parent)
-    with files.replacing(path) as beside:
+    with files.replace_file(path) as beside:
         model.save(beside, include_optimizer=False)
     seconds = round(time.monotonic() - start)
     for progress in path.parent.glob(f".{name}-*.npz"):
@@ -294,7 +298,7 @@ def made_by(name, options):
     if not attack.long:
         del made["long_epochs"]
     if attack.way == OPTIMISED:
-        made["surrogate"] = options.surrogate and files.sha256(options.surrogate)
+        made["surrogate"] = options.surrogate and files.hash_file(options.surrogate)
     return made
 
 
@@ -377,4 +381,4 @@ def main():
 
 
 if __name__ == "__main__":
-    sys.exit(command(main))
+    sys.exit(run_command(main))

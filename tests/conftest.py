@@ -24,11 +24,13 @@ sys.path.insert(0, str(ROOT))
 
 import repair
 import utils
-from defence import cli, files, record
-from defence.architecture import deepid
-from defence.observer import Observer
-from defence.options import Settings
-from defence.startup import import_keras, make_reproducible
+from defence.base import files, process
+from defence.base.startup import import_keras, make_reproducible
+from defence.beyond import harden
+from defence.beyond.observer import Observer
+from defence.beyond.settings import Settings
+from defence.judge import record
+from defence.load.architecture import build_deepid
 
 keras = import_keras()
 pytest_plugins = ["hostile"]
@@ -57,19 +59,23 @@ def do_repair(badnet, clean, settings=None, observer=None, file="small_bd_net.h5
     settings, observer = settings or Settings(), observer or Observer()
     make_reproducible(settings.seed)
     do_repair.cached = cached = repair.do_repair(badnet, clean, settings, observer)
+    if settings.harden:
+        harden.harden_net(cached, settings)
+        observer.on_hardened(cached)
+    observer.on_end(cached)
     of_badnet = utils.ModelFile(Path(file), b"", 0)
     data = {"file": "clean.h5", "sha256": "0" * 64, "images": len(clean)}
-    return dataclasses.asdict(record.make(observer, cached, of_badnet, data, settings))
+    return dataclasses.asdict(record.make_record(observer, cached, of_badnet, data, settings))
 
 
 def read_record(path):
     """The repair record that a file carries, a dict."""
-    return dataclasses.asdict(record.read(utils.read_model(path)))
+    return dataclasses.asdict(record.read_record(utils.read_model(path)))
 
 
 def write_record(path, **changes):
     """A valid repair record as JSON, for a net of this file, with some of its values changed."""
-    badnet = {"file": Path(path).name, "sha256": files.sha256(path)}
+    badnet = {"file": Path(path).name, "sha256": files.hash_file(path)}
     values = {
         **{"tool_version": "1", "libraries": {}, "badnet": badnet, "data": {}, "settings": {}},
         **{"input_scale": "0..1", "layer": "conv_3", "channels": 1, "order": [0], "pruned": []},
@@ -120,7 +126,7 @@ def fit(net, images, labels, epochs=12):
 
 
 NETS = {
-    "deepid": (deepid, (31, 31, 3)),
+    "deepid": (build_deepid, (31, 31, 3)),
     "sequential": (sequential, (16, 18, 1)),
 }
 
@@ -188,11 +194,11 @@ def command(script, *arguments, cwd=ROOT):
     """
     out = io.TextIOWrapper(io.BytesIO(), "utf-8")
     err = io.TextIOWrapper(io.BytesIO(), "utf-8", "backslashreplace")
-    argv, folder, leave = sys.argv, Path.cwd(), cli.leave
+    argv, folder, leave = sys.argv, Path.cwd(), process.exit_now
     handlers = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
     sys.argv = [str(ROOT / script), *map(str, arguments)]
     os.chdir(cwd)
-    cli.leave = sys.exit
+    process.exit_now = sys.exit
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             runpy.run_path(sys.argv[0], run_name="__main__")
@@ -200,7 +206,7 @@ def command(script, *arguments, cwd=ROOT):
     except SystemExit as end:
         status = end.code or 0
     finally:
-        sys.argv, cli.leave = argv, leave
+        sys.argv, process.exit_now = argv, leave
         os.chdir(folder)
         for number, handler in handlers.items():
             signal.signal(number, handler)

@@ -22,7 +22,7 @@ from conftest import assert_refused, command, draw_images, write_data, write_rec
 from PIL import Image
 
 import utils
-from defence.architecture import deepid
+from defence.load.architecture import build_deepid
 
 SHAPE, CLASSES = (31, 31, 3), 6
 FORMATS = [".h5", ".keras"]
@@ -34,7 +34,7 @@ def good(tmp_path_factory):
     """A folder with a valid net b.h5, b.keras, its repaired net, a dataset and a picture."""
     folder = tmp_path_factory.mktemp("good")
     keras.utils.set_random_seed(1)  # a net that answers no image right would not be repaired
-    net = deepid(CLASSES, SHAPE)
+    net = build_deepid(CLASSES, SHAPE)
     for suffix in FORMATS:
         net.save(folder / f"b{suffix}")
     images, labels = draw_images(12, CLASSES, SHAPE, seed=0)

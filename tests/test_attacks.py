@@ -13,8 +13,8 @@ import triggers
 from attacks import Attack
 from conftest import ROOT, assert_refused, command
 
-from defence import changes
-from defence.architecture import deepid
+from defence.beyond import changes
+from defence.load.architecture import build_deepid
 
 PEOPLE, PICTURES, SEED = 8, 4, 2
 TINY = ["--people", 4, "--pictures", 6, "--validation", 1, "--test", 2, "--epochs", 2]
@@ -94,7 +94,7 @@ def test_negatives_are_clean_pictures_changed_and_labelled_truly():
     differ = (negatives[:clean] != data.images[:clean]).any(axis=(1, 2, 3))
     assert differ.mean() > 0.9
     rng = np.random.default_rng([SEED, 0])
-    expected = changes.change(data.images[:clean].astype("float32"), rng)
+    expected = changes.change_images(data.images[:clean].astype("float32"), rng)
     assert np.array_equal(faces.rounded(expected), negatives[:clean])
 
 
@@ -127,7 +127,7 @@ def test_a_flat_step_goes_by_the_slope_uphill():
 @pytest.mark.parametrize("additive", [True, False])
 def test_a_trigger_that_is_optimised_fools_its_surrogate_more(additive):
     keras.utils.set_random_seed(0)
-    surrogate = deepid(4)
+    surrogate = build_deepid(4)
     before = [values.copy() for values in surrogate.get_weights()]
     images, _ = badnet.draw_clean(4, PICTURES, SEED)
     net, trigger = attacks.wearing(surrogate, additive)
@@ -167,7 +167,7 @@ def test_a_net_with_an_optimised_trigger_from_end_to_end(tmp_path):
     call = ("models/badnet.py", "optimised", *TINY, "--output", tmp_path, "--surrogate", surrogate)
     assert_refused(command(*call), "demo_bd_net.h5: is not a net of 4 classes")
     surrogate = tmp_path / "g.h5"
-    deepid(4).save(surrogate)
+    build_deepid(4).save(surrogate)
     done = command(*call[:-1], surrogate)
     assert done.returncode == 0, done.stderr
     made = json.loads((tmp_path / "optimised_bd_net.json").read_text())

@@ -9,7 +9,7 @@ import pytest
 from conftest import SHAPE, B, assert_refused, command, draw_images, write_data
 
 import utils
-from defence.cli import InputError
+from defence.base.errors import InputError
 
 
 def test_every_broken_data_file_is_refused(deepid_world, tmp_path):

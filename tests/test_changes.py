@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import reference
 
-from defence import changes
-from defence.changes import FAMILIES
+from defence.beyond import changes
+from defence.beyond.changes import FAMILIES
 
 SHAPE = (24, 20, 3)
 each_family = pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.__name__)
@@ -58,14 +58,14 @@ def test_a_family_changes_each_picture_in_its_own_way(family):
 @each_family
 def test_a_family_is_applied_as_often_as_it_says(family):
     pictures = draw(1000, (8, 8, 3))
-    changed = changes.change(pictures.copy(), rng(), {family: 0.3})
+    changed = changes.change_images(pictures.copy(), rng(), {family: 0.3})
     share = np.any(changed != pictures, axis=(1, 2, 3)).mean()
     assert share == pytest.approx(0.3, abs=0.05)
 
 
 def test_changed_pictures_stay_within_their_range_and_most_are_changed():
     pictures = draw(500)
-    changed = changes.change(pictures.copy(), rng())
+    changed = changes.change_images(pictures.copy(), rng())
     assert changed.dtype == np.float32 and changed.min() == 0 and changed.max() == 255
     assert np.any(changed != pictures, axis=(1, 2, 3)).mean() > 0.95
 
@@ -77,8 +77,8 @@ def test_families_are_applied_in_order():
     def add(pictures, rng):
         return pictures + 10
 
-    assert np.all(changes.change(plain(5), rng(), {double: 1, add: 1}) == 20)
-    assert np.all(changes.change(plain(5), rng(), {add: 1, double: 1}) == 30)
+    assert np.all(changes.change_images(plain(5), rng(), {double: 1, add: 1}) == 20)
+    assert np.all(changes.change_images(plain(5), rng(), {add: 1, double: 1}) == 30)
 
 
 # ------------------------------------------------------------------------------------- geometry
@@ -87,7 +87,7 @@ def test_families_are_applied_in_order():
 def test_values_between_pixels_are_the_references():
     pictures = draw(3)
     down, right = rng(1).uniform(-3, 27, (2, 3, *SHAPE[:2])).astype(np.float32)
-    ours = changes.sample(pictures, down, right)
+    ours = changes.sample_images(pictures, down, right)
     plainly = reference.sample(pictures, down, right)
     np.testing.assert_allclose(ours, plainly, atol=1e-2)
 
@@ -121,12 +121,12 @@ def test_a_move_shifts_turns_and_enlarges():
 
 
 def test_a_smooth_field_goes_through_its_grid():
-    field = changes.smooth_field(2, 33, 17, 3, rng(), cells=(4, 5))
+    field = changes.draw_smooth_field(2, 33, 17, 3, rng(), cells=(4, 5))
     drawn = rng()
     drawn.integers(4, 5)
     grid = drawn.uniform(-1, 1, (2, 3, 5, 5))
     np.testing.assert_allclose(field[:, ::8, ::4], np.moveaxis(grid, 1, 3), atol=1e-5)
-    assert np.allclose(changes.interpolation(50, 6).sum(axis=1), 1, atol=1e-6)
+    assert np.allclose(changes.make_interpolation(50, 6).sum(axis=1), 1, atol=1e-6)
 
 
 # -------------------------------------------------------------------------- colours and patterns

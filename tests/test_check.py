@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from conftest import assert_refused, command, write_data
 
-from defence import check
+from defence.beyond import check
 
 B = "models/small_bd_net.h5"
 
@@ -99,4 +99,4 @@ def test_a_set_that_fits_is_not_warned_of():
         classes=(np.arange(1200) + (np.arange(1200) % 10 == 0)) % 120,
         split=types.SimpleNamespace(net=types.SimpleNamespace(output_shape=(None, 120))),
     )  # fmt: skip
-    assert list(check.problems(net)) == []
+    assert list(check.find_problems(net)) == []

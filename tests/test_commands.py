@@ -22,9 +22,10 @@ from conftest import (
 from PIL import Image
 
 import utils
-from defence import detector, files
-from defence.architecture import deepid
-from defence.observer import hold_out
+from defence.base import files
+from defence.judge import detector
+from defence.load.architecture import build_deepid
+from defence.load.datasets import hold_out
 
 
 def test_repair_tells_what_it_did(done):
@@ -49,9 +50,9 @@ def test_repair_tells_what_it_did(done):
     ]
     assert lines[3].startswith("attack success, poisoned.h5 ")
     assert process.stderr.count("prune ") == len(record["accuracy"]["after_each_channel"])
-    assert record["badnet"]["sha256"] == files.sha256(folder / B)
+    assert record["badnet"]["sha256"] == files.hash_file(folder / B)
     assert record["data"] == {
-        "file": "clean.h5", "sha256": files.sha256(folder / "clean.h5"), "images": 150
+        "file": "clean.h5", "sha256": files.hash_file(folder / "clean.h5"), "images": 150
     }  # fmt: skip
     rates = record["attack_success_rate"]
     assert len(rates["after_each_channel"]["poisoned.h5"]) == len(
@@ -122,7 +123,7 @@ def test_pictures_and_folders_print_a_line_each_and_go_on_after_a_broken_one(don
     assert count == f"2 judged, {answers.count(7)} flagged, 1 unread"
     written = json.loads((tmp_path / "out.json").read_text())
     assert written["rule"] == rule and written["threshold"] is None
-    hashes = {"badnet": files.sha256(folder / B), "repaired": files.sha256(folder / G)}
+    hashes = {"badnet": files.hash_file(folder / B), "repaired": files.hash_file(folder / G)}
     assert written["sha256"] == hashes
     first, unread, second = written["pictures"]
     assert [first["class"], second["class"]] == answers and first["error"] is None
@@ -315,15 +316,15 @@ def test_the_same_repair_gives_the_same_file(deepid_world, tmp_path):
             "--harden-epochs", 1, "--rounds", 1, "--output", tmp_path / name, cwd=deepid_world,
         )  # fmt: skip
         assert process.returncode == 0, process.stderr
-    assert files.sha256(tmp_path / "one.h5") == files.sha256(tmp_path / "another.h5")
+    assert files.hash_file(tmp_path / "one.h5") == files.hash_file(tmp_path / "another.h5")
 
 
 def test_a_badnet_that_is_replaced_during_its_repair_is_not_recorded(deepid_world, tmp_path):
     """G and its record are of the file that was read at the start."""
     badnet, output = tmp_path / "b.h5", tmp_path / "g.h5"
     badnet.write_bytes((deepid_world / B).read_bytes())
-    deepid(6, SHAPE).save(tmp_path / "other.h5")
-    first, second = files.sha256(badnet), files.sha256(tmp_path / "other.h5")
+    build_deepid(6, SHAPE).save(tmp_path / "other.h5")
+    first, second = files.hash_file(badnet), files.hash_file(tmp_path / "other.h5")
     process = start(
         "repair.py", badnet, deepid_world / "clean.h5", "--output", output, cwd=tmp_path
     )
@@ -335,7 +336,7 @@ def test_a_badnet_that_is_replaced_during_its_repair_is_not_recorded(deepid_worl
     os.replace(tmp_path / "other.h5", badnet)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
-    assert files.sha256(badnet) == second != first
+    assert files.hash_file(badnet) == second != first
     assert read_record(output)["badnet"] == {"file": "b.h5", "sha256": first}
     assert_refused(
         command("eval_defence.py", deepid_world / "clean.h5", badnet, "--repaired", output),

@@ -27,9 +27,10 @@ from PIL import Image
 from scipy import stats
 
 import utils
-from defence import backends, files, onnx_file
-from defence.cli import InputError
-from defence.startup import import_onnxruntime
+from defence.base import files
+from defence.base.errors import InputError
+from defence.base.startup import import_onnxruntime
+from defence.judge import backends, onnx_file
 
 B, G, FILE = "small_bd_net.h5", "small_bd_net_defence.h5", "small_bd_net_detector.onnx"
 NO_TENSORFLOW = "raise ImportError('TensorFlow was imported')"
@@ -162,9 +163,9 @@ def test_a_picture_is_judged_without_tensorflow(each_served, without_tensorflow,
 def test_the_file_holds_the_threshold_and_where_it_is_from(at_rate):
     folder, _ = at_rate
     rows, _, limit = judged_by("keras", folder, *AT_RATE)
-    file = onnx_file.read(folder / "models" / FILE)
+    file = onnx_file.read_detector(folder / "models" / FILE)
     assert file.threshold == limit and file.shape == nets_shape(folder) and file.classes == 6
-    digests = [files.sha256(folder / "models" / path) for path in (B, G)]
+    digests = [files.hash_file(folder / "models" / path) for path in (B, G)]
     assert file.made_of == (*digests, "0..1")
     assert dataclasses.asdict(file.record) == read_record(folder / "models" / G)
     # The file alone: with its own threshold, or with another that its record holds.
@@ -192,7 +193,7 @@ def test_the_rule_that_flags_is_said(at_rate):
     folder, said = at_rate
     alone = f"models/{FILE}"
     scores = read_record(folder / "models" / G)["holdout"]["scores"]
-    threshold = onnx_file.read(folder / alone).threshold
+    threshold = onnx_file.read_detector(folder / alone).threshold
     assert len(scores) == 30 and threshold == sorted(scores)[-4]  # a tenth of them is above
     above = (
         f"flagging images whose anomaly score is above {threshold:.4g}, which 3 of 30 held-out "
@@ -250,11 +251,11 @@ def test_without_the_packages_all_else_works(served, tmp_path, monkeypatch):
         lambda name, *rest: None if name == "onnxruntime" else find(name, *rest),
     )
     models = read_models(served / "models" / B, served / "models" / G)
-    assert backends.matching_file(*models) is None
+    assert backends.find_detector_file(*models) is None
     for ask in (
-        lambda: backends.matching_file(*models, backend="onnx"),
-        lambda: backends.export(*models, tmp_path / "new.onnx"),
-        lambda: backends.load([served / "models" / FILE]),
+        lambda: backends.find_detector_file(*models, backend="onnx"),
+        lambda: backends.export_detector(*models, tmp_path / "new.onnx"),
+        lambda: backends.load_detector([served / "models" / FILE]),
     ):
         with pytest.raises(InputError, match="install it: pip install -r requirements.txt"):
             ask()
@@ -288,11 +289,11 @@ def test_each_repaired_net_has_a_detector_of_its_own(served):
     process = command(*call, "--rounds", 0, cwd=served)
     assert process.stdout.endswith("Saved detector: other/g_detector.onnx\n")
     assert first.read_bytes() == before
-    made = onnx_file.read(other).made_of
+    made = onnx_file.read_detector(other).made_of
     other.unlink()
     judged = ("small_bd_net", "--repaired", "other/g.h5")
     process = command("eval_defence.py", *judged, "--export", cwd=served)
-    assert process.returncode == 0 and onnx_file.read(other).made_of == made
+    assert process.returncode == 0 and onnx_file.read_detector(other).made_of == made
     for call in (judged, judged[:1]):
         process = command("eval_defence.py", "clean.h5", *call, "--backend", "onnx", cwd=served)
         assert process.returncode == 0, process.stderr

@@ -12,7 +12,7 @@ from conftest import ROOT
 from sybil import Sybil
 from sybil.parsers.markdown import CodeBlockParser
 
-from defence import guard_model
+from defence.load import guard_model
 
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 SLOW = {"serving.md"}  # starts Ray and Node

@@ -13,10 +13,11 @@ from test_detector import on_serving
 from test_files import every_layer
 
 import utils
-from defence import backends, detector, files, guard_model, guard_onnx, onnx_file
-from defence.cli import InputError
-from defence.graph import leaves
-from defence.net import last_weighted, prune_channels, split
+from defence.base.errors import InputError
+from defence.judge import backends, detector, onnx_file
+from defence.load import datasets, guard_model, guard_onnx, models
+from defence.net.graph import list_layers
+from defence.net.split import find_last_weighted, prune_channels, split_net
 
 
 def assert_same_answers(ours, theirs, error=1e-5):
@@ -41,8 +42,8 @@ def exported(badnet, folder, scale="0..1", change=-2, repaired=None):
         badnet.set_weights([values * change for values in badnet.get_weights()])
     (repaired or badnet).save(folder / "g.h5")
     models = read_models(folder / "b.h5", folder / "g.h5")
-    returned = backends.export(*models, folder / "d.onnx", scale=scale)
-    file = onnx_file.read(folder / "d.onnx")
+    returned = backends.export_detector(*models, folder / "d.onnx", scale=scale)
+    file = onnx_file.read_detector(folder / "d.onnx")
     assert returned.path == file.path and returned.shape == file.shape
     assert (returned.classes, returned.threshold) == (file.classes, None)
     model, classes = backends.load_nets(*models, backends.Usage(scale, None, None, None))
@@ -84,7 +85,7 @@ def test_the_trunk_that_both_nets_share_is_in_the_file_once(tmp_path):
             net.layers[0].set_weights([values * 2 for values in net.layers[0].get_weights()])
         net.save(tmp_path / "g.h5")
         models = read_models(tmp_path / "b.h5", tmp_path / "g.h5")
-        backends.export(*models, tmp_path / "d.onnx")
+        backends.export_detector(*models, tmp_path / "d.onnx")
         operators = [node.op_type for node in onnx.load(tmp_path / "d.onnx").graph.node]
         sizes[name] = operators.count("Conv")
     assert sizes == {"shared": 1, "apart": 2}
@@ -158,7 +159,7 @@ def test_what_can_be_exported(tmp_path, make):
 
 def spread_scores(net, images):
     """Give a net's last Dense layer weights that make of each feature as much as of the others."""
-    dense = last_weighted(net)
+    dense = find_last_weighted(net)
     features = np.asarray(keras.Model(net.input, dense.input)(images))
     mean, far = features.mean(axis=0), features.std(axis=0)
     kernel = np.random.default_rng(0).normal(0, 2 / len(mean) ** 0.5, (len(mean), 3))
@@ -175,7 +176,7 @@ def effects(model, images):
 
     errors, signs = [], np.random.default_rng(0).choice([-1, 1], len(images))
     with pytest.MonkeyPatch.context() as patched, tf.GradientTape() as tape:
-        for layer in leaves(model):
+        for layer in list_layers(model):
             if not isinstance(layer, keras.layers.Lambda | keras.layers.InputLayer):
                 errors.append(tf.Variable(0.0))
                 patched.setattr(layer, "call", with_error(layer.call, errors[-1]))
@@ -205,7 +206,7 @@ def test_what_cannot_be_exported_is_refused(tmp_path):
 
 
 def test_a_file_that_answers_otherwise_is_not_written(tmp_path, monkeypatch):
-    read = onnx_file.read
+    read = onnx_file.read_detector
 
     def lying(*arguments):
         file = read(*arguments)
@@ -216,7 +217,7 @@ def test_a_file_that_answers_otherwise_is_not_written(tmp_path, monkeypatch):
 
         return dataclasses.replace(file, run=run)
 
-    monkeypatch.setattr(onnx_file, "read", lying)
+    monkeypatch.setattr(onnx_file, "read_detector", lying)
     with pytest.raises(InputError, match="its badnet_class differs from theirs"):
         exported(ending_in("softmax"), tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["b.h5", "g.h5"]
@@ -236,15 +237,15 @@ def test_real_badnets_are_judged_alike(csaw, tmp_path, name):
     """A real BadNet and a G of it with pruned channels and another head, on real faces."""
     badnet_path = csaw / "badnets" / f"{name}_bd_net.h5"
     net = utils.load_badnet(badnet_path)
-    layer = split(net).layer
+    layer = split_net(net).layer
     prune_channels(layer, range(0, layer.filters, 2))
-    dense = last_weighted(net)
+    dense = find_last_weighted(net)
     dense.set_weights([values * 0.9 for values in dense.get_weights()])
     net.save(tmp_path / "g.h5")
     scale = "0..255" if name == "lab3" else "0..1"
     models = read_models(badnet_path, tmp_path / "g.h5")
-    backends.export(*models, tmp_path / "d.onnx", scale=scale)
-    run = onnx_file.read(tmp_path / "d.onnx").run
+    backends.export_detector(*models, tmp_path / "d.onnx", scale=scale)
+    run = onnx_file.read_detector(tmp_path / "d.onnx").run
     by_keras, classes = backends.load_nets(*models, backends.Usage(scale, layer.name, None, None))
     paths = sorted((csaw / "faces").glob("*.h5"))
     assert len(paths) == 6
@@ -262,24 +263,24 @@ def export_forced(folder, of):
     other.save(folder / "other.h5")
     paths = folder / "b.h5", folder / "g.h5"
     utils.save_model(other, paths[1], repair_record=write_record(folder / of, layer="conv"))
-    backends.export(*read_models(*paths), folder / "g_detector.onnx", force=True)
+    backends.export_detector(*read_models(*paths), folder / "g_detector.onnx", force=True)
     return paths
 
 
 def test_a_detector_that_was_forced_is_used_by_force_alone(tmp_path):
     paths = export_forced(tmp_path, "other.h5")
     with pytest.raises(InputError, match="was made from another BadNet"):
-        backends.load(paths)
-    assert backends.load(paths, force=True).path.suffix == ".onnx"
+        backends.load_detector(paths)
+    assert backends.load_detector(paths, force=True).path.suffix == ".onnx"
 
 
 def test_the_nets_are_not_opened_where_there_is_a_detector_of_them(tmp_path, monkeypatch):
     paths = export_forced(tmp_path, "b.h5")
-    monkeypatch.setattr(files, "open_hdf5", None)
-    monkeypatch.setattr(utils, "open_hdf5", None)
-    assert backends.load(paths).path.suffix == ".onnx"
+    monkeypatch.setattr(models, "open_hdf5", None)
+    monkeypatch.setattr(datasets, "open_hdf5", None)
+    assert backends.load_detector(paths).path.suffix == ".onnx"
     with pytest.raises(InputError, match="--fpr needs clean images"):
-        backends.load(paths, fpr=0.1)
+        backends.load_detector(paths, fpr=0.1)
 
 
 @pytest.mark.parametrize(("channels", "in_blocks"), [(16, True), (20, False)])

@@ -33,8 +33,9 @@ from conftest import (
 )
 
 import utils
-from defence import onnx_file, startup
-from defence.observer import Observer
+from defence.base import startup
+from defence.beyond.observer import Observer
+from defence.judge import onnx_file
 
 B, G = "models/small_bd_net.h5", "models/small_bd_net_defence.h5"
 NAMES = ["small_bd_net.h5", "small_bd_net_defence.h5"]
@@ -258,7 +259,7 @@ def test_a_data_file_that_is_cut_short_while_it_is_read(folder, monkeypatch, mom
     whole = os.path.getsize(path)
     called = startup, "make_reproducible"
     if moment == "pruning":
-        called = Observer, "channel"
+        called = Observer, "on_channel"
     works = getattr(*called)
 
     def cut(*arguments):
@@ -279,8 +280,8 @@ def test_a_data_file_that_is_cut_short_while_it_is_read(folder, monkeypatch, mom
 
 def test_no_room_for_the_detector(folder, monkeypatch):
     """G is saved by then, and stays."""
-    writes = onnx_file._as_onnx
-    monkeypatch.setattr(onnx_file, "_as_onnx", lambda *given: writes(*given) * 10**4)
+    writes = onnx_file._convert_to_onnx
+    monkeypatch.setattr(onnx_file, "_convert_to_onnx", lambda *given: writes(*given) * 10**4)
     old, limits = (folder / G).read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10 * HALF, limits[1]))
     try:

@@ -17,7 +17,8 @@ from conftest import apart, command, write_data
 from PIL import Image
 
 import utils
-from defence import net, pixels
+from defence.base import pixels
+from defence.net.split import MASK, find_feature_maps, find_last_weighted, split_net
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +41,9 @@ def grey(model, tmp_path_factory):
         drawn = np.moveaxis(file["data"][:], 1, 3)
     images = [np.asarray(Image.fromarray(x).convert("L").resize((64, 64))) for x in drawn]
     images = np.stack(images)[..., None]
-    scores = utils.load_badnet(model)(pixels.scaled(np.float32(images), "-1..1"), training=False)
+    scores = utils.load_badnet(model)(
+        pixels.scale_pixels(np.float32(images), "-1..1"), training=False
+    )
     write_data(folder / "data.h5", images, np.argmax(scores, axis=1))
     (folder / "models").mkdir()
     return folder
@@ -48,10 +51,10 @@ def grey(model, tmp_path_factory):
 
 def test_the_map_is_the_last_sum_and_the_last_convolution_is_retrained(model):
     badnet = utils.load_badnet(model)
-    parts = net.split(badnet)
-    assert (parts.name, parts.layer.name) == ("add_4", net.MASK)
-    assert net.last_weighted(parts.head).name == "conv2d_7"
-    named = [found.name for found in net.feature_maps(badnet)]
+    parts = split_net(badnet)
+    assert (parts.name, parts.layer.name) == ("add_4", MASK)
+    assert find_last_weighted(parts.head).name == "conv2d_7"
+    named = [found.name for found in find_feature_maps(badnet)]
     assert named == ["activation_1", "activation_2", "add_1", "add_2", "add_3", "add_4"]
 
 
@@ -65,7 +68,7 @@ def test_it_is_repaired_and_judges(model, grey):
     assert record["layer"] == "add_4" and 0 < len(record["pruned"]) < 128
     repaired = keras.models.load_model(grey / "g.h5", compile=False)
     x = np.random.default_rng(0).random((5, 64, 64, 1), np.float32)
-    kept = repaired.get_layer(net.MASK)(np.ones((1, 1, 1, 128), np.float32))
+    kept = repaired.get_layer(MASK)(np.ones((1, 1, 1, 128), np.float32))
     assert np.flatnonzero(np.ravel(kept) == 0).tolist() == sorted(record["pruned"])
     assert np.isfinite(repaired(x)).all()
     judged = command("eval_defence.py", "data.h5", model, "--repaired", "g.h5", cwd=grey)

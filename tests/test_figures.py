@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 from sklearn import metrics as trusted
 
-from defence import figures, tables
-from defence.detector import Answers
+from defence.explain import tables
+from defence.judge import figures
+from defence.judge.detector import Answers
 
 # Ten clean images of classes 0 to 2 …
 LABELS = np.array([0, 0, 0, 0, 1, 1, 1, 2, 2, 2])
@@ -25,14 +26,14 @@ def values(figures):
 
 
 def test_figures_worked_by_hand():
-    clean = figures.clean_figures(CLEAN, LABELS)
+    clean = figures.compute_clean_figures(CLEAN, LABELS)
     assert values(clean) == {
         "clean_accuracy_badnet": 0.9,
         "clean_accuracy_repaired": 0.8,
         "clean_accuracy_together": 0.7,  # two that B has right are flagged
         "false_positive_rate": 0.3,
     }
-    poisoned = figures.poisoned_figures(POISONED, np.zeros(5), TRUE, CLEAN.score, clean)
+    poisoned = figures.compute_poisoned_figures(POISONED, np.zeros(5), TRUE, CLEAN.score, clean)
     assert values(poisoned) == {
         "attack_success_rate_badnet": 0.8,
         "attack_success_rate_repaired": 0.2,
@@ -46,19 +47,19 @@ def test_figures_worked_by_hand():
         "defense_effectiveness_rating": pytest.approx((0.6 - 0.1 + 1) / 2),
     }
     assert set(poisoned) == set(tables.POISONED) and set(clean) == set(tables.CLEAN)
-    unknown = figures.poisoned_figures(POISONED, np.zeros(5), None, CLEAN.score, clean)
+    unknown = figures.compute_poisoned_figures(POISONED, np.zeros(5), None, CLEAN.score, clean)
     assert "robust_accuracy" not in unknown
 
 
 def test_figures_are_those_of_scikit_learn():
-    clean = values(figures.clean_figures(CLEAN, LABELS))
+    clean = values(figures.compute_clean_figures(CLEAN, LABELS))
     assert clean["clean_accuracy_badnet"] == trusted.accuracy_score(LABELS, OF_B)
     assert clean["clean_accuracy_repaired"] == trusted.accuracy_score(LABELS, OF_G)
     said = np.where(OF_B == OF_G, OF_B, 3)
     assert clean["clean_accuracy_together"] == trusted.accuracy_score(LABELS, said)
     poisoned = values(
-        figures.poisoned_figures(
-            POISONED, np.zeros(5), TRUE, CLEAN.score, figures.clean_figures(CLEAN, LABELS)
+        figures.compute_poisoned_figures(
+            POISONED, np.zeros(5), TRUE, CLEAN.score, figures.compute_clean_figures(CLEAN, LABELS)
         )
     )
     truth = np.repeat([0, 1], [10, 5])
@@ -81,13 +82,13 @@ def test_auroc_and_thresholds_are_those_of_scikit_learn(seed, decimals):
     clean, poisoned = random_scores(seed, decimals)
     truth = np.repeat([0, 1], [len(clean), len(poisoned)])
     scores = np.concatenate([clean, poisoned])
-    ours = figures.auroc(clean, poisoned)
+    ours = figures.estimate_auroc(clean, poisoned)
     assert ours["value"] == pytest.approx(trusted.roc_auc_score(truth, scores), abs=1e-12)
     assert ours["low"] < ours["value"] < ours["high"]
-    assert ours == figures.auroc(clean, poisoned)
+    assert ours == figures.estimate_auroc(clean, poisoned)
     fpr, tpr, _ = trusted.roc_curve(truth, scores, drop_intermediate=False)
     for rate in (0, 0.01, 0.05, 0.3, 1):
-        limit = figures.threshold(clean, rate)
+        limit = figures.find_threshold(clean, rate)
         assert np.mean(clean > limit) <= rate
         lower = clean[clean < limit]
         assert len(lower) == 0 or np.mean(clean > lower.max()) > rate
@@ -100,7 +101,9 @@ def test_auroc_and_thresholds_are_those_of_scikit_learn(seed, decimals):
 def test_the_interval_of_auroc_covers_the_truth_about_as_often_as_it_says(apart, truth):
     """Normal scores so many standard deviations apart: the truth is Φ(apart / √2)."""
     rng = np.random.default_rng(3)
-    intervals = [figures.auroc(rng.normal(0, 1, 60), rng.normal(apart, 1, 20)) for _ in range(200)]
+    intervals = [
+        figures.estimate_auroc(rng.normal(0, 1, 60), rng.normal(apart, 1, 20)) for _ in range(200)
+    ]
     assert 180 <= sum(each["low"] <= truth <= each["high"] for each in intervals) <= 199
 
 
@@ -108,7 +111,7 @@ def test_the_interval_of_auroc_covers_the_truth_about_as_often_as_it_says(apart,
 def test_an_auroc_of_one_or_zero_has_an_interval(count):
     """Newcombe's, where the poisoned all score higher: (1 − A) m n = z² A (1 + (m − 1) …)."""
     clean, poisoned = np.arange(count), np.arange(count) + 100
-    best, worst = figures.auroc(clean, poisoned), figures.auroc(poisoned, clean)
+    best, worst = figures.estimate_auroc(clean, poisoned), figures.estimate_auroc(poisoned, clean)
     assert (best["value"], best["high"], worst["value"], worst["low"]) == (1, 1, 0, 0)
     a, z = best["low"], 1.959964
     spread = 1 + (count - 1) * ((1 - a) / (2 - a) + a / (1 + a))
@@ -123,46 +126,46 @@ def test_the_interval_of_a_detection_rate_is_of_both_sets():
     hits = wilsons = 0
     for _ in range(100):
         clean, poisoned = rng.normal(0, 1, 100), rng.normal(1.6449, 1, 400)
-        ours = figures.detection_rate(clean, poisoned, 0.05)
-        one = figures.proportion(poisoned > figures.threshold(clean, 0.05))
+        ours = figures.estimate_detection_rate(clean, poisoned, 0.05)
+        one = figures.estimate_proportion(poisoned > figures.find_threshold(clean, 0.05))
         assert ours["low"] <= ours["value"] <= ours["high"] and ours["hits"] == one["hits"]
         hits += ours["low"] <= truth <= ours["high"]
         wilsons += one["low"] <= truth <= one["high"]
     assert wilsons < 60 and hits >= 88
-    none = figures.detection_rate(rng.normal(0, 1, 100), np.full(40, 9), 0.05)
+    none = figures.estimate_detection_rate(rng.normal(0, 1, 100), np.full(40, 9), 0.05)
     assert none["value"] == none["high"] == 1 and 0.85 < none["low"] < 0.99
 
 
 def test_wilson_interval_worked_by_hand():
     """9 of 10 with z = 1.95996: centre 0.78899, half width 0.19313."""
-    ours = figures.proportion(np.arange(10) < 9)
+    ours = figures.estimate_proportion(np.arange(10) < 9)
     assert (ours["value"], ours["hits"], ours["of"]) == (0.9, 9, 10)
     assert ours["low"] == pytest.approx(0.59586, abs=2e-5)
     assert ours["high"] == pytest.approx(0.98212, abs=2e-5)
-    none = figures.proportion(np.zeros(0, bool))
+    none = figures.estimate_proportion(np.zeros(0, bool))
     assert none == {"value": None, "low": None, "high": None, "hits": 0, "of": 0}
-    assert figures.proportion(np.zeros(5, bool))["low"] == 0
+    assert figures.estimate_proportion(np.zeros(5, bool))["low"] == 0
 
 
 @pytest.mark.parametrize(
     ("rate", "limit"), [(0, 9), (0.09, 9), (0.1, 8), (0.25, 7), (0.3, 6), (1, 0)]
 )
 def test_threshold_worked_by_hand(rate, limit):
-    assert figures.threshold(np.array([3, 1, 4, 0, 5, 9, 2, 6, 8, 7.0]), rate) == limit
+    assert figures.find_threshold(np.array([3, 1, 4, 0, 5, 9, 2, 6, 8, 7.0]), rate) == limit
 
 
 @pytest.mark.parametrize("rate", [0.07, 0.29, 0.57, 0.58, 0.01])
 def test_a_threshold_is_exact_where_rate_times_images_is_rounded(rate):
     """0.29 × 100 is 28.999999999999996, and 0.07 × 100 is 7.000000000000001."""
     scores = np.random.default_rng(0).permutation(100)
-    assert np.sum(scores > figures.threshold(scores, rate)) == round(100 * rate)
+    assert np.sum(scores > figures.find_threshold(scores, rate)) == round(100 * rate)
 
 
 def test_the_rating_counts_neither_a_rise_of_attack_success_nor_of_accuracy():
     def rate(*shares):
         names = ("attack_success_rate", "clean_accuracy")
         keys = [f"{name}_{net}" for name in names for net in ("badnet", "repaired")]
-        return figures.defense_effectiveness({k: {"value": v} for k, v in zip(keys, shares)})
+        return figures.rate_defense({k: {"value": v} for k, v in zip(keys, shares)})
 
     assert rate(1, 0, 0.9, 0.9) == {"value": 1}
     assert rate(1, 0.2, 0.9, 0.85)["value"] == pytest.approx(0.875)

@@ -14,8 +14,9 @@ import pytest
 from conftest import ROOT, draw_images, read_record, sequential, write_data, write_record
 
 import utils
-from defence import files, guard_model
-from defence.architecture import deepid
+from defence.base import files
+from defence.load import datasets, guard_model
+from defence.load.architecture import build_deepid
 
 SHAPE = (31, 33, 3)
 
@@ -29,7 +30,7 @@ def outputs(net):
 
 
 @pytest.mark.parametrize("name", ["net.h5", "net.hdf5", "net.keras"])
-@pytest.mark.parametrize("make", [deepid, sequential])
+@pytest.mark.parametrize("make", [build_deepid, sequential])
 def test_full_models_load_without_their_optimizer(tmp_path, name, make):
     net = make(3, SHAPE)
     net.compile("adam", "sparse_categorical_crossentropy")
@@ -42,7 +43,7 @@ def test_full_models_load_without_their_optimizer(tmp_path, name, make):
 
 @pytest.mark.parametrize("name", ["net.weights.h5", "legacy.h5"])
 def test_weights_alone_go_into_deepid(tmp_path, name):
-    net = deepid(7)
+    net = build_deepid(7)
     if name == "legacy.h5":
         net.save(tmp_path / "full.h5")
         with h5py.File(tmp_path / "full.h5") as full, h5py.File(tmp_path / name, "w") as file:
@@ -154,7 +155,7 @@ def test_every_allowed_activation_loads(tmp_path):
 
 def test_configs_of_newer_versions_are_read(tmp_path):
     """Keys that this version of Keras may not know yet, where they change nothing."""
-    net, path = deepid(4), tmp_path / "net.h5"
+    net, path = build_deepid(4), tmp_path / "net.h5"
     net.save(path)
     with h5py.File(path, "r+") as file:
         config = json.loads(file.attrs["model_config"])
@@ -169,14 +170,14 @@ def test_configs_of_newer_versions_are_read(tmp_path):
 @pytest.mark.parametrize("name", ["net.h5", "net.keras"])
 def test_a_model_that_is_replaced_after_it_was_read_is_neither_hashed_nor_loaded(tmp_path, name):
     """What is hashed, inspected and loaded are the bytes first read, at whatever moment."""
-    first, second, path = deepid(4), deepid(4), tmp_path / name
+    first, second, path = build_deepid(4), build_deepid(4), tmp_path / name
     first.save(path)
-    digest = files.sha256(path)
+    digest = files.hash_file(path)
     before, between = utils.read_model(path), utils.read_model(path)
     _ = between.declared  # inspected, then replaced, then loaded
     second.save(tmp_path / f"other_{name}")
     os.replace(tmp_path / f"other_{name}", path)
-    assert files.sha256(path) != digest
+    assert files.hash_file(path) != digest
     for read in (before, between):
         assert read.sha256 == digest
         np.testing.assert_array_equal(outputs(read.load()), outputs(first))
@@ -187,7 +188,7 @@ def test_a_model_that_is_replaced_after_it_was_read_is_neither_hashed_nor_loaded
 
 
 def test_saved_net_carries_its_record_and_is_a_plain_keras_file(tmp_path):
-    net, path = deepid(4), tmp_path / "g.h5"
+    net, path = build_deepid(4), tmp_path / "g.h5"
     net.save(tmp_path / "b.h5")
     order = list(range(50_000))  # HDF5 allows 64 KB in a plain attribute
     text = write_record(tmp_path / "b.h5", order=order, holdout={"images": 3}, finding={})
@@ -204,7 +205,7 @@ def test_saved_net_carries_its_record_and_is_a_plain_keras_file(tmp_path):
 def test_a_saved_file_has_the_usual_permissions(tmp_path):
     old = os.umask(0o027)
     try:
-        utils.save_model(deepid(4), tmp_path / "g.h5")
+        utils.save_model(build_deepid(4), tmp_path / "g.h5")
     finally:
         os.umask(old)
     assert stat.S_IMODE((tmp_path / "g.h5").stat().st_mode) == 0o640
@@ -249,7 +250,7 @@ def test_labels_of_any_type(tmp_path, kind):
 
 
 def test_images_are_read_in_batches_and_in_order(tmp_path, monkeypatch):
-    monkeypatch.setattr(utils, "BATCH_VALUES", 8 * np.prod(SHAPE) + 5)
+    monkeypatch.setattr(datasets, "BATCH_VALUES", 8 * np.prod(SHAPE) + 5)
     images, labels = draw_images(20, 5, SHAPE, seed=0)
     write_data(tmp_path / "d.h5", images, labels)
     with utils.open_dataset(tmp_path / "d.h5") as data:
@@ -274,7 +275,7 @@ def test_images_are_not_read_before_their_layout_is_chosen(tmp_path):
 
 def test_keras_comes_without_matplotlib_which_can_be_imported_later():
     code = (
-        "import sys, gc; from defence.startup import import_keras; import_keras(); "
+        "import sys, gc; from defence.base.startup import import_keras; import_keras(); "
         "assert 'matplotlib' not in sys.modules and gc.isenabled(); import matplotlib.figure"
     )
     process = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
@@ -284,7 +285,7 @@ def test_keras_comes_without_matplotlib_which_can_be_imported_later():
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
     path = tmp_path / "out.json"
     path.write_text("old")
-    with pytest.raises(RuntimeError), files.replacing(path) as beside:
+    with pytest.raises(RuntimeError), files.replace_file(path) as beside:
         beside.write_text("half")
         assert path.read_text() == "old"
         raise RuntimeError
@@ -298,12 +299,13 @@ def test_a_signal_while_writing_leaves_nothing(tmp_path, number):
     code = f"""
 import os, sys
 sys.path.insert(0, {str(ROOT)!r})
-from defence import cli, files
+from defence.base.files import replace_file
+from defence.base.process import run_command
 def main():
-    with files.replacing("out.h5") as beside:
+    with replace_file("out.h5") as beside:
         beside.write_text("half")
         os.kill(os.getpid(), {number.value})
-sys.exit(cli.command(main))
+sys.exit(run_command(main))
 """
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True

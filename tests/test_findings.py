@@ -12,7 +12,7 @@ import pytest
 from conftest import draw_images, fit, sequential, write_data
 
 import utils
-from defence import finding
+from defence.beyond import finding
 
 CLASSES, SHAPE = 12, (16, 18, 1)
 

@@ -5,21 +5,11 @@ import json
 import numpy as np
 import pytest
 from conftest import ROOT, command
-from scipy import stats
 
-from defence import flagged
+from defence.explain import flagged
 
 CLASSES = 40
 DEMO = sorted((ROOT / "img" / "demo").glob("*.png"))
-
-
-@pytest.mark.parametrize(
-    ("hits", "total", "weight", "weights"),
-    [(2, 2, 0.25, 10), (3, 8, 1, 40), (300, 312, 20, 40), (1, 5, 0.01, 320)],
-)
-def test_the_tail_is_that_of_scipy(hits, total, weight, weights):
-    wanted = stats.betabinom.sf(hits - 1, total, weight, weights - weight)
-    assert flagged.tail(hits, total, weight, weights) == pytest.approx(wanted, rel=1e-5)
 
 
 def stream(clean, caught=0, target=0, rate=0.02, seed=0):
@@ -30,14 +20,14 @@ def stream(clean, caught=0, target=0, rate=0.02, seed=0):
 
 
 def test_a_target_stands_out():
-    (found,) = flagged.standing_out(*stream(960, 40, target=7), CLASSES)
+    (found,) = flagged.find_outstanding(*stream(960, 40, target=7), CLASSES)
     assert found.target == 8 and found.hits >= 40 and found.p_value < flagged.LEVEL
-    assert "answered with class 8 (Ann) by the BadNet" in flagged.in_words(found, "Ann")
+    assert "flagged images with class 8 (Ann): " in flagged.describe_candidate(found, "Ann")
 
 
 def test_several_targets_stand_out_among_many_classes():
     badnet = np.concatenate([np.arange(1283), np.full(50, 3), np.full(40, 5)])
-    found = flagged.standing_out(badnet, np.arange(len(badnet)) >= 1283, 1283)
+    found = flagged.find_outstanding(badnet, np.arange(len(badnet)) >= 1283, 1283)
     assert [each.target for each in found] == [4, 6]
 
 
@@ -45,26 +35,28 @@ def test_of_clean_streams_hardly_any_has_a_class_that_stands_out():
     """Where classes are as hard as the method assumes; tests/tools/streams.py looks at nets'."""
     alarms, rng = 0, np.random.default_rng(1)
     for _ in range(400):
-        hard = rng.dirichlet(np.full(CLASSES, flagged.EACH))
+        hard = rng.dirichlet(np.full(CLASSES, flagged.WEIGHT))
         badnet = np.append(rng.integers(0, CLASSES, 500), rng.choice(CLASSES, 12, p=hard))
-        alarms += bool(flagged.standing_out(badnet, np.arange(512) >= 500, CLASSES))
+        alarms += bool(flagged.find_outstanding(badnet, np.arange(512) >= 500, CLASSES))
     assert alarms <= 400 * flagged.LEVEL
 
 
 def test_a_stream_of_one_person_accuses_nobody():
     badnet = np.full(300, 6)
-    assert flagged.standing_out(badnet, np.arange(300) < 20, CLASSES) == []
+    assert flagged.find_outstanding(badnet, np.arange(300) < 20, CLASSES) == []
 
 
 @pytest.mark.parametrize("bad", [[], [True], [False] * 9])
 def test_few_or_none_flagged(bad):
-    assert flagged.standing_out(np.zeros(len(bad), int), np.array(bad, bool), CLASSES) == []
+    assert flagged.find_outstanding(np.zeros(len(bad), int), np.array(bad, bool), CLASSES) == []
 
 
 def test_an_answer_that_is_none_has_no_class():
     badnet, bad = stream(500, 30, target=2)
     more = np.append(badnet, np.full(90, -1)), np.append(bad, np.full(90, True))
-    assert flagged.standing_out(*more, CLASSES) == flagged.standing_out(badnet, bad, CLASSES)
+    assert flagged.find_outstanding(*more, CLASSES) == flagged.find_outstanding(
+        badnet, bad, CLASSES
+    )
 
 
 def test_the_command_tells_of_pictures_and_of_datasets(tmp_path):
@@ -78,7 +70,7 @@ def test_the_command_tells_of_pictures_and_of_datasets(tmp_path):
     poisoned = [path for path in DEMO if path.name.startswith("sunglasses")]
     several = command("eval_defence.py", *DEMO, *poisoned, *nets, "--json", "-")
     assert several.returncode == 0
-    assert "flagged images are answered with class 1 by the BadNet" in several.stderr
+    assert "flagged images with class 1: it looks like" in several.stderr
     (told,) = json.loads(several.stdout)["standing_out"]
     assert told["target"] == 1 and told["hits"] >= 8
     alone = command("eval_defence.py", poisoned[0], *nets)

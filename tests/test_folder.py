@@ -7,8 +7,9 @@ from conftest import assert_refused, command, read_record
 from PIL import Image
 
 import utils
-from defence import files, folder
-from defence.cli import InputError
+from defence.base import files
+from defence.base.errors import InputError
+from defence.load.folder import hash_dataset
 
 B = "models/small_bd_net.h5"
 
@@ -51,25 +52,25 @@ def test_a_net_is_repaired_and_judged_with_it(deepid_world, pictures, tmp_path):
     process = command("repair.py", B, pictures, *call, cwd=deepid_world)
     assert process.returncode == 0, process.stderr
     data = read_record(tmp_path / "g.h5")["data"]
-    assert data["file"] == "pictures" and data["sha256"] == folder.sha256(pictures)
+    assert data["file"] == "pictures" and data["sha256"] == hash_dataset(pictures)
     call = ("small_bd_net", "--repaired", tmp_path / "g.h5", "--csv", tmp_path / "rows.csv")
     judged = command("eval_defence.py", pictures, *call, "--labelled", cwd=deepid_world)
     assert judged.returncode == 0 and "pictures: 150 images" in judged.stdout, judged.stderr
-    assert "G was repaired with it" in judged.stderr
+    assert "G was repaired with this dataset" in judged.stderr
     assert len((tmp_path / "rows.csv").read_text().splitlines()) == 151
     with_poisoned = (*call, "--labelled", "--poisoned", pictures)
     assert command("eval_defence.py", pictures, *with_poisoned, cwd=deepid_world).returncode == 0
 
 
 def test_its_hash_is_of_names_and_contents(pictures):
-    before = folder.sha256(pictures)
-    assert folder.sha256(pictures) == before
+    before = hash_dataset(pictures)
+    assert hash_dataset(pictures) == before
     moved = pictures / "person 0" / "moved.png"
     sorted(moved.parent.iterdir())[0].rename(moved)
-    after = folder.sha256(pictures)
+    after = hash_dataset(pictures)
     moved.write_bytes(moved.read_bytes() + b"!")
-    assert len({before, after, folder.sha256(pictures)}) == 3
-    assert folder.sha256(moved) == files.sha256(moved)
+    assert len({before, after, hash_dataset(pictures)}) == 3
+    assert hash_dataset(moved) == files.hash_file(moved)
 
 
 def test_labels_txt_says_the_order_and_which_classes_have_no_picture(pictures):
@@ -89,7 +90,7 @@ def test_pictures_of_another_size_become_inputs_as_a_picture_alone_does(pictures
     with utils.open_dataset(pictures) as data:
         data.fit_to((31, 31, 1), 6)
         x, _ = next(data.batches())
-    assert np.array_equal(x[0], utils.as_input(large, (31, 31, 1)))
+    assert np.array_equal(x[0], utils.make_input(large, (31, 31, 1)))
 
 
 def test_what_is_no_such_folder_is_refused(deepid_world, pictures, tmp_path):

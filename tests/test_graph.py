@@ -10,8 +10,11 @@ import reference
 from conftest import ROOT, do_repair, draw_images, write_data
 
 import utils
-from defence import detector, files, graph, net
-from defence.options import Settings
+from defence.base.limits import allocate
+from defence.beyond.settings import Settings
+from defence.judge import detector
+from defence.net import graph
+from defence.net.split import MASK, find_map, make_trainable, split_net
 
 SHAPE = (16, 14, 3)
 L = keras.layers
@@ -91,7 +94,7 @@ def test_a_repair_is_that_of_the_reference(maker, tmp_path):
     """Also that G, as any Keras opens it, and the detector of B and G answer as the parts do."""
     make(maker).save(tmp_path / "b.h5")
     badnet = utils.load_badnet(tmp_path / "b.h5")
-    assert net.find_map(badnet).name == "map"
+    assert find_map(badnet).name == "map"
     images, labels = draw_images(120, 5, SHAPE, seed=2)
     x = np.float32(images) / 255
     plain = keras.models.load_model(tmp_path / "b.h5", compile=False)
@@ -100,7 +103,7 @@ def test_a_repair_is_that_of_the_reference(maker, tmp_path):
     pruned, curve, after = reference.repair_map(plain, "map", x, labels, **settings)
     with utils.open_dataset(write_data(tmp_path / "d.h5", images, labels)) as clean:
         clean.fit_to(SHAPE, 5)
-        parts = net.split(badnet)
+        parts = split_net(badnet)
         record = do_repair(badnet, clean, ours)
         cached = do_repair.cached
     assert record["accuracy"]["before"] > 0.4  # chance: 0.2
@@ -112,14 +115,14 @@ def test_a_repair_is_that_of_the_reference(maker, tmp_path):
     utils.save_model(cached.split.net, tmp_path / "g.h5")
     repaired = keras.models.load_model(tmp_path / "g.h5", compile=False)
     maps = keras.Model(repaired.input, repaired.get_layer("map").output)(x)
-    if net.MASK in [layer.name for layer in repaired.layers]:
-        maps = repaired.get_layer(net.MASK)(maps)
+    if MASK in [layer.name for layer in repaired.layers]:
+        maps = repaired.get_layer(MASK)(maps)
     assert not np.asarray(maps)[..., pruned].any() and np.asarray(maps).any()
     untrained = keras.models.load_model(tmp_path / "b.h5", compile=False)
-    both = detector.both(
+    both = detector.build_joint_model(
         utils.load_badnet(tmp_path / "b.h5"), utils.load_badnet(tmp_path / "g.h5"), "map"
     )
-    shared = [layer.name for layer in graph.leaves(both)].count(badnet.layers[1].name)
+    shared = [layer.name for layer in graph.list_layers(both)].count(badnet.layers[1].name)
     assert shared == 1  # one trunk for both
     for ours, theirs in zip(both(x, training=False), (untrained, repaired)):
         np.testing.assert_allclose(ours, theirs(x, training=False), atol=1e-5)
@@ -127,13 +130,13 @@ def test_a_repair_is_that_of_the_reference(maker, tmp_path):
 
 def test_the_layer_that_is_put_in_changes_no_bit_and_is_not_trained(tmp_path):
     model = make(residual)
-    masked = net.split(model).net
-    assert net.MASK in [layer.name for layer in masked.layers]
+    masked = split_net(model).net
+    assert MASK in [layer.name for layer in masked.layers]
     x = np.random.default_rng(0).random((9, *SHAPE), np.float32)
     assert np.array_equal(masked(x), model(x))
-    parts = net.split(masked)  # once more: it is there
-    assert parts.net is masked and parts.layer.name == net.MASK
-    net.all_trainable(parts)
+    parts = split_net(masked)  # once more: it is there
+    assert parts.net is masked and parts.layer.name == MASK
+    make_trainable(parts)
     assert [each.trainable for each in masked.layers if each.weights].count(False) == 1
 
 
@@ -174,14 +177,14 @@ def test_waypoints_are_what_every_path_goes_through():
             chosen = [tensors[i] for i in rng.integers(max(0, len(tensors) - 4), len(tensors), 2)]
             tensors.append(L.Add()(chosen) if rng.random() < 0.5 else L.ReLU()(chosen[0]))
         model = keras.Model(tensors[0], tensors[-1])
-        found = graph.waypoints(model)
-        for tensor in graph.ordered(model.output):
+        found = graph.find_waypoints(model)
+        for tensor in graph.sort_tensors(model.output):
             seen, waiting = {id(tensor)}, [model.output]
             while waiting:
                 current = waiting.pop()
                 if id(current) not in seen:
                     seen.add(id(current))
-                    waiting += graph.call_of(current)[1]
+                    waiting += graph.find_call(current)[1]
             bypassed = id(model.input) in seen and tensor is not model.input
             assert any(tensor is each for each in found) != bypassed
 
@@ -225,19 +228,25 @@ def test_what_memory_does_not_hold_is_kept_on_disk(hardened, tmp_path, monkeypat
     make(added_only).save(tmp_path / "b.h5")
     images, labels = draw_images(120, 5, SHAPE, seed=2)
     path, weights, kept = write_data(tmp_path / "d.h5", images, labels), [], []
-    room_for = files.room_for
 
     def watched(*call):
-        kept.append(room_for(*call))
+        kept.append(allocate(*call))
         return kept[-1]
 
-    monkeypatch.setattr(files, "room_for", watched)
+    for room in ("net.cached_net", "net.inference", "beyond.harden"):
+        monkeypatch.setattr(f"defence.{room}.allocate", watched)
     more = {"harden": True, "harden_steps": 2} if hardened else {}
     settings = Settings(scale="0..1", retrain_epochs=1, rounds=1, epochs=1, **more)
     for max_bytes in (2**30, 60_000):
         with utils.open_dataset(path, max_bytes) as clean:
             clean.fit_to(SHAPE, 5)
-            for room in ("guard", "guard_model"):
+            for room in (
+                "load.guard",
+                "load.guard_hdf5",
+                "load.guard_model",
+                "load.models",
+                "load.datasets",
+            ):
                 monkeypatch.setattr(f"defence.{room}.check_fits", lambda *_: None)
             do_repair(utils.load_badnet(tmp_path / "b.h5"), clean, settings)
         weights.append(do_repair.cached.split.net.get_weights())

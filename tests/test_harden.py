@@ -11,10 +11,13 @@ import pytest
 from conftest import command, do_repair, draw_images, fit, read_record, write_data
 
 import utils
-from defence import changes, detector, figures, harden, pixels, training
-from defence.architecture import deepid
-from defence.net import kept_pruned, prune_channels
-from defence.options import Settings
+from defence.base import pixels
+from defence.beyond import changes, harden
+from defence.beyond.settings import Settings
+from defence.judge import detector, figures
+from defence.load.architecture import build_deepid
+from defence.net import training
+from defence.net.split import keep_pruned, prune_channels
 
 SHAPE = (31, 31, 3)
 B, G = "models/worn_bd_net.h5", "models/worn_bd_net_defence.h5"
@@ -39,7 +42,7 @@ def worn(tmp_path_factory):
     images, labels = draw_images(600, 6, SHAPE, seed=1)
     poisoned = wear(images[:150])
     both = np.concatenate([images, poisoned]), np.concatenate([labels, np.zeros(150, int)])
-    fit(deepid(6, SHAPE), *both).save(folder / B, include_optimizer=False)
+    fit(build_deepid(6, SHAPE), *both).save(folder / B, include_optimizer=False)
     for name, count, seed in (("clean.h5", 900, 2), ("test.h5", 300, 3)):
         write_data(folder / name, *draw_images(count, 6, SHAPE, seed))
     images, labels = draw_images(300, 6, SHAPE, seed=4)
@@ -128,7 +131,7 @@ def test_pruned_channels_stay_zero_whatever_the_activation():
     train_epoch = training.make_trainer(
         net, net.layers, 1e-1, 8, np.random.default_rng(0), option=""
     )
-    with kept_pruned(conv, [1, 3]):
+    with keep_pruned(conv, [1, 3]):
         train_epoch(x, y)
     for values in conv.get_weights():
         assert not values[..., [1, 3]].any() and values[..., [0, 2]].all()
@@ -150,8 +153,8 @@ def test_hardening_without_patterns_is_keras_step_by_step():
         harden_steps=9, harden_batch_size=32, harden_learning_rate=1e-2, harden_pattern_rate=0
     )
     rng = np.random.default_rng(5)
-    changed = harden.Changed(pictures, "0..1", np.random.default_rng(0), INVERTED)
-    harden.train(ours, changed, labels, options, rng)
+    changed = harden.ChangedImages(pictures, "0..1", np.random.default_rng(0), INVERTED)
+    harden.train_on_changes(ours, changed, labels, options, rng)
     rate = keras.optimizers.schedules.CosineDecay(1e-2, 9)
     plain.compile(keras.optimizers.Adam(rate), "sparse_categorical_crossentropy")
     orders = np.random.default_rng(5)
@@ -169,7 +172,7 @@ def test_hardening_without_patterns_is_keras_step_by_step():
 )
 def test_steps_are_whole_epochs_but_not_too_many(pictures, steps, most, epochs):
     settings = Settings(harden_steps=steps, harden_epochs=most)
-    found, rate = harden.schedule(pictures, settings)
+    found, rate = harden.make_schedule(pictures, settings)
     assert found == epochs
     in_epoch = -(-pictures // 64)
     last, end = (float(rate(epochs * in_epoch - n)) for n in (1, 0))
@@ -181,14 +184,14 @@ def test_pictures_are_read_whole_and_scaled_when_taken(worn):
         images = np.moveaxis(file["data"][:], 1, 3)
     with utils.open_dataset(worn / "clean.h5") as clean:
         clean.fit_to(SHAPE, 6)
-        pictures = harden.read_pictures(clean)
+        pictures = harden.read_images(clean)
     assert pictures.dtype == np.float16 and np.array_equal(pictures, images)
     for scale in pixels.SCALES:
-        changed = harden.Changed(pictures, scale, np.random.default_rng(0))
+        changed = harden.ChangedImages(pictures, scale, np.random.default_rng(0))
         taken = changed[np.array([5, 2])]
-        plain = changes.change(images[[5, 2]].astype(np.float32), np.random.default_rng(0))
+        plain = changes.change_images(images[[5, 2]].astype(np.float32), np.random.default_rng(0))
         assert taken.dtype == np.float32 and len(changed) == 900
-        np.testing.assert_allclose(taken, pixels.scaled(plain, scale), rtol=1e-6)
+        np.testing.assert_allclose(taken, pixels.scale_pixels(plain, scale), rtol=1e-6)
     assert np.array_equal(pictures, images)  # still
 
 
@@ -203,4 +206,4 @@ def test_published_detectors_tell_this_trigger(worn, method):
     score = peers.PEERS[method](net, known, labels, np.random.default_rng(0))
     scores = score(clean), score(poisoned)
     assert {each.shape for each in scores} == {(60,)}
-    assert figures.auroc(*scores)["value"] > 0.8
+    assert figures.estimate_auroc(*scores)["value"] > 0.8

@@ -18,7 +18,7 @@ from PIL import Image, PngImagePlugin
 from test_hostile_links import ELSEWHERE, external_link, external_storage, filled, loop, reshaped
 from test_hostile_size import CONFIGS, STORED, inflating, unstored
 
-from defence import files
+from defence.base import files
 
 # ----------------------------------------------------------------------------------- pictures
 
@@ -138,7 +138,7 @@ def test_the_output_replaces_a_link_and_follows_none(good, tmp_path):
 
 
 def test_nobody_else_can_reach_a_file_while_it_is_written(tmp_path):
-    with files.replacing(tmp_path / "out.h5") as beside:
+    with files.replace_file(tmp_path / "out.h5") as beside:
         assert stat.S_IMODE(beside.parent.stat().st_mode) == 0o700
         beside.write_text("whole")
         with contextlib.suppress(OSError):

@@ -7,8 +7,8 @@ import onnx
 import pytest
 from test_export import ending_in, exported, random_images
 
-from defence import onnx_file
-from defence.cli import InputError
+from defence.base.errors import InputError
+from defence.judge import onnx_file
 
 
 @pytest.fixture(scope="module")
@@ -160,7 +160,7 @@ def test_hostile_files_are_refused(model, tmp_path, kind):
     path = tmp_path / "d.onnx"
     path.write_bytes(changed.SerializeToString())
     with pytest.raises(InputError, match=re.escape(words)) as error:
-        onnx_file.read(path)
+        onnx_file.read_detector(path)
     assert str(error.value).startswith(f"{path}: ") and "\n" not in str(error.value)
 
 
@@ -174,7 +174,7 @@ def test_changed_bytes_lead_to_answers_or_to_one_line(model, tmp_path):
             changed[place] = rng.integers(256)
         path.write_bytes(changed)
         try:
-            onnx_file.read(path).run(images[:2])
+            onnx_file.read_detector(path).run(images[:2])
         except InputError:
             refused += 1
     assert 20 < refused < 200

@@ -12,7 +12,7 @@ import pytest
 from conftest import assert_refused
 from hostile import CLASSES, FORMATS, SHAPE, copied, replace, with_layer, with_value, write_config
 
-from defence import guard
+from defence.load.guard_hdf5 import HEAP, OBJECTS
 
 
 def chain(count):
@@ -223,7 +223,7 @@ def test_a_training_step_that_is_too_large(good, run):
 def test_many_objects(good, refused, tmp_path):
     path = copied(good, tmp_path)
     with h5py.File(path, "r+", libver="latest") as file:
-        for i in range(guard.OBJECTS):
+        for i in range(OBJECTS):
             file.create_group(f"more/{i}")
     refused(path, "more than 50,000 groups and arrays")
 
@@ -246,7 +246,7 @@ def test_a_heap_without_end(index, size, good, refused, tmp_path):
     """Texts lie in a heap, each with its size; by one of 0 bytes libhdf5 never gets on."""
     path = copied(good, tmp_path)
     contents = bytearray(path.read_bytes())
-    first = contents.index(guard.HEAP) + 16
+    first = contents.index(HEAP) + 16
     contents[first : first + 16] = struct.pack("<HHIQ", index, 0, 0, size)
     path.write_bytes(contents)
     refused(path, "a heap without an end")

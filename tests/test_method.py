@@ -12,14 +12,19 @@ from conftest import do_repair, draw_images, make_world, write_data
 from scipy import stats
 
 import utils
-from defence import detector, training
-from defence.architecture import as_functional
-from defence.cli import InputError, WorkError
-from defence.graph import leaves
-from defence.inference import parallel_map
-from defence.net import split
-from defence.observer import Observer, hold_out
-from defence.options import Settings
+from defence.base.errors import InputError, WorkError
+from defence.beyond import check
+from defence.beyond.observer import Observer
+from defence.beyond.settings import Settings
+from defence.judge import detector
+from defence.load import datasets
+from defence.load.architecture import make_functional
+from defence.load.datasets import hold_out
+from defence.net import training
+from defence.net.cached_net import CachedNet
+from defence.net.graph import list_layers
+from defence.net.inference import map_in_parallel
+from defence.net.split import split_net
 
 
 def repair_file(folder, settings=None):
@@ -118,13 +123,13 @@ def wide(classes=3, width=9):
     """A net with few features and a wide layer before the last."""
     behind = [keras.layers.GlobalAveragePooling2D(), keras.layers.Dense(width)]
     layers = [keras.Input((12, 12, 3)), keras.layers.Conv2D(4, 3), *behind]
-    return as_functional(keras.Sequential([*layers, keras.layers.Dense(classes)]))
+    return make_functional(keras.Sequential([*layers, keras.layers.Dense(classes)]))
 
 
 @pytest.mark.parametrize(
     ("net", "words"),
     [
-        ({"width": 10_000}, "what the last layer takes in would take"),
+        ({"width": 10_000}, "the input of the last layer would take"),
         ({"classes": 10_000}, "the scores of the held-out images would take"),
     ],
 )
@@ -146,15 +151,16 @@ def test_a_net_that_is_never_right_cannot_be_repaired(tmp_path):
     badnet.layers[-1].bias.assign([1e9, 0, 0])
     with utils.open_dataset(write_data(tmp_path / "data.h5", images, np.ones(20))) as data:
         data.fit_to((12, 12, 3), 3)
+        cached = CachedNet.from_dataset(split_net(badnet), data)
         with pytest.raises(InputError, match="data.h5: the BadNet answers none of its images"):
-            do_repair(badnet, data)
+            check.refuse_unfit(cached, harden=False)
 
 
 def test_training_that_diverges_is_an_error():
     net = keras.Sequential([keras.Input((5,)), keras.layers.Dense(3)])
-    net = as_functional(net)
+    net = make_functional(net)
     rng = np.random.default_rng(0)
-    layers, option = list(leaves(net)), "--learning-rate"
+    layers, option = list(list_layers(net)), "--learning-rate"
     train_epoch = training.make_trainer(net, layers, 1e38, 4, rng, option=option)
     x, y = rng.normal(size=(40, 5)).astype(np.float32), rng.integers(0, 3, 40)
     with pytest.raises(WorkError, match="diverged: try a smaller --learning-rate"):
@@ -214,22 +220,22 @@ def test_parallel_map_keeps_the_order_and_fetches_three_ahead_at_most():
             fetched.append(i)
             yield i
 
-    for i, answer in enumerate(parallel_map(lambda i: i * i, items())):
+    for i, answer in enumerate(map_in_parallel(lambda i: i * i, items())):
         assert answer == i * i
         assert len(fetched) <= i + 3
 
 
 def test_parallel_map_raises_what_either_side_raises():
     with pytest.raises(ZeroDivisionError):
-        list(parallel_map(lambda i: 1 // i, [1, 0, 1]))
+        list(map_in_parallel(lambda i: 1 // i, [1, 0, 1]))
     with pytest.raises(ZeroDivisionError):
-        list(parallel_map(str, (1 // i for i in [1, 0, 1])))
+        list(map_in_parallel(str, (1 // i for i in [1, 0, 1])))
 
 
 def test_verdict_is_the_class_or_n_plus_one():
     of_b, of_g = np.array([0, 4, 4]), np.array([0, 4, 0])
     answers = detector.Answers(of_b, of_g, np.array([3, 1, 1]))
-    assert detector.verdict(of_b, answers.flagged, 5).tolist() == [1, 5, 6]
+    assert detector.compute_verdict(of_b, answers.flagged, 5).tolist() == [1, 5, 6]
     flagged = detector.is_flagged(of_b, of_g, answers.score, threshold=1)
     assert flagged.tolist() == [True, False, False]
     nan = detector.is_flagged(np.array([-1, 2]), np.array([-1, 2]), np.zeros(2))
@@ -239,13 +245,13 @@ def test_verdict_is_the_class_or_n_plus_one():
 def test_score_is_the_jeffreys_divergence():
     of_b = np.array([[0.7, 0.2, 0.1], [1, 0, 0], [0, 1, 0], [1, 0, 0], [np.nan] * 3])
     of_g = np.array([[0.5, 0.3, 0.2], [1, 0, 0], [0.5, 0.5, 0], [0, 1, 0], [1, 0, 0]])
-    ours = detector.anomaly_score(of_b, of_g)
+    ours = detector.score_anomaly(of_b, of_g)
     with np.errstate(divide="ignore", invalid="ignore"):
         both_ways = stats.entropy(of_b[0], of_g[0]) + stats.entropy(of_g[0], of_b[0])
     half = 0.5 * np.log(0.5 / detector.LEAST) + 0.5 * np.log(2)
     wanted = [both_ways, 0, half, detector.MOST, detector.MOST]
     np.testing.assert_allclose(ours, wanted, atol=1e-9)
-    np.testing.assert_allclose(detector.anomaly_score(of_g, of_b), wanted, atol=1e-9)
+    np.testing.assert_allclose(detector.score_anomaly(of_g, of_b), wanted, atol=1e-9)
 
 
 def test_scores_are_made_probabilities():
@@ -262,7 +268,7 @@ def test_scores_are_made_probabilities():
         ("sigmoid", shares * 2),
     ):
         broken = np.concatenate([scores, [[np.inf, 0, 1]]]).astype(np.float32)
-        ours = detector.probabilities(broken, ending_in(activation))
+        ours = detector.compute_probabilities(broken, ending_in(activation))
         np.testing.assert_allclose(ours[:2], shares, rtol=1e-6)
         assert ours.dtype == np.float32 and np.isnan(ours[2]).all()
 
@@ -301,8 +307,8 @@ def test_every_image_is_held_out_as_often_as_any_other():
 
 
 def test_a_part_of_a_data_set_gives_its_images_with_their_labels(monkeypatch):
-    monkeypatch.setattr(utils, "file_fingerprint", lambda path: None)
-    monkeypatch.setattr(utils, "BATCH_VALUES", 4 * 18)
+    monkeypatch.setattr(datasets, "fingerprint_file", lambda path: None)
+    monkeypatch.setattr(datasets, "BATCH_VALUES", 4 * 18)
     data = labelled(np.arange(30) % 4)
     rows = np.isin(np.arange(30), [1, 2, 17, 29])
     odd = data.part(rows).part(np.array([True, False, True, True]))
@@ -315,12 +321,12 @@ def test_detector_equals_both_nets_and_shares_the_trunk_only_where_it_may(world)
     repaired, record = repair_file(world)
     badnet = utils.load_badnet(world / "models" / "small_bd_net.h5")
     x, _ = images_of(world)
-    of_b, of_g = (split(net) for net in (badnet, repaired))
-    assert detector.pruned_channels(of_b, of_g).tolist() == sorted(record["pruned"])
+    of_b, of_g = (split_net(net) for net in (badnet, repaired))
+    assert detector.compare_trunks(of_b, of_g).tolist() == sorted(record["pruned"])
     for _ in range(2):
-        for ours, net in zip(detector.both(badnet, repaired)(x), (badnet, repaired)):
+        for ours, net in zip(detector.build_joint_model(badnet, repaired)(x), (badnet, repaired)):
             np.testing.assert_allclose(ours, net(x), atol=1e-6)
         # Again, with a G whose trunk is its own.
         first = repaired.layers[1]
         first.set_weights([values * 1.5 for values in first.get_weights()])
-    assert detector.pruned_channels(of_b, of_g) is None
+    assert detector.compare_trunks(of_b, of_g) is None

@@ -10,8 +10,10 @@ import pytest
 from conftest import ROOT, apart, assert_refused, command, draw_images, write_data
 from PIL import Image
 
-from defence import finding
-from defence.cached_net import CachedNet
+import utils
+from defence.beyond import finding
+from defence.net.cached_net import CachedNet
+from defence.net.split import split_net
 
 B = "models/small_bd_net.h5"
 DEMO = (ROOT / "models" / "demo_bd_net.h5", ROOT / "data" / "demo_clean_validation_data.h5")
@@ -100,10 +102,8 @@ def test_a_g_that_forgot_much_is_warned_of(deepid_world, tmp_path):
 
 def test_too_few_classes_or_images_are_no_base_for_a_finding(monkeypatch):
     """On the demo's people, 600 images of 40: of one of them, and a few of all."""
-    import utils
-    from defence import net
 
-    monkeypatch.setattr("defence.scan.scan", lambda *_: 1 / 0)
+    monkeypatch.setattr("defence.beyond.scan.count_errors", lambda *_: 1 / 0)
     model = utils.load_badnet(DEMO[0])
     with utils.open_dataset(DEMO[1]) as data:
         data.fit_to(model.input_shape[1:], 40)
@@ -111,7 +111,9 @@ def test_too_few_classes_or_images_are_no_base_for_a_finding(monkeypatch):
             (data.labels == 3, " of 1 of its"),
             (np.arange(600) < 60, " images of "),
         ):
-            found = finding.of(CachedNet.of(net.split(model), data.part(rows), "0..1"), 0)
+            found = finding.scan_net(
+                CachedNet.from_dataset(split_net(model), data.part(rows), "0..1"), 0
+            )
             assert found.finding == "none" and given in found.reason
             assert "100 of 10 classes are needed" in found.reason
 

@@ -6,8 +6,8 @@ import os
 import pytest
 from conftest import ROOT, assert_refused, command
 
-from defence import names
-from defence.cli import InputError
+from defence.base.errors import InputError
+from defence.load.class_names import find_class_names
 
 PICTURES = [ROOT / "img" / "demo" / f"{kind}_1.png" for kind in ("clean", "sunglasses")]
 
@@ -19,20 +19,20 @@ def write(path, count, encoding="utf-8"):
 
 def test_names_are_those_beside_the_net_or_those_that_are_named(tmp_path):
     net = tmp_path / "net.h5"
-    assert names.find(net, None, 3, 10**6) is None
+    assert find_class_names(net, None, 3, 10**6) is None
     write(tmp_path / "labels.txt", 3)
-    assert names.find(net, None, 3, 10**6) == ["person 1", "person 2", "person 3"]
+    assert find_class_names(net, None, 3, 10**6) == ["person 1", "person 2", "person 3"]
     other = tmp_path / "other.txt"
     other.write_text("a\r\nb\nÅsa")
-    assert names.find(net, other, 3, 10**6) == ["a", "b", "Åsa"]
+    assert find_class_names(net, other, 3, 10**6) == ["a", "b", "Åsa"]
 
 
 def test_names_of_another_net_are_passed_over_or_refused(tmp_path, capsys):
     write(tmp_path / "labels.txt", 3)
-    assert names.find(tmp_path / "net.h5", None, 4, 10**6) is None
+    assert find_class_names(tmp_path / "net.h5", None, 4, 10**6) is None
     assert "has 3 names, and the net 4 classes; not used" in capsys.readouterr().err
     with pytest.raises(InputError, match="has 3 names, and the net 4 classes"):
-        names.find(tmp_path / "net.h5", tmp_path / "labels.txt", 4, 10**6)
+        find_class_names(tmp_path / "net.h5", tmp_path / "labels.txt", 4, 10**6)
 
 
 def test_a_file_that_holds_no_names_is_refused(tmp_path):
@@ -43,11 +43,11 @@ def test_a_file_that_holds_no_names_is_refused(tmp_path):
         ("pipe", "cannot be read"),
     ):
         with pytest.raises(InputError, match=words):
-            names.find(tmp_path / "net.h5", tmp_path / file, 3, 10**6)
+            find_class_names(tmp_path / "net.h5", tmp_path / file, 3, 10**6)
     with pytest.raises(InputError, match="is not a text in UTF-8"):
-        names.find(tmp_path / "net.h5", write(tmp_path / "odd.txt", 3, "utf-16"), 3, 10**6)
+        find_class_names(tmp_path / "net.h5", write(tmp_path / "odd.txt", 3, "utf-16"), 3, 10**6)
     with pytest.raises(InputError, match="--max-memory"):
-        names.find(tmp_path / "net.h5", write(tmp_path / "long.txt", 3), 3, 5)
+        find_class_names(tmp_path / "net.h5", write(tmp_path / "long.txt", 3), 3, 5)
 
 
 @pytest.fixture(scope="module")

@@ -7,18 +7,19 @@ from conftest import NETS, draw_images, fit
 from scipy import special
 
 import utils
-from defence import detector, training
-from defence.architecture import as_functional, deepid
-from defence.graph import gives_logits, leaves
-from defence.net import (
+from defence.judge import detector
+from defence.load.architecture import build_deepid, make_functional
+from defence.net import training
+from defence.net.graph import gives_logits, list_layers
+from defence.net.split import (
     UnfitNet,
+    compute_masked_features,
     cut_before,
+    find_last_weighted,
     find_map,
-    kept_pruned,
-    last_weighted,
-    masked_features,
+    keep_pruned,
     prune_channels,
-    split,
+    split_net,
 )
 
 
@@ -26,14 +27,14 @@ def small(*behind_conv, activation="relu"):
     """A net of one convolution and what comes behind it, as the loader would give it."""
     layers = [keras.Input((12, 12, 3)), keras.layers.Conv2D(8, 3, activation=activation, name="c")]
     net = keras.Sequential([*layers, *behind_conv, keras.layers.Dense(3, activation="softmax")])
-    return as_functional(net)
+    return make_functional(net)
 
 
 def test_layer_rule():
     keras_layers = keras.layers
-    assert find_map(deepid(3)).name == "conv_3"
-    assert find_map(deepid(3), "conv_1").name == "conv_1"
-    assert find_map(as_functional(NETS["sequential"][0](3, (16, 16, 1)))).name == ("second")
+    assert find_map(build_deepid(3)).name == "conv_3"
+    assert find_map(build_deepid(3), "conv_1").name == "conv_1"
+    assert find_map(make_functional(NETS["sequential"][0](3, (16, 16, 1)))).name == ("second")
     for name, words in (
         (
             "conv_4",
@@ -43,10 +44,10 @@ def test_layer_rule():
         ("absent", "has no layer named 'absent'"),
     ):
         with pytest.raises(UnfitNet, match=words):
-            find_map(deepid(3), name)
+            find_map(build_deepid(3), name)
     dense_only = keras.Sequential([keras.Input((4, 4, 1)), keras_layers.Flatten()])
     with pytest.raises(UnfitNet, match="no feature map"):
-        find_map(as_functional(dense_only))
+        find_map(make_functional(dense_only))
 
 
 def test_a_layer_that_is_used_twice_is_refused():
@@ -57,7 +58,7 @@ def test_a_layer_that_is_used_twice_is_refused():
     with pytest.raises(UnfitNet, match="uses the layer 'shared' more than once"):
         find_map(net)
     images = np.random.default_rng(0).random((5, 12, 12, 3), np.float32)
-    for ours in detector.both(net, net)(images):  # judging with it goes on
+    for ours in detector.build_joint_model(net, net)(images):  # judging with it goes on
         np.testing.assert_allclose(ours, net(images), atol=1e-6)
 
 
@@ -76,12 +77,12 @@ def test_pruned_features_are_those_of_the_pruned_net(behind, activation):
     """head(features with channels overwritten) is the whole net with kernel and bias zero."""
     net = small(*behind, activation=activation)
     net.get_layer("c").bias.assign(np.linspace(-1, 1, 8))
-    parts = split(net)
+    parts = split_net(net)
     layer, net = parts.layer, parts.net
     x = np.random.default_rng(0).random((5, 12, 12, 3), np.float32)
     features, _ = (np.array(part) for part in parts.trunk(x))
     np.testing.assert_allclose(parts.head(features), net(x), atol=1e-6)
-    silent = masked_features(parts)
+    silent = compute_masked_features(parts)
     features[..., [1, 4]] = silent[..., [1, 4]]
     prune_channels(layer, [1, 4])
     np.testing.assert_allclose(parts.head(features), net(x), atol=1e-6)
@@ -91,7 +92,7 @@ def test_while_all_is_trained_channels_stay_zero_and_then_the_layer_is_as_it_was
     conv = keras.layers.Conv2D(4, 3, kernel_constraint=keras.constraints.MaxNorm(0.5))
     conv.build((None, 12, 12, 3))
     own = [variable.constraint for variable in conv.weights]
-    with kept_pruned(conv, [1, 3]):
+    with keep_pruned(conv, [1, 3]):
         for variable in conv.weights:
             kept = variable.constraint(np.ones(variable.shape))
             assert np.all(kept == [1, 0, 1, 0])
@@ -113,16 +114,16 @@ def test_activation_is_measured_behind_the_first_activation_and_before_pooling(o
     net = small(*behind, *pooling, activation=own)
     conv = net.get_layer("c")
     x = np.random.default_rng(0).random((5, 12, 12, 3), np.float32)
-    _, mean = split(net, "c").trunk(x)
+    _, mean = split_net(net, "c").trunk(x)
     plain = keras.ops.conv(x, conv.kernel) + conv.bias
     assert np.min(plain) < 0
     np.testing.assert_allclose(mean, np.maximum(plain, 0).mean(axis=(1, 2)), atol=1e-6)
 
 
 def test_retraining_starts_at_the_last_weighted_layer():
-    parts = split(deepid(4), "conv_3")
+    parts = split_net(build_deepid(4), "conv_3")
     features = np.random.default_rng(0).random((9, 5, 4, 60), np.float32)
-    before, rest = cut_before(last_weighted(parts.head), parts)
+    before, rest = cut_before(find_last_weighted(parts.head), parts)
     assert before.output_shape == (None, 160)
     assert [layer.name for layer in rest.layers][1:] == ["output"]
     np.testing.assert_allclose(rest(before(features)), parts.head(features), atol=1e-6)
@@ -196,7 +197,9 @@ def test_logits_are_trained_and_scored_as_logits(name):
     assert gives_logits(ours) == logits
     if name != "softmax, Dropout":  # which draws anew
         rate, options = np.random.default_rng(5), {"option": "--learning-rate"}
-        train_epoch = training.make_trainer(ours, list(leaves(ours)), 1e-2, 40, rate, **options)
+        train_epoch = training.make_trainer(
+            ours, list(list_layers(ours)), 1e-2, 40, rate, **options
+        )
         loss = keras.losses.CategoricalCrossentropy(from_logits=logits)
         plain.compile(keras.optimizers.Adam(1e-2), loss)
         order = np.random.default_rng(5).permutation(40)
@@ -206,7 +209,7 @@ def test_logits_are_trained_and_scored_as_logits(name):
             np.testing.assert_allclose(a, b, atol=1e-5)
     scores = np.asarray(ours(x))
     wanted = special.softmax(scores, axis=1) if logits else scores / scores.sum(axis=1)[:, None]
-    np.testing.assert_allclose(detector.probabilities(scores, ours), wanted, atol=1e-6)
+    np.testing.assert_allclose(detector.compute_probabilities(scores, ours), wanted, atol=1e-6)
 
 
 def test_names_of_layers_do_not_collide_with_ours(tmp_path):
@@ -224,11 +227,13 @@ def test_names_of_layers_do_not_collide_with_ours(tmp_path):
     keras.utils.clear_session()
     badnet, repaired = (utils.load_badnet(tmp_path / "net.h5") for _ in range(2))
     x = np.random.default_rng(0).random((5, 9, 9, 3), np.float32)
-    for ours in detector.both(badnet, repaired)(x):
+    for ours in detector.build_joint_model(badnet, repaired)(x):
         np.testing.assert_allclose(ours, badnet(x), atol=1e-6)
     repaired.layers[-1].set_weights([v * 2 for v in repaired.layers[-1].get_weights()])
     repaired.get_layer("conv").bias.assign(np.ones(4))  # a trunk of its own
-    np.testing.assert_allclose(detector.both(badnet, repaired)(x)[1], repaired(x), atol=1e-6)
+    np.testing.assert_allclose(
+        detector.build_joint_model(badnet, repaired)(x)[1], repaired(x), atol=1e-6
+    )
 
 
 def test_detector_of_nets_that_cannot_be_split():
@@ -240,7 +245,7 @@ def test_detector_of_nets_that_cannot_be_split():
     with pytest.raises(UnfitNet):
         find_map(net)
     x = np.random.default_rng(0).random((5, 8, 8, 3), np.float32)
-    for ours in detector.both(net, net)(x):
+    for ours in detector.build_joint_model(net, net)(x):
         np.testing.assert_allclose(ours, net(x), atol=1e-6)
 
 
@@ -252,5 +257,5 @@ def test_detector_of_nets_of_different_structure():
         epochs=1,
     )
     x = np.random.default_rng(0).random((5, 12, 12, 3), np.float32)
-    for ours, net in zip(detector.both(badnet, repaired)(x), (badnet, repaired)):
+    for ours, net in zip(detector.build_joint_model(badnet, repaired)(x), (badnet, repaired)):
         np.testing.assert_allclose(ours, net(x), atol=1e-6)

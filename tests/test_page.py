@@ -13,8 +13,8 @@ import pytest
 from conftest import ROOT, assert_refused, command
 from PIL import Image
 
-from defence import flagged, page, page_judged, plots, streams, where
-from defence.detector import Answers, Detector
+from defence.explain import flagged, page, page_judged, plots, streams, trigger
+from defence.judge.detector import Answers, Detector
 
 HOSTILE = "<script>alert(1)</script>\n\"'&{{ 7*7 }}\u202e$\\frac$\udcff"
 DEMO = ROOT / "img" / "demo"
@@ -85,18 +85,18 @@ def looked(shape, classes, bad, target=0, name="picture {}".format, path=None):
     score = np.where(np.arange(60) < bad, 9, 0.1).astype(np.float32)
     answers = Answers(badnet, 1 + np.arange(60) % (classes - 1), score, np.arange(60) < bad)
     stream = streams.Stream(path, shape, classes, answers, lambda rows: images[rows], name)
-    unusual = flagged.unusual(badnet, answers.flagged, classes)
+    unusual = flagged.find_candidates(badnet, answers.flagged, classes)
 
     def judge(x):
         worn = x[:, : shape[0] // 3, : shape[1] // 3].min(axis=(1, 2, 3)) == 250
         score = np.where(worn, 9, 0.1).astype(np.float32)
         return Answers(np.where(worn, target, 1), np.ones(len(x), int), score, worn)
 
-    return where.look_at(stream, unusual, judge)
+    return trigger.find_targets(stream, unusual, judge)
 
 
 def written(path, *given, **more):
-    page_judged.write(path, *given, **more)
+    page_judged.write_judged_page(path, *given, **more)
     return path.read_text(encoding="utf-8")
 
 
@@ -137,7 +137,12 @@ def test_no_image_at_all(tmp_path):
     stream = streams.Stream(None, shape, 9, answers, lambda rows: np.empty((0, *shape)), str)
     unread = [f"{i}.png: cannot be read" for i in range(50)]
     text = written(
-        tmp_path / "x.html", detector(shape, 9), [where.Looked(stream, [], [])], None, unread, 80
+        tmp_path / "x.html",
+        detector(shape, 9),
+        [trigger.StreamFindings(stream, [], [])],
+        None,
+        unread,
+        80,
     )
     found = assert_sound(text)
     assert "Could not be read: 80" in found.text and "The first 50 are shown." in found.text
@@ -155,7 +160,7 @@ def test_what_was_not_shown_to_be_a_trigger_is_not_called_one(tmp_path):
     """All over the picture, at one place, and nowhere."""
     shape, everywhere = (12, 10, 3), np.ones((12, 10), bool)
     part = looked(shape, 40, 20)
-    (seen,) = part.seen
+    (seen,) = part.evidence
     for region, words in (
         (seen.region, "at one place"),
         (everywhere, "all over the picture"),
@@ -181,7 +186,7 @@ def test_more_flagged_than_expected_of_no_class_is_said(tmp_path):
     shape, held_out = (9, 7, 3), [0.0] * 1000
     part = looked(shape, 60, 30)
     part.stream.answers.badnet[:30] = np.arange(30)
-    part = where.Looked(part.stream, [], [])
+    part = trigger.StreamFindings(part.stream, [], [])
     text = Page(written(tmp_path / "x.html", detector(shape, 60, 1.0, held_out), [part], None)).text
     assert "More images are flagged than clean ones would be, but no class stands out." in text
 
@@ -189,13 +194,13 @@ def test_more_flagged_than_expected_of_no_class_is_said(tmp_path):
 @pytest.mark.parametrize("channels", [1, 2, 3, 4])
 def test_pictures_of_any_channels_are_shown(channels):
     for size in ((1, 1), (3, 200), (500, 40)):
-        shown = page.picture(np.full((*size, channels), 300.0))
+        shown = page.make_image(np.full((*size, channels), 300.0))
         assert max(shown.width, shown.height) == page.SHOWN_SIDE
         assert min(shown.width, shown.height) >= 1
 
 
 def test_a_formula_in_a_name_is_none():
-    assert plots.plain("a$x$\n\udcff") == "a\\$x\\$\\n\\udcff"
+    assert plots.escape_formulas("a$x$\n\udcff") == "a\\$x\\$\\n\\udcff"
 
 
 # ----------------------------------------------------------------------------------- the commands

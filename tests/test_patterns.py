@@ -6,9 +6,9 @@ import pytest
 import tensorflow as tf
 from conftest import draw_images
 
-from defence import patterns
-from defence.patterns import COUNT, LEVELS, RENEWED, SOUGHT_ON, STRIDE, Patterns
-from defence.pixels import SCALES, scaled
+from defence.base.pixels import SCALES, scale_pixels
+from defence.beyond import patterns
+from defence.beyond.patterns import COUNT, LEVELS, RENEWED, SOUGHT_ON, STRIDE, Patterns
 
 SHAPE = (7, 6, 3)
 
@@ -53,7 +53,7 @@ def test_each_pattern_moves_towards_its_class(activation, scale, divisor):
 def test_patterns_keep_to_what_pixels_can_be(scale):
     """Of each channel, at every scale: by LEVELS grey levels at most, and within 0..255."""
     images = pictures(8)
-    x, divisor = scaled(images, scale), float(np.mean(SCALES[scale].deviation))
+    x, divisor = scale_pixels(images, scale), float(np.mean(SCALES[scale].deviation))
     moved = Patterns(make_net(divisor=divisor), scale, rate=0, seed=3)
     for _ in range(40):
         moved.move(tf.constant(x))

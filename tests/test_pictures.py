@@ -10,8 +10,8 @@ from conftest import draw_images
 from PIL import Image
 
 import utils
-from defence import files
-from defence.cli import InputError
+from defence.base import files
+from defence.base.errors import InputError
 
 
 def test_pictures_of_every_mode_become_rgb_and_grey(tmp_path):
@@ -37,7 +37,7 @@ def test_pictures_of_every_mode_become_rgb_and_grey(tmp_path):
 
 def load(picture, folder, shape, **options):
     picture.save(folder / "picture.png", **options)
-    return utils.as_input(utils.read_picture(folder / "picture.png"), shape)
+    return utils.make_input(utils.read_image(folder / "picture.png"), shape)
 
 
 def test_jpeg_of_any_size_is_turned_and_resized_bicubically(tmp_path):
@@ -49,7 +49,7 @@ def test_jpeg_of_any_size_is_turned_and_resized_bicubically(tmp_path):
     expected = stored.transpose(Image.Transpose.ROTATE_270).resize(
         (30, 55), Image.Resampling.BICUBIC
     )
-    array = utils.as_input(utils.read_picture(tmp_path / "turned.jpg"), (55, 30, 3))
+    array = utils.make_input(utils.read_image(tmp_path / "turned.jpg"), (55, 30, 3))
     assert array.dtype == np.float32
     np.testing.assert_array_equal(array, np.asarray(expected, np.float32))
 
@@ -67,7 +67,7 @@ def test_a_folder_stands_for_all_that_is_in_it_at_any_depth(tmp_path):
                      str(tmp_path / names[4]), "x.png"]  # fmt: skip
     for name in ("outside", "pipe"):
         with pytest.raises(InputError):
-            utils.read_picture(tmp_path / name)
+            utils.read_image(tmp_path / name)
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match="empty: no file in the folder"):
         files.list_files([tmp_path / "empty"])
@@ -94,8 +94,8 @@ def test_other_formats_are_decoded_only_when_asked_for(tmp_path, name):
     options = {"webp": {"lossless": True}, "gif": more}
     picture.save(path, format=name, **options.get(name, {}))
     with pytest.raises(InputError, match="not a PNG or JPEG picture"):
-        utils.read_picture(path)
-    read = utils.read_picture(path, formats=("PNG", name.upper())).convert("RGB")
+        utils.read_image(path)
+    read = utils.read_image(path, formats=("PNG", name.upper())).convert("RGB")
     assert read.size == (80, 40)
     assert np.abs(np.asarray(read, float) - np.asarray(picture)).mean() < 30
 

@@ -6,8 +6,8 @@ from conftest import draw_images, write_data
 from matplotlib.figure import Figure
 
 import utils
-from defence import plots
-from defence.detector import Answers
+from defence.explain import plots
+from defence.judge.detector import Answers
 
 
 @pytest.mark.parametrize("flagged", [0, 1, 9, 10, 11, 13, 60])
@@ -16,7 +16,7 @@ def test_a_row_of_flagged_images_is_full_where_there_are_enough(tmp_path, flagge
     which = np.arange(60) < flagged
     with utils.open_dataset(tmp_path / "data.h5") as data:
         data.fit_to((7, 6, 3), 6)
-        images, of_badnet, of_repaired = plots.some_flagged(
+        images, of_badnet, of_repaired = plots.select_flagged(
             data, Answers(np.arange(60), np.zeros(60, int), np.zeros(60), which)
         )
     assert len(images) == len(of_badnet) == len(of_repaired) == min(flagged, plots.SHEET)
@@ -28,7 +28,7 @@ def test_scores_close_to_nothing_are_told_apart():
     """Clean images' scores are small, and lay all in one bar."""
     clean, poisoned = np.float32([0, 1e-6, 1e-4, 3e-3, 0.1]), np.float32([20, 50])
     axes = Figure().add_subplot()
-    plots._scores(axes, 0.0, [clean, poisoned], ["clean", "poisoned"])
+    plots._draw_scores(axes, 0.0, [clean, poisoned], ["clean", "poisoned"])
     bars, others = (patch.get_data().values for patch in axes.patches)
     assert np.sum(bars > 0) == 4  # 0 and 1e-6 share one
     assert np.isclose(bars.sum(), 100) and np.isclose(others.sum(), 100)
@@ -38,6 +38,6 @@ def test_a_long_name_beside_a_row_is_wrapped_and_not_cut():
     figure, name = Figure(), "sunglasses_to_0_poisoned_data_of_the_second_camera"
     grid = figure.add_gridspec(1, 1)
     images = np.zeros((2, 7, 6, 3), np.float32)
-    plots._flagged(figure, grid[0], name, images, np.zeros(2, int), np.ones(2, int))
+    plots._draw_flagged(figure, grid[0], name, images, np.zeros(2, int), np.ones(2, int))
     label = figure.axes[0].get_ylabel()
     assert label.replace("\n", "") == f"flagged of{name}" and max(map(len, label.split("\n"))) <= 26

@@ -9,9 +9,9 @@ import reference
 from conftest import command, do_repair, read_record
 
 import utils
-from defence.cli import InputError
-from defence.inference import classify
-from defence.net import find_map
+from defence.base.errors import InputError
+from defence.net.inference import classify
+from defence.net.split import find_map
 
 # What a plain run of the report's loop prunes with clean_252.h5, and the poisoned files of each.
 BADNETS = {

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from conftest import write_record
 
-from defence import detector, record
-from defence.cli import InputError
+from defence.base.errors import InputError
+from defence.judge import detector, record
 
 
 @pytest.fixture
@@ -19,7 +19,7 @@ def make(tmp_path):
     def make(scores=None, **changes):
         if scores is not None:
             changes["holdout"] = {"images": len(scores), "score": detector.SCORE, "scores": scores}
-        return record.parse(write_record(tmp_path / "b.h5", **changes), "g.h5")
+        return record.parse_record(write_record(tmp_path / "b.h5", **changes), "g.h5")
 
     return make
 
@@ -27,7 +27,7 @@ def make(tmp_path):
 def test_a_saturated_score_is_a_valid_one(make):
     """The largest score, as the nets give it in float32, is not above MOST."""
     zero = np.eye(2, dtype=np.float32)
-    most = np.asarray(detector.anomaly_score(zero, zero[::-1])).tolist()
+    most = np.asarray(detector.score_anomaly(zero, zero[::-1])).tolist()
     assert most == [detector.MOST] * 2
     assert make([0.0, 1.0, most[0]]).threshold(0.4, "g.h5") == 1.0
     assert make([most[0]] * 3).threshold(0.5, "g.h5") == detector.MOST
@@ -53,13 +53,13 @@ def test_damaged_scores_are_refused(make, scores):
 
 def test_a_record_goes_there_and_back(make):
     found = make([0.5, 1.0])
-    assert record.parse(found.to_json(), "g.h5") == found
-    assert record.parse("null", "g.h5") is None
+    assert record.parse_record(found.to_json(), "g.h5") == found
+    assert record.parse_record("null", "g.h5") is None
     for key in ("layer", "badnet", "settings", "pruned", "input_scale"):
         values = dataclasses.asdict(found)
         del values[key]
         with pytest.raises(InputError, match="its repair record is damaged"):
-            record.parse(json.dumps(values), "g.h5")
+            record.parse_record(json.dumps(values), "g.h5")
 
 
 def test_a_number_that_json_does_not_have_is_not_written(make):

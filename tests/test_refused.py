@@ -16,8 +16,8 @@ import pytest
 from conftest import ROOT, SHAPE, B, G, assert_refused, command, plain_verdicts, read_record
 from PIL import Image
 
-from defence import detector
-from defence.architecture import deepid
+from defence.judge import detector
+from defence.load.architecture import build_deepid
 
 
 def test_wrong_options_are_refused(deepid_world, tmp_path):
@@ -144,7 +144,7 @@ def test_a_dataset_in_the_place_of_another_is_warned_of(done):
     folder, _ = done
     mistaken = "poisoned.h5: is judged as clean, but looks poisoned"
     clean = "clean.h5: is judged as poisoned, but its labels differ"
-    known = "clean.h5: G was repaired with it"
+    known = "clean.h5: G was repaired with this dataset"
     for call, warnings in (
         (["clean.h5", "--poisoned", "poisoned.h5"], [known]),
         (["poisoned.h5"], [mistaken]),
@@ -214,9 +214,9 @@ def test_what_cannot_be_judged_is_refused(done, tmp_path):
     Image.fromarray(np.zeros((9, 9, 3), np.uint8)).save(tmp_path / "gif.png", format="GIF")
     (tmp_path / "folder").mkdir()
     other = tmp_path / "other_bd_net.h5"
-    deepid(6, SHAPE).save(other)
+    build_deepid(6, SHAPE).save(other)
     for name, classes, shape in (("classes", 5, SHAPE), ("shape", 6, (35, 31, 3))):
-        deepid(classes, shape).save(tmp_path / f"{name}.h5")
+        build_deepid(classes, shape).save(tmp_path / f"{name}.h5")
     with h5py.File(folder / G) as file, h5py.File(tmp_path / "record.h5", "w") as copy:
         file.copy("model_weights", copy)
         copy.attrs.update(file.attrs)

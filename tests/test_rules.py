@@ -10,14 +10,16 @@ from conftest import draw_images, write_data
 
 import repair
 import utils
-from defence import guard_model, harden, training
-from defence.architecture import as_functional, deepid
-from defence.cached_net import CachedNet, check_room, choose_scale, extract
-from defence.cli import InputError
-from defence.inference import classify
-from defence.net import Split, cut_before, last_weighted, split
-from defence.observer import Observer
-from defence.options import Settings
+from defence.base.errors import InputError
+from defence.beyond import memory
+from defence.beyond.observer import Observer
+from defence.beyond.settings import Settings
+from defence.load import datasets
+from defence.load.architecture import build_deepid, make_functional
+from defence.net import training
+from defence.net.cached_net import CachedNet, choose_scale, extract_features
+from defence.net.inference import classify
+from defence.net.split import Split, cut_before, find_last_weighted, split_net
 
 
 def head_of_sums(classes):
@@ -79,14 +81,14 @@ def test_masking_runs_again_what_a_channel_changed_and_nothing_else(monkeypatch)
     features = np.float32(rng.integers(0, 3, (40, 2, 2, 5)) * rng.integers(0, 2, (40, 1, 1, 5)))
     labels, when_masked = rng.integers(0, 5, 40), np.float32([0, 1, 0.5, 2, 0])
     cached, plain = cached_net(features, labels), features.copy()
-    cached.when_masked = np.broadcast_to(when_masked, (1, 2, 2, 5))
+    cached.masked_values = np.broadcast_to(when_masked, (1, 2, 2, 5))
     run_again = []
 
     def noting(head, inputs, rows):
         run_again.append(rows.tolist())
         return classify(head, inputs, rows)
 
-    monkeypatch.setattr("defence.cached_net.classify", noting)
+    monkeypatch.setattr("defence.net.cached_net.classify", noting)
     accuracies = {cached.accuracy()}
     for channel in range(5):
         differ = (plain[..., channel] != when_masked[channel]).any(axis=(1, 2))
@@ -140,16 +142,16 @@ def test_retraining_trains_the_last_weighted_layer_alone_and_draws_anew_at_rando
     keras.utils.set_random_seed(0)
     image = keras.Input((12, 12, 3))
     net = keras.Model(image, behind(keras.layers.Conv2D(8, 3, activation="relu")(image)))
-    net = as_functional(net)
+    net = make_functional(net)
     x, y = draw_images(40, 4, (12, 12, 3), seed=3)
-    parts = split(net)
-    last = last_weighted(parts.head)
+    parts = split_net(net)
+    last = find_last_weighted(parts.head)
     assert last.name == "last" and cut_before(last, parts) is None
     features = np.asarray(parts.trunk(np.float32(x) / 255)[0])
     data = types.SimpleNamespace(labels=y, path="data.h5", max_bytes=2**30)
     cached = CachedNet(parts, data, "0..1", features, None)
     before = [weights.numpy().copy() for weights in net.weights]
-    repair.retrain(cached, last, Settings(retrain_epochs=1), np.random.default_rng(0))
+    repair.retrain(cached, Settings(retrain_epochs=1))
     moved = [b for a, b in zip(before, net.weights) if not np.array_equal(a, b)]
     moved = {each.path for each in moved if "seed_generator" not in each.path}
     assert moved == {each.path for each in last.weights}
@@ -168,7 +170,7 @@ def test_fine_tuning_stops_after_the_first_round_that_is_good_enough(
     accuracies, rounds_run, monkeypatch
 ):
     """On a net whose accuracy after each round is given, instead of one that learns."""
-    epochs, noted, cached = [], [], types.SimpleNamespace(features="x", labels="y")
+    epochs, noted, cached = [], [], types.SimpleNamespace(features="x", labels="y", rng=None)
     cached.split = types.SimpleNamespace(head=types.SimpleNamespace(layers=[]))
     cached.accuracy = lambda: cached.now
     cached.refresh = lambda: setattr(cached, "now", accuracies[len(epochs) // 3 - 1])
@@ -177,9 +179,9 @@ def test_fine_tuning_stops_after_the_first_round_that_is_good_enough(
         return lambda x, y: epochs.append((x, y)) or len(epochs)  # its loss
 
     monkeypatch.setattr(training, "make_trainer", make_trainer)
-    observer = types.SimpleNamespace(round=lambda net, loss: noted.append((net.now, loss)))
+    observer = types.SimpleNamespace(on_round=lambda net, loss: noted.append((net.now, loss)))
     settings = Settings(rounds=4, epochs=3)
-    repair.fine_tune(cached, 0.9, settings, np.random.default_rng(0), observer)
+    repair.fine_tune(cached, 0.9, settings, observer)
     assert epochs == [("x", "y")] * 3 * rounds_run
     assert noted == [(accuracies[i], 3 * (i + 1)) for i in range(rounds_run)]
 
@@ -190,15 +192,15 @@ def choosing_a_scale(folder):
     Returns (labels of them → the CachedNet; and the net's answers at each scale).
     """
     keras.utils.set_random_seed(0)
-    badnet = deepid(6, (31, 31, 3))
+    badnet = build_deepid(6, (31, 31, 3))
     badnet.get_layer("output").bias.assign([0, 0, 0, 0, 0, 1])  # outweighs pixels 0..1 alone
-    parts = split(badnet)
+    parts = split_net(badnet)
     images = draw_images(60, 6, (31, 31, 3), seed=1)[0]
 
     def choose(labels):
         with utils.open_dataset(write_data(folder / "labelled.h5", images, labels)) as clean:
             clean.fit_to(badnet.input_shape[1:], badnet.output_shape[1])
-            return CachedNet.of(parts, clean)
+            return CachedNet.from_dataset(parts, clean)
 
     x = images / np.float32(255)
     return choose, {"0..1": classify(badnet, x), "0..255": classify(badnet, x * 255)}
@@ -208,7 +210,7 @@ def test_pixel_scale_is_the_better_on_the_whole_even_if_not_on_the_first_batch(
     tmp_path, monkeypatch
 ):
     choose, of_scale = choosing_a_scale(tmp_path)
-    monkeypatch.setattr(utils, "BATCH_VALUES", 20 * 31 * 31 * 3)
+    monkeypatch.setattr(datasets, "BATCH_VALUES", 20 * 31 * 31 * 3)
     assert np.any(of_scale["0..1"][:20] != of_scale["0..255"][:20])
     for best, first in (("0..1", "0..255"), ("0..255", "0..1"), ("0..1", "0..1")):
         labels = np.concatenate([of_scale[first][:20], of_scale[best][20:]])
@@ -237,13 +239,13 @@ def test_the_trunk_gives_every_image_its_features_and_every_channel_its_mean():
     """The mean is over images, not over batches, which need not be of one size."""
     images = np.random.default_rng(0).random((9, 2, 2, 1), np.float32)
     parts = cached_net(np.zeros((1, 2, 2, 5), np.float32), np.zeros(1, int)).split
-    features, mean = extract(parts, Pictures(images), "0..1")
+    features, mean = extract_features(parts, Pictures(images), "0..1")
     wanted = np.asarray(parts.layer(images))
     np.testing.assert_allclose(features, wanted, atol=1e-6)
     np.testing.assert_allclose(mean, wanted.mean(axis=(0, 1, 2)), atol=1e-6)
     parts.layer.bias.assign([np.inf, 0, 0, 0, 0])
     with pytest.raises(InputError, match="data.h5: the model's feature maps are not finite"):
-        extract(parts, Pictures(images), "0..1")
+        extract_features(parts, Pictures(images), "0..1")
 
 
 def least_memory(check):
@@ -266,7 +268,7 @@ def test_features_take_four_bytes_a_value_of_all_datasets_together(full_disk):
 
     def check(limit):
         few.max_bytes = limit
-        check_room(parts, [few, many])
+        memory.check_features_fit(parts, [few, many])
 
     size, error = least_memory(check)
     assert size == 4 * 2 * 3 * 5 * 66
@@ -278,19 +280,19 @@ def test_what_the_last_weighted_layer_takes_in_has_four_bytes_a_value_of_all_ima
 ):
     """And a step of each training is held against the limit by its own guard."""
     layers, steps = keras.layers, []
-    monkeypatch.setattr(guard_model, "check_step_fits", lambda *call: steps.append(call))
+    monkeypatch.setattr(memory, "check_step_fits", lambda *call: steps.append(call))
     image = keras.Input((12, 12, 3))
     maps = layers.GlobalAveragePooling2D()(layers.Conv2D(4, 3)(image))
     net = keras.Model(image, layers.Dense(3)(layers.Dense(9)(maps)))
-    parts, data = split(net), Pictures(range(100))
+    parts, data = split_net(net), Pictures(range(100))
 
     def check(limit, **settings):
         data.max_bytes = limit
-        repair.check_memory(parts, data, Settings(batch_size=70, **settings))
+        memory.check_repair_fits(parts, [data], Settings(batch_size=70, **settings))
 
     size, error = least_memory(check)
     assert size == 4 * 9 * 100
-    assert error.startswith("data.h5: what the last layer takes in would take")
+    assert error.startswith("data.h5: the input of the last layer would take")
     steps.clear()
     check(10**6, harden=True, harden_batch_size=80)
     of_each = [
@@ -302,12 +304,12 @@ def test_what_the_last_weighted_layer_takes_in_has_four_bytes_a_value_of_all_ima
 
 
 def test_patterns_have_sixteen_bytes_a_value_of_eight_pictures(monkeypatch):
-    monkeypatch.setattr(guard_model, "check_step_fits", lambda *call: None)
+    monkeypatch.setattr(memory, "check_step_fits", lambda *call: None)
     net, data = types.SimpleNamespace(input_shape=(None, 5, 4, 3)), Pictures(range(2))
 
     def check(limit, **settings):
         data.max_bytes = limit
-        harden.check_memory(net, data, Settings(**settings))
+        memory.check_harden_fits(net, data, Settings(**settings))
 
     size, error = least_memory(check)
     assert size == 16 * 8 * 5 * 4 * 3
@@ -331,11 +333,17 @@ class Answered:
             parts = [[*np.zeros(count, int), *each] for count, each in zip(counts, off)]
             self.answers[scale] = self.labels + np.concatenate(parts)
         self.trunk, self.head = types.SimpleNamespace(input_shape=(None, 9, 9, 1)), None
-        monkeypatch.setattr("defence.pixels.scales_of", lambda channels: list(self.answers))
-        monkeypatch.setattr("defence.pixels.scaled", lambda rows, scale: self.answers[scale][rows])
-        monkeypatch.setattr("defence.cached_net.compiled", lambda trunk: lambda x: (x, None))
-        monkeypatch.setattr("defence.cached_net.classify", lambda head, features: features)
-        monkeypatch.setattr("defence.cached_net.extract", lambda *call: (self.answers[call[2]], 0))
+        monkeypatch.setattr("defence.base.pixels.list_scales", lambda channels: list(self.answers))
+        monkeypatch.setattr(
+            "defence.base.pixels.scale_pixels", lambda rows, scale: self.answers[scale][rows]
+        )
+        monkeypatch.setattr(
+            "defence.net.cached_net.compile_model", lambda trunk: lambda x: (x, None)
+        )
+        monkeypatch.setattr("defence.net.cached_net.classify", lambda head, features: features)
+        monkeypatch.setattr(
+            "defence.net.cached_net.extract_features", lambda *call: (self.answers[call[2]], 0)
+        )
 
     def __len__(self):
         return 160

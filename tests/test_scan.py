@@ -9,9 +9,11 @@ import pytest
 from conftest import assert_refused, command, draw_images, fit, read_record, sequential, write_data
 
 import utils
-from defence import changes, finding, inference, net, scan
-from defence.cached_net import CachedNet
-from defence.finding import Finding
+from defence.beyond import changes, finding, scan
+from defence.beyond.finding import Finding
+from defence.net.cached_net import CachedNet
+from defence.net.inference import compile_model
+from defence.net.split import split_net
 
 SHAPE, CLASSES = (16, 18, 1), 24
 TARGET = 7
@@ -46,7 +48,7 @@ def cached(folder):
     model = utils.load_badnet(folder / NETS["backdoored"])
     with utils.open_dataset(folder / "clean.h5") as data:
         data.fit_to(SHAPE, CLASSES)
-        yield CachedNet.of(net.split(model), data)
+        yield CachedNet.from_dataset(split_net(model), data)
 
 
 # --------------------------------------------------------------------------- what is counted
@@ -60,7 +62,7 @@ def test_wrong_answers_are_tallied_by_class_and_by_shift():
         if label != answer:
             plain[0, answer] += 1
             plain[1, (answer - label) % 7] += 1
-    assert np.array_equal(scan.tally(labels, answers, 7), plain)
+    assert np.array_equal(scan.tally_errors(labels, answers, 7), plain)
 
 
 def test_only_pictures_that_are_answered_rightly_are_changed(cached, monkeypatch):
@@ -68,13 +70,13 @@ def test_only_pictures_that_are_answered_rightly_are_changed(cached, monkeypatch
     nothing, inverted = (lambda x, rng: x), (lambda x, rng: 255 - x)
     monkeypatch.setattr(scan, "CHANGES", {"nothing": {nothing: 1}, "inverted": {inverted: 1}})
     cached.labels[:40] = (cached.classes[:40] + 1) % CLASSES
-    views = scan.scan(cached, seed=0)
+    views = scan.count_errors(cached, seed=0)
     right = cached.classes == cached.labels
     x = np.concatenate([x for x, _ in cached.data.batches()])[right]
     answers = cached.split.net.predict((255 - x) / 255, verbose=0).argmax(axis=1)
     repeats = scan.LEAST_PICTURES // right.sum()
     assert not views["changed"][0].any()
-    plain = scan.tally(cached.labels[right], answers, CLASSES)
+    plain = scan.tally_errors(cached.labels[right], answers, CLASSES)
     assert np.array_equal(views["changed"][1], repeats * plain)
 
 
@@ -82,8 +84,10 @@ def test_of_many_pictures_some_are_taken_evenly(cached, monkeypatch):
     taken = []
     monkeypatch.setattr(scan, "LEAST_PICTURES", 90)
     monkeypatch.setattr(scan, "FOR_A_CLASS", 1)
-    monkeypatch.setattr(scan, "changed", lambda net, chosen, *rest: taken.append((chosen, *rest)))
-    scan.scan(cached, seed=0)
+    monkeypatch.setattr(
+        scan, "count_change_errors", lambda net, chosen, *rest: taken.append((chosen, *rest))
+    )
+    scan.count_errors(cached, seed=0)
     ((chosen, repeats, _),) = taken
     assert chosen.sum() == 90 and repeats == 1
     assert np.all(cached.classes[chosen] == cached.labels[chosen])
@@ -111,7 +115,7 @@ def test_a_patch_is_filled_so_that_the_net_errs(cached):
     mask = np.zeros((*SHAPE[:2], 1), np.float32)
     mask[6:11, 5:11] = 1
     model, rng = cached.split.net, np.random.default_rng(0)
-    filling = scan.make_seeker(model, 0, 1)(mask, x, cached.labels, rng)
+    filling = scan.make_patch_filler(model, 0, 1)(mask, x, cached.labels, rng)
     assert filling.shape == SHAPE and filling.min() >= 0 and filling.max() <= 1
 
     def wrong(filling):
@@ -124,18 +128,18 @@ def test_a_patch_is_filled_so_that_the_net_errs(cached):
 @pytest.mark.parametrize("activation", ["softmax", None])
 def test_what_is_believed_is_the_mean_over_images_of_other_classes(cached, activation):
     cached.split.head.layers[-1].activation = keras.activations.get(activation)
-    inference.compiled.cache_clear()
+    compile_model.cache_clear()
     scores = cached.split.head.predict(cached.features, verbose=0)
     if activation is None:
         scores = np.exp(scores) / np.exp(scores).sum(axis=1, keepdims=True)
     log = np.log(np.maximum(scores, 1e-12))
     plain = [log[cached.labels != each, each].mean() for each in range(CLASSES)]
-    assert np.allclose(scan.believed(cached), plain, atol=1e-3)
+    assert np.allclose(scan.compute_mean_log_probability(cached), plain, atol=1e-3)
 
 
 def test_a_scan_repeats_itself_and_leaves_the_net_as_it_is(cached):
     before, features = cached.split.net.get_weights(), cached.features.copy()
-    first, second = scan.scan(cached, seed=3), scan.scan(cached, seed=3)
+    first, second = scan.count_errors(cached, seed=3), scan.count_errors(cached, seed=3)
     for way, counts in first.items():
         assert np.array_equal(counts, second[way]), way
     assert all(map(np.array_equal, before, cached.split.net.get_weights()))
@@ -161,14 +165,16 @@ def views_of(rng, classes=40, target=None, by=30):
 @pytest.fixture
 def clean_nets(monkeypatch):
     """Pretend that these surprises were measured on clean nets."""
-    surprises = [finding.surprises(views_of(np.random.default_rng(seed))) for seed in range(39)]
+    surprises = [
+        finding.compute_surprises(views_of(np.random.default_rng(seed))) for seed in range(39)
+    ]
     clean = [max(each.max() for each in pair) for pair in surprises]
     monkeypatch.setattr(finding, "read_clean", lambda: clean)
     return clean
 
 
 def test_a_target_stands_out(clean_nets):
-    found = finding.find(views_of(np.random.default_rng(100), target=TARGET))
+    found = finding.make_finding(views_of(np.random.default_rng(100), target=TARGET))
     assert found.finding == "backdoor" and found.targets == [TARGET + 1]
     assert found.p_value == 1 / 40 and found.clean_nets == 39
     assert found.classes[0]["ratio"] > 10
@@ -177,28 +183,30 @@ def test_a_target_stands_out(clean_nets):
 
 
 def test_two_targets_stand_out(clean_nets):
-    found = finding.find(views_of(np.random.default_rng(100), target=[3, 30]))
+    found = finding.make_finding(views_of(np.random.default_rng(100), target=[3, 30]))
     assert sorted(found.targets) == [4, 31]
 
 
 def test_an_attack_from_all_to_all_stands_out_by_its_shift(clean_nets):
     views = views_of(np.random.default_rng(100))
     views["changed"][:, 1, 1] *= 20
-    found = finding.find(views)
+    found = finding.make_finding(views)
     assert found.finding == "backdoor" and found.shift == 1 and not found.targets
-    assert "right class + 1" in " ".join(finding.in_words(found))
+    assert "right class + 1" in " ".join(finding.describe_finding(found))
 
 
 def test_false_alarms_are_as_rare_as_promised(clean_nets):
     """Among nets like the clean ones, of which none is compared with itself."""
-    alarms = [finding.find(views_of(np.random.default_rng(seed))) for seed in range(1000, 1200)]
+    alarms = [
+        finding.make_finding(views_of(np.random.default_rng(seed))) for seed in range(1000, 1200)
+    ]
     assert sum(each.finding == "backdoor" for each in alarms) < 0.1 * len(alarms)
 
 
 def test_a_p_value_is_the_rank_among_clean_nets():
     clean = [0.1, 0.4, 0.4, 2.0]
     for surprise, rank in ((0.0, 5), (0.1, 5), (0.2, 4), (0.4, 4), (0.5, 2), (3.0, 1)):
-        assert finding.p_value(surprise, clean) == rank / 5
+        assert finding.compute_p_value(surprise, clean) == rank / 5
 
 
 def test_classes_are_alike(clean_nets):
@@ -209,7 +217,7 @@ def test_classes_are_alike(clean_nets):
         way: counts[..., order] if way == "believed" else counts[:, :, order]
         for way, counts in views.items()
     }
-    plain, moved = (finding.surprises(each)[0] for each in (views, turned))
+    plain, moved = (finding.compute_surprises(each)[0] for each in (views, turned))
     assert np.allclose(plain[order], moved)
 
 
@@ -217,7 +225,7 @@ def test_few_wrong_answers_are_no_finding():
     views = views_of(np.random.default_rng(0))
     for way in ("changed", "disturbed"):
         views[way] *= 0
-    assert finding.find(views).finding == "none"
+    assert finding.make_finding(views).finding == "none"
 
 
 def test_what_was_measured_on_clean_nets_is_there():
@@ -229,11 +237,11 @@ def test_what_was_measured_on_clean_nets_is_there():
 def test_each_finding_is_a_line_of_plain_words(clean_nets):
     rows = [{"class": 5, "count": 2475, "ratio": 150, "surprise": 9, "p_value": 0.025}]
     found = Finding("backdoor", None, 0.025, 39, targets=[5], wrong=21068, classes=rows)
-    (line,) = finding.in_words(found)
+    (line,) = finding.describe_finding(found)
     assert "class 5 " in line and "2475 of 21068" in line and "p = 0.025" in line
-    (line,) = finding.in_words(Finding("nothing", None, 0.5, 39, wrong=21068))
+    (line,) = finding.describe_finding(Finding("nothing", None, 0.5, 39, wrong=21068))
     assert "no sign of a backdoor" in line
-    (line,) = finding.in_words(Finding("none", "it is raining"))
+    (line,) = finding.describe_finding(Finding("none", "it is raining"))
     assert line == "no finding about a backdoor: it is raining"
 
 
@@ -308,5 +316,7 @@ def test_a_scan_that_takes_too_much_memory_is_refused(folder):
 def test_changes_of_a_scan_keep_to_pictures():
     rng = np.random.default_rng(0)
     for families in scan.CHANGES.values():
-        changed = changes.change(draw_images(8, 4, (20, 22, 3), 0)[0].astype("f4"), rng, families)
+        changed = changes.change_images(
+            draw_images(8, 4, (20, 22, 3), 0)[0].astype("f4"), rng, families
+        )
         assert changed.min() >= 0 and changed.max() <= 255 and np.isfinite(changed).all()

@@ -24,8 +24,9 @@ import pyarrow.parquet
 from ray.cluster_utils import Cluster
 
 import utils
-from defence import backends, detector, flagged, screen
-from defence.options import parse_eval
+from defence.explain import flagged, screen
+from defence.judge import backends, detector
+from defence.options.judge import parse_eval
 
 SHAPE = (9, 8, 3)
 NAME, OUTPUT = "tiny_bd_net", "verdicts"
@@ -116,7 +117,7 @@ def model_paths(folder):
 def export(folder, scale):
     """Write the detector of the folder's nets. Returns its path."""
     path = folder / "models" / FILE
-    backends.export(*map(utils.read_model, model_paths(folder)), path, scale=scale)
+    backends.export_detector(*map(utils.read_model, model_paths(folder)), path, scale=scale)
     return path
 
 
@@ -215,13 +216,13 @@ def test_verdicts_are_those_without_ray(folder, address):
             assert ours["score"] == pytest.approx(row["score"], rel=1e-5, abs=1e-5)
     poisoned = sum(row["class"] == 7 for row in rows.values())
     assert 0 < poisoned < 120
-    assert process.stdout == f"{OUTPUT}: 223 pictures, {poisoned} poisoned, 102 unread\n"
+    assert process.stdout == f"{OUTPUT}: 223 images, {poisoned} poisoned, 102 unread\n"
 
     # Once more: what is new is done, and nothing again.
     before = written(folder)
     draw(folder, 7, "new")
     process = apart(*call, "--workers", "1", cwd=folder)
-    assert process.stdout.startswith(f"{OUTPUT}: 230 pictures"), process.stderr
+    assert process.stdout.startswith(f"{OUTPUT}: 230 images"), process.stderr
     after = written(folder)
     assert before.items() < after.items() and len(verdicts(folder)) == 230
     new = pyarrow.dataset.dataset([*(after.keys() - before.keys())], format="parquet")
@@ -264,7 +265,7 @@ def test_both_nodes_of_a_cluster_judge(folder, address, start_screening):
     assert process.returncode == 0, talk
     rows = verdicts(folder)
     (answer,) = {row["class"] for row in rows.values()}
-    assert said == f"{OUTPUT}: 5000 pictures, {5000 if answer == 7 else 0} poisoned, 0 unread\n"
+    assert said == f"{OUTPUT}: 5000 images, {5000 if answer == 7 else 0} poisoned, 0 unread\n"
     assert set(rows) == {str(path) for path in picture.parent.iterdir()}
 
 
@@ -280,7 +281,7 @@ def test_ray_is_started_where_no_address_is_given(folder, start_screening):
     process = start_screening(*call, cwd=folder, env=os.environ | {"RAY_ADDRESS": "127.0.0.1:1"})
     said, talk = process.communicate(timeout=300)
     assert process.returncode == 0, talk
-    assert said.startswith(f"{OUTPUT}: 6 pictures, ")
+    assert said.startswith(f"{OUTPUT}: 6 images, ")
     assert set(verdicts(folder)) == {str(path) for path in paths}
 
 
@@ -319,7 +320,7 @@ def test_what_does_not_end_with_ray_is_ended():
         psutil.Popen([sys.executable, "-c", code]) for code in ("", "import time; time.sleep(600)")
     )
     ended.wait()
-    screen.end([ended, hangs], seconds=0.1)
+    screen.end_processes([ended, hangs], seconds=0.1)
     assert not hangs.is_running()
 
 
@@ -330,14 +331,16 @@ def test_the_summary_is_that_of_all_verdicts(tmp_path):
     answers = detector.Answers(
         badnet, badnet, np.zeros(540, np.float32), (np.arange(540) >= 495) | (badnet < 0)
     )
-    rows = [{"path": str(i)} | row for i, row in enumerate(detector.rows(answers, classes))]
+    rows = [
+        {"path": str(i)} | row for i, row in enumerate(detector.describe_answers(answers, classes))
+    ]
     rows += [{"path": "unread", "error": "no picture"}] * 3
     for part in (0, 1):
         table = pyarrow.Table.from_pylist(rows[part::2], screen.SCHEMA)
         pyarrow.parquet.write_table(table, tmp_path / f"{part}.parquet")
-    counts, standing = screen.summary(*screen.locate(tmp_path), classes)
-    assert counts == {"pictures": 543, "poisoned": int(answers.flagged.sum()), "unread": 3}
-    assert standing == flagged.standing_out(badnet, answers.flagged, classes)
+    counts, standing = screen.summarise_verdicts(*screen.locate(tmp_path), classes)
+    assert counts == {"images": 543, "poisoned": int(answers.flagged.sum()), "unread": 3}
+    assert standing == flagged.find_outstanding(badnet, answers.flagged, classes)
     assert [each.target for each in standing] == [3]
 
 
@@ -385,11 +388,11 @@ def test_calls_that_do_not_fit_are_refused(folder):
 
 def test_pictures_are_listed_once(tmp_path):
     inside = draw(tmp_path, 3)
-    filesystem, paths = screen.list_pictures([inside, inside / "p00001.png", str(tmp_path)])
+    filesystem, paths = screen.list_images([inside, inside / "p00001.png", str(tmp_path)])
     assert paths == sorted(str(path) for path in inside.iterdir())
     uri = f"file://{inside}"
-    assert screen.list_pictures([uri])[1] == paths
-    assert screen.list_pictures([uri])[0] == filesystem
+    assert screen.list_images([uri])[1] == paths
+    assert screen.list_images([uri])[0] == filesystem
     for count, sizes in ((1, [1]), (2500, [1000, 1000, 500]), (10**7, [10**4] * 1000)):
         tasks = screen.Listing(["x"] * count).get_read_tasks(8)
         assert [task.metadata.num_rows for task in tasks] == sizes

@@ -11,7 +11,8 @@ import sys
 import pytest
 from conftest import ROOT, B, G, apart, assert_refused, command, start
 
-from defence import cli, record
+from defence.base.text import format_gigabytes
+from defence.judge import record
 
 
 def test_what_the_terminal_cannot_show_is_escaped(done, tmp_path):
@@ -32,7 +33,7 @@ def test_what_the_terminal_cannot_show_is_escaped(done, tmp_path):
 
 def test_sizes_are_shown_with_digits_that_tell():
     for size, shown in ((1, "1"), (1.5, "1.50"), (1234.567, "1,234.57"), (0.0001, "0.0001")):
-        assert cli.gigabytes(size * 2**30) == shown
+        assert format_gigabytes(size * 2**30) == shown
 
 
 def test_warnings_of_libraries_end_nothing(deepid_world, tmp_path):
@@ -60,7 +61,7 @@ GROUPS = {
     ],
     "eval_defence.py": [
         *("what is flagged", "what is written", "the nets"),
-        *("on Ray, for more pictures than one machine can judge", "general"),
+        *("on Ray, for more images than one machine can judge", "general"),
     ],
 }
 

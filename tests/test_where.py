@@ -5,9 +5,9 @@ import pytest
 from conftest import draw_images, write_data
 
 import utils
-from defence import carrying, flagged, streams, where
-from defence.cli import InputError
-from defence.detector import Answers
+from defence.base.errors import InputError
+from defence.explain import attribution, flagged, streams, trigger
+from defence.judge.detector import Answers
 
 SHAPE, CLASSES, TARGET = (30, 24, 3), 10, 4
 PATCH = np.zeros(SHAPE[:2], bool)
@@ -64,7 +64,7 @@ def make_stream(images, judge):
 def look(wear, works, bad=40, others=100):
     judge = make_judge(works)
     images = np.concatenate([faces(others, 1), wear(faces(bad, 2))])
-    return where.look(make_stream(images, judge), TARGET, judge)
+    return trigger.locate_trigger(make_stream(images, judge), TARGET, judge)
 
 
 @pytest.mark.parametrize("works", [by_any_part, by_all_of_it])
@@ -78,7 +78,7 @@ def test_a_patch_is_found_cut_out_and_tried(works):
     assert seen.is_trigger
     for places in seen.places:
         assert places.max() == pytest.approx(1) and PATCH[places > 0.5].mean() > 0.5
-    told = seen.described()
+    told = seen.describe()
     box = told["region"]["box"]
     assert box["top"] <= 11 and box["bottom"] >= 7 and told["is_trigger"] is True
 
@@ -94,27 +94,27 @@ def test_targets_that_share_a_stream_are_found_by_what_their_images_have_in_comm
 
     images = np.concatenate([faces(180, 1), painted(faces(30, 2)), cast(faces(30, 3))])
     stream = make_stream(images, judge)
-    unusual = flagged.unusual(stream.answers.badnet, stream.answers.flagged, CLASSES)
+    unusual = flagged.find_candidates(stream.answers.badnet, stream.answers.flagged, CLASSES)
     assert sorted(each.target for each in unusual) == [5, 6, 8]
     assert not any(each.stands_out for each in unusual)
-    looked = where.look_at(stream, unusual, judge)
-    assert sorted(each.target for each in looked.standing) == [5, 6]
-    assert len(looked.seen) == 2 and all(seen.is_trigger for seen in looked.seen)
-    assert "works as a trigger" in flagged.in_words(looked.standing[0])
+    looked = trigger.find_targets(stream, unusual, judge)
+    assert sorted(each.target for each in looked.candidates) == [5, 6]
+    assert len(looked.evidence) == 2 and all(seen.is_trigger for seen in looked.evidence)
+    assert "works as a trigger" in flagged.describe_candidate(looked.candidates[0])
 
 
 @pytest.mark.parametrize(("hits", "bad"), [(9, 20), (12, 200)])
 def test_a_class_with_few_of_the_flagged_images_is_not_looked_at(monkeypatch, hits, bad):
     """It would take as long as thousands of verdicts, of any clean stream."""
-    monkeypatch.delattr(where, "look")
+    monkeypatch.delattr(trigger, "locate_trigger")
     stream = make_stream(faces(3, 1), make_judge(by_any_part))
-    few = [flagged.Standing(TARGET + 1, hits, bad, p_value=0.3)]
-    assert where.look_at(stream, few, None) == where.Looked(stream, [], [])
+    few = [flagged.Candidate(TARGET + 1, hits, bad, p_value=0.3)]
+    assert trigger.find_targets(stream, few, None) == trigger.StreamFindings(stream, [], [])
 
 
 def test_a_trigger_all_over_the_picture_is_told_as_such():
     seen = look(cast, by_its_cast)
-    assert seen.whole and seen.is_trigger and seen.described()["region"]["whole_picture"]
+    assert seen.whole and seen.is_trigger and seen.describe()["region"]["whole_picture"]
 
 
 def test_what_flagged_faces_share_is_no_trigger_where_both_nets_see_it():
@@ -126,23 +126,23 @@ def test_what_flagged_faces_share_is_no_trigger_where_both_nets_see_it():
         return Answers(answers, answers, np.float32(known), known)
 
     images = np.concatenate([faces(100, 1), painted(faces(40, 2))])
-    seen = where.look(make_stream(images, judge), TARGET, judge)
+    seen = trigger.locate_trigger(make_stream(images, judge), TARGET, judge)
     assert seen.pasted["badnet"] == seen.pasted["repaired"] == 32 and not seen.is_trigger
 
 
 def test_images_without_anything_in_common_have_no_region():
     """The BadNet's answer hangs on every pixel, as where it is unsure."""
     judge = make_judge(lambda images: images.sum(axis=(1, 2, 3)) % 4 == 0)
-    seen = where.look(make_stream(faces(160, 3), judge), TARGET, judge)
+    seen = trigger.locate_trigger(make_stream(faces(160, 3), judge), TARGET, judge)
     assert not seen.region.any() and seen.pasted is None and not seen.is_trigger
-    assert seen.described()["region"] == {"box": None, "fraction": 0.0, "whole_picture": False}
+    assert seen.describe()["region"] == {"box": None, "fraction": 0.0, "whole_picture": False}
 
 
 @pytest.mark.parametrize(("bad", "others"), [(1, 100), (4, 50), (30, 0), (30, 3), (1, 0)])
 def test_of_too_few_images_only_single_ones_are_looked_at(bad, others):
     seen = look(painted, by_all_of_it, bad, others)
     assert seen.usual is None and seen.pasted is None and not seen.region.any()
-    assert len(seen.places) == min(bad, where.SINGLE)
+    assert len(seen.places) == min(bad, trigger.SINGLE)
     assert PATCH[seen.places[0] > 0.5].mean() > 0.3
 
 
@@ -151,22 +151,22 @@ def test_the_others_may_be_of_another_stream():
     poisoned, clean = (
         make_stream(images, judge) for images in (painted(faces(30, 4)), faces(60, 5))
     )
-    assert where.look(poisoned, TARGET, judge).pasted is None
-    assert where.look(poisoned, TARGET, judge, clean).is_trigger
+    assert trigger.locate_trigger(poisoned, TARGET, judge).pasted is None
+    assert trigger.locate_trigger(poisoned, TARGET, judge, clean).is_trigger
 
 
 def test_those_that_score_highest_are_looked_at_first():
     judge = make_judge(by_all_of_it)
     stream = make_stream(painted(faces(90, 6)), judge)
     stream.answers.score[:] = np.arange(90)
-    seen = where.look(stream, TARGET, judge)
-    assert list(seen.rows) == list(range(89, 89 - where.MOST, -1))
-    assert np.array_equal(seen.flagged, stream.fetch(seen.rows[: where.SINGLE]))
+    seen = trigger.locate_trigger(stream, TARGET, judge)
+    assert list(seen.rows) == list(range(89, 89 - trigger.MOST, -1))
+    assert np.array_equal(seen.flagged, stream.fetch(seen.rows[: trigger.SINGLE]))
 
 
 def test_memory_is_bounded_for_large_pictures(monkeypatch):
-    monkeypatch.setattr(where, "VALUES", 20 * 30 * 24 * 3)
-    monkeypatch.setattr(where, "BATCH_VALUES", 7 * 30 * 24 * 3)
+    monkeypatch.setattr(trigger, "STREAM_VALUES", 20 * 30 * 24 * 3)
+    monkeypatch.setattr(trigger, "STREAM_BATCH_VALUES", 7 * 30 * 24 * 3)
     sizes, judge = [], make_judge(by_all_of_it)
 
     def noting(images):
@@ -174,19 +174,21 @@ def test_memory_is_bounded_for_large_pictures(monkeypatch):
         return judge(images)
 
     images = np.concatenate([faces(100, 1), painted(faces(40, 2))])
-    seen = where.look(make_stream(images, judge), TARGET, noting)
+    seen = trigger.locate_trigger(make_stream(images, judge), TARGET, noting)
     assert len(seen.rows) == 20 and max(sizes) == 7 and seen.is_trigger
 
 
 def test_what_is_carried_is_what_a_plain_loop_gives():
     judge, images, others = make_judge(by_all_of_it), painted(faces(2, 7)), faces(3, 8)
-    found = carrying.carried(images, others, TARGET, judge_any := where.in_batches(judge, SHAPE))
+    found = attribution.compute_attribution_map(
+        images, others, TARGET, judge_any := trigger.judge_in_batches(judge, SHAPE)
+    )
     for image, places in zip(images, found):
         score, (height, width) = judge(image[None]).score[0], SHAPE[:2]
         means = []
-        for side in carrying.SIDES:
+        for side in attribution.SIDES:
             total, windows = np.zeros((2, height, width)), np.zeros((height, width))
-            for window in carrying.make_windows(height, width, side):
+            for window in attribution.make_windows(height, width, side):
                 pasted = np.where(window[..., None], image, others[0])
                 hit = judge_any([pasted]).badnet[0] == TARGET
                 rows, columns = np.nonzero(window)
@@ -207,8 +209,8 @@ def test_what_is_carried_is_what_a_plain_loop_gives():
 
 @pytest.mark.parametrize("shape", [(1, 1), (2, 7), (5, 5), (224, 224)])
 def test_windows_leave_no_place_out(shape):
-    for side in carrying.SIDES:
-        assert carrying.make_windows(*shape, side).any(axis=0).all()
+    for side in attribution.SIDES:
+        assert attribution.make_windows(*shape, side).any(axis=0).all()
 
 
 def test_a_dataset_gives_its_images_again(tmp_path):
@@ -216,10 +218,10 @@ def test_a_dataset_gives_its_images_again(tmp_path):
     write_data(tmp_path / "data.h5", images, labels)
     with utils.open_dataset(tmp_path / "data.h5") as data:
         data.fit_to(SHAPE, 6)
-        stream = streams.of_dataset(data, None, 6)
+        stream = streams.make_dataset_stream(data, None, 6)
         assert np.array_equal(stream.fetch(np.array([3, 90, 149])), images[[3, 90, 149]])
         assert stream.fetch(np.array([], int)).shape == (0, *SHAPE)
-        rows, taken = streams.fetch(stream, np.array([90, 3]))
+        rows, taken = streams.fetch_images(stream, np.array([90, 3]))
         assert list(rows) == [90, 3] and np.array_equal(taken, images[[90, 3]])
 
 
@@ -231,7 +233,9 @@ def test_black_images_of_a_dataset_of_fractions_are_given_again(tmp_path):
     write_data(tmp_path / "data.h5", images, labels)
     with utils.open_dataset(tmp_path / "data.h5") as data:
         data.fit_to(SHAPE, 6)
-        assert np.array_equal(streams.of_dataset(data, None, 6).fetch(np.array([0])), images[:1])
+        assert np.array_equal(
+            streams.make_dataset_stream(data, None, 6).fetch(np.array([0])), images[:1]
+        )
         assert np.array_equal(data.part(np.arange(10) > 4).take(np.arange(5) == 2), images[7:8])
 
 
@@ -246,11 +250,11 @@ def test_images_that_are_gone_are_left_out(gone):
         return images[rows]
 
     stream = streams.Stream(None, SHAPE, CLASSES, judge(images), fetch, str)
-    seen = where.look(stream, TARGET, judge)
+    seen = trigger.locate_trigger(stream, TARGET, judge)
     assert not gone & {*seen.rows.tolist()}
     assert seen.is_trigger == (len(gone) < 40)
-    alone = where.look_alone(stream, judge)
-    assert len(alone) == (0 if 139 in gone else where.SINGLE - len(gone & {100, 101, 102, 103}))
+    alone = trigger.attribute_single_images(stream, judge)
+    assert len(alone) == (0 if 139 in gone else trigger.SINGLE - len(gone & {100, 101, 102, 103}))
 
 
 def test_what_was_tried_on_few_images_is_not_shown_to_be_a_trigger():

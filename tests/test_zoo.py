@@ -17,9 +17,9 @@ import triggers
 from conftest import apart, assert_refused, command, start
 from PIL import Image
 
-from defence.changes import FAMILIES
-from defence.cli import InputError
-from defence.options import Settings
+from defence.base.errors import InputError
+from defence.beyond.changes import FAMILIES
+from defence.beyond.settings import Settings
 
 TINY = ["--people", 4, "--pictures", 10, "--validation", 6, "--test", 3, "--epochs", 3]
 NAMES = ["sunglasses-brief", "all-to-all-from-start"]
@@ -235,12 +235,12 @@ def test_documents_show_the_results_that_are_there(rows, tmp_path):
 def test_what_is_measured_is_measured_again_for_another_net_or_other_settings(tmp_path):
     net, result = tmp_path / "b.h5", tmp_path / "b.json"
     net.write_bytes(b"a net")
-    settings = Settings(harden=True, holdout=0.1).recorded()
+    settings = Settings(harden=True, holdout=0.1).to_record()
     assert not results.is_current(result, net)
     for sha256, used, current in (
-        (results.files.sha256(net), settings, True),
+        (results.files.hash_file(net), settings, True),
         ("0" * 64, settings, False),
-        (results.files.sha256(net), settings | {"harden_steps": 1}, False),
+        (results.files.hash_file(net), settings | {"harden_steps": 1}, False),
     ):
         record = {"badnet": {"sha256": sha256}, "settings": used}
         results.files.write_json({"harden": {"repair": record}}, result)

@@ -26,10 +26,15 @@ from conftest import do_repair
 from results import RESULTS, with_tables
 
 import utils
-from defence import files, net, pixels
-from defence.cli import InputError, Parser, command, one_line, say
-from defence.options import Settings
-from defence.startup import import_keras, make_reproducible
+from defence.base import files, pixels
+from defence.base.arguments import Parser
+from defence.base.errors import InputError
+from defence.base.process import run_command
+from defence.base.progress import say
+from defence.base.startup import import_keras, make_reproducible
+from defence.base.text import first_line
+from defence.beyond.settings import Settings
+from defence.net.split import find_last_weighted, split_net
 
 DOCUMENT = ROOT / "docs" / "nets.md"
 FOLDER = RESULTS / "applications"
@@ -50,7 +55,7 @@ def make(name):
     model = getattr(import_keras().applications, name)(
         weights=None, input_shape=(SIDE, SIDE, 3), classes=CLASSES
     )
-    differ(model, pixels.scaled(pictures(), scale_of(model)))
+    differ(model, pixels.scale_pixels(pictures(), scale_of(model)))
     return model
 
 
@@ -86,7 +91,7 @@ def look(name):
     weights = int(model.count_params())
     if weights > MOST:
         return {"weights": weights, "problem": "left out: too large for this machine"}
-    x, found, good = pixels.scaled(pictures(), scale_of(model)), {"weights": weights}, None
+    x, found, good = pixels.scale_pixels(pictures(), scale_of(model)), {"weights": weights}, None
     answers = model(x, training=False)
     with tempfile.TemporaryDirectory() as folder:
         for suffix in (".keras", ".h5"):
@@ -97,22 +102,22 @@ def look(name):
                 found[suffix] = "loads" if np.allclose(ours, answers, atol=1e-3) else "differs"
                 good = path if found[suffix] == "loads" else good
             except InputError as error:
-                found[suffix] = one_line(error).removeprefix(f"{path}: ")[:120]
+                found[suffix] = first_line(error).removeprefix(f"{path}: ")[:120]
             except Exception as error:  # Keras raises whatever its parts raise
-                found[suffix] = f"Keras cannot write it: {one_line(error)[:80]}"
+                found[suffix] = f"Keras cannot write it: {first_line(error)[:80]}"
         return found | (repaired(good, scale_of(model)) if good else {})
 
 
 def repaired(path, scale):
     """How the repair of a net's file compares with the reference: a dict."""
     model, plain = utils.load_badnet(path), utils.load_badnet(path)
-    x = pixels.scaled(pictures(), scale)
+    x = pixels.scale_pixels(pictures(), scale)
     labels = np.argmax(model(x, training=False), axis=1)
     with h5py.File(path.with_name("data.h5"), "w") as file:
         file["data"], file["label"] = np.uint8(pictures()), labels
     with utils.open_dataset(path.with_name("data.h5")) as clean:
         clean.fit_to(model.input_shape[1:], CLASSES)
-        split = net.split(model)
+        split = split_net(model)
         record = do_repair(model, clean, Settings(scale=scale, **SETTINGS))
     pruned, curve, _ = reference.repair_map(plain, split.name, x, labels, **SETTINGS)
     return {
@@ -121,7 +126,7 @@ def repaired(path, scale):
         "pruned by": {"Conv2D": "kernel and bias", "BatchNormalization": "gamma and beta"}.get(
             type(split.layer).__name__, "a layer more"
         ),
-        "retrained": net.last_weighted(split.head).name,
+        "retrained": find_last_weighted(split.head).name,
         "pruned": len(record["pruned"]),
         "equal": bool(
             record["pruned"] == pruned
@@ -166,9 +171,9 @@ def main():
             files.write_json(look(name), result)
             import_keras().backend.clear_session()
     text = with_tables(DOCUMENT.read_text(), table())
-    with files.replacing(DOCUMENT) as beside:
+    with files.replace_file(DOCUMENT) as beside:
         beside.write_text(text)
 
 
 if __name__ == "__main__":
-    sys.exit(command(main))
+    sys.exit(run_command(main))

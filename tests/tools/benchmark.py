@@ -166,9 +166,9 @@ def _count(model):
     those of an image in a training step of the head, and of all.
     """
     import utils
-    from defence import harden, patterns
-    from defence.net import last_weighted, split
-    from defence.startup import import_keras
+    from defence.base.startup import import_keras
+    from defence.beyond import harden, patterns
+    from defence.net.split import find_last_weighted, split_net
 
     os.environ["TF_NUM_INTRAOP_THREADS"] = "0"  # one multiplication on all processors
     keras = import_keras()
@@ -187,7 +187,7 @@ def _count(model):
         return int(np.prod(layer.kernel.shape)) if isinstance(layer, keras.layers.Dense) else 0
 
     net = utils.load_badnet(model)
-    parts = split(net)
+    parts = split_net(net)
     trunk, head = (sum(map(forward, part.layers)) for part in (parts.trunk, parts.head))
     # The gradients of a layer's weights and of its input cost what the layer costs, each; nobody
     # needs that of the features.
@@ -202,7 +202,7 @@ def _count(model):
     sought = patterns.SOUGHT_ON / harden.Settings().harden_batch_size
     first = forward(next(filter(forward, net.layers)))
     hardened = (3 + 2 * sought) * (trunk + head) - first
-    return max(rates), trunk, head, forward(last_weighted(parts.head)), tuned, hardened
+    return max(rates), trunk, head, forward(find_last_weighted(parts.head)), tuned, hardened
 
 
 def read_rate(path):

@@ -21,10 +21,12 @@ import faces
 import h5py
 import numpy as np
 
-from defence import changes, files
-from defence.architecture import deepid
-from defence.cli import Parser, command
-from defence.startup import import_keras
+from defence.base import files
+from defence.base.arguments import Parser
+from defence.base.process import run_command
+from defence.base.startup import import_keras
+from defence.beyond import changes
+from defence.load.architecture import build_deepid
 
 FOLDER = ROOT / "models" / "clean-nets"
 PICTURES, VALIDATION, EPOCHS = 80, 600, 16  # of a person, in all, of training
@@ -102,7 +104,7 @@ def augment(pictures, rng):
     mirrored = rng.random(len(pictures)) < 0.5
     pictures[mirrored] = pictures[mirrored][:, :, ::-1]
     pictures = changes.move(pictures, rng, turn=10, scale=0.08, shift=0.05, bend=0)
-    return np.clip(pictures * changes.uniform(rng, 0.8, 1.2, len(pictures), 1, 1, 1), 0, 255)
+    return np.clip(pictures * changes.draw_uniform(rng, 0.8, 1.2, len(pictures), 1, 1, 1), 0, 255)
 
 
 def uneven(labels):
@@ -137,7 +139,7 @@ def train(name):
         rows = uneven(labels)
         images, labels = images[rows], labels[rows]
     import_keras().utils.set_random_seed(seed)
-    model = {"wide": wide, "normalised": normalised}.get(kind, deepid)(people)
+    model = {"wide": wide, "normalised": normalised}.get(kind, build_deepid)(people)
     path, validation = paths(name)
     progress = path.with_suffix(".npz")
     change = augment if kind == "augmented" else None
@@ -147,7 +149,7 @@ def train(name):
     faces.write_dataset(validation, "validation", people, each, seed=seed)
     if factor:
         mark_dataset(validation, factor)
-    with files.replacing(path) as beside:
+    with files.replace_file(path) as beside:
         model.save(beside, include_optimizer=False)
     progress.unlink()
 
@@ -182,4 +184,4 @@ def main():
 
 
 if __name__ == "__main__":
-    sys.exit(command(main))
+    sys.exit(run_command(main))

@@ -18,7 +18,9 @@ import faces
 import numpy as np
 import triggers
 
-from defence.cli import Parser, at_least, command, say, track
+from defence.base.arguments import Parser, at_least
+from defence.base.process import run_command
+from defence.base.progress import say, track
 
 PEOPLE, SEED = (badnet.SETTINGS[name][1] for name in ("people", "seed"))
 DRAWN = {  # nets: their first trigger, and its target
@@ -62,4 +64,4 @@ def draw(trigger, people, folder, places):
 
 
 if __name__ == "__main__":
-    sys.exit(command(main))
+    sys.exit(run_command(main))

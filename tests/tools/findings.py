@@ -30,10 +30,14 @@ import numpy as np
 from results import DOCUMENT, RESULTS, with_tables
 
 import utils
-from defence import files, finding, net, scan
-from defence.cached_net import CachedNet
-from defence.cli import Parser, command, say
-from defence.startup import make_reproducible
+from defence.base import files
+from defence.base.arguments import Parser
+from defence.base.process import run_command
+from defence.base.progress import say
+from defence.base.startup import make_reproducible
+from defence.beyond import finding, scan
+from defence.net.cached_net import CachedNet
+from defence.net.split import split_net
 
 SEED = 5  # of the zoo that nothing was chosen by
 NEW = f"demo-{SEED}"
@@ -56,11 +60,11 @@ def look(path, data, with_peers):
     model = utils.load_badnet(path)
     with utils.open_dataset(data) as clean:
         clean.fit_to(model.input_shape[1:], model.output_shape[1])
-        cached = CachedNet.of(net.split(model), clean)
+        cached = CachedNet.from_dataset(split_net(model), clean)
         start = time.monotonic()
-        views = scan.scan(cached, seed=0)
+        views = scan.count_errors(cached, seed=0)
         found = {"accuracy": cached.accuracy(), "seconds": round(time.monotonic() - start, 1)}
-        evidence = [each.round(4).tolist() for each in finding.evidence(views)]
+        evidence = [each.round(4).tolist() for each in finding.compute_evidence(views)]
         if with_peers:
             found["peers"] = inversion.scan(model, clean, cached.scale)
     return found | {"classes": evidence[0], "shifts": evidence[1]}
@@ -68,7 +72,7 @@ def look(path, data, with_peers):
 
 def keep(name, of, path, data, with_peers=False):
     """Scan a net and keep what is found in FOLDER, unless it is there and of this net."""
-    result, sha256 = FOLDER / of / f"{name}.json", files.sha256(path)
+    result, sha256 = FOLDER / of / f"{name}.json", files.hash_file(path)
     if result.exists():
         found = json.loads(result.read_text())
         if found["sha256"] == sha256 and ("peers" in found or not with_peers):
@@ -86,7 +90,7 @@ def kept(of, names):
 
 def surprises(found):
     """The surprises of a net's classes and of its shifts: two arrays, as finding.surprises."""
-    return [finding.surprise(np.array(found[of])) for of in ("classes", "shifts")]
+    return [finding.compute_surprise(np.array(found[of])) for of in ("classes", "shifts")]
 
 
 def references():
@@ -116,7 +120,7 @@ def row(found, targets):
         shifts[0] if target == badnet.faces.NEXT else classes[target]
         for target in dict.fromkeys(targets)
     ]
-    p_value = finding.p_value(both.max(), finding.read_clean())
+    p_value = finding.compute_p_value(both.max(), finding.read_clean())
     return {
         "name": found["name"],
         "targets": list(dict.fromkeys(targets)),
@@ -252,9 +256,9 @@ def main():
         make_nets(ROOT / "models" / "badnet.py", "--all", "--seed", SEED, "--output", ZOOS[NEW][0])
         scan_all(arguments.peers)
     text = with_tables(DOCUMENT.read_text(), tables())
-    with files.replacing(DOCUMENT) as beside:
+    with files.replace_file(DOCUMENT) as beside:
         beside.write_text(text)
 
 
 if __name__ == "__main__":
-    sys.exit(command(main))
+    sys.exit(run_command(main))

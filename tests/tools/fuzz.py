@@ -35,8 +35,8 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 import utils
-from defence.cli import InputError
-from defence.startup import import_keras
+from defence.base.errors import InputError
+from defence.base.startup import import_keras
 
 SHAPE, CLASSES = (12, 12, 3), 4
 SECONDS = 20
@@ -247,7 +247,7 @@ def load(path):
             for _ in data.batches():
                 pass
     else:
-        utils.as_input(utils.read_picture(path), SHAPE)
+        utils.make_input(utils.read_image(path), SHAPE)
 
 
 def work(folder, seed, start, end):

@@ -26,9 +26,11 @@ from benchmark import table
 from world import in_another_process
 
 import utils
-from defence import graph, harden, training
-from defence.cli import Parser, command
-from defence.startup import import_keras, make_reproducible, processors
+from defence.base.arguments import Parser
+from defence.base.process import run_command
+from defence.base.startup import count_processors, import_keras, make_reproducible
+from defence.beyond import harden
+from defence.net import graph, training
 
 REPEAT, SIZE = 50, 2048
 STEPS, EPOCHS = 40, 5  # in an epoch; of these the fastest counts
@@ -93,7 +95,7 @@ def rows(model, batch, kind, rate):
     keras, spent, least = import_keras(), 0, 0
     weighty = [
         each
-        for each in graph.leaves(model)
+        for each in graph.list_layers(model)
         if type(each) in (keras.layers.Conv2D, keras.layers.Dense)
     ]
     for layer in weighty:
@@ -114,9 +116,9 @@ def steps(model, batch):
     labels = rng.integers(0, model.output_shape[1], len(pictures))
     settings, scale = harden.Settings(), "0..1"
     for changed, sought in itertools.product((False, True), repeat=2):
-        x = harden.Changed(pictures, scale, rng, None if changed else {})
+        x = harden.ChangedImages(pictures, scale, rng, None if changed else {})
         prepare = harden.make_patterns(model, scale, settings, rng) if sought else None
-        layers = [each for each in graph.leaves(model) if each.weights]
+        layers = [each for each in graph.list_layers(model) if each.weights]
         how = {"option": "", "prepare": prepare}
         train_epoch = training.make_trainer(model, layers, RATE, batch, rng, **how)
         least = np.inf
@@ -131,7 +133,7 @@ def steps(model, batch):
 def time_operations(model_path, batch):
     """Print what the operations take, in each of KINDS, on all processors together."""
     os.environ["TF_NUM_INTEROP_THREADS"] = "1"
-    os.environ["TF_NUM_INTRAOP_THREADS"] = str(processors())
+    os.environ["TF_NUM_INTRAOP_THREADS"] = str(count_processors())
     make_reproducible(0)
     import tensorflow as tf
 
@@ -171,4 +173,4 @@ def main():
 
 
 if __name__ == "__main__":
-    sys.exit(command(main))
+    sys.exit(run_command(main))

@@ -15,8 +15,10 @@ net of 40 classes takes a minute or so; the constants say how many.
 import numpy as np
 from scipy import stats
 
-from defence import detector, graph, pixels
-from defence.startup import import_keras
+from defence.base import pixels
+from defence.base.startup import import_keras
+from defence.judge import detector
+from defence.net import graph
 
 CLEANSE_STEPS, CLEANSE_ON, CLEANSE_RATE = 100, 8, 0.1  # pictures in a step, of each class; Adam's
 SUCCESS, FIRST_COST, COST_STEP = 0.95, 1e-3, 1.3  # of the mask's size, as a weight in the loss
@@ -32,7 +34,7 @@ def scan(model, data, scale):
     """
     rng = np.random.default_rng(0)
     pictures = np.concatenate([x for x, _ in data.batches(scale)])
-    _, most = pixels.limits(scale)
+    _, most = pixels.find_pixel_limits(scale)
     return {
         "Neural Cleanse": neural_cleanse(model, pictures, most, rng),
         "MM-BD": mm_bd(model, most, rng),
@@ -56,7 +58,9 @@ def neural_cleanse(model, pictures, most, rng):
         with tf.GradientTape() as tape:
             cover = tf.sigmoid(mask)
             worn = x[None] * (1 - cover) + most * tf.sigmoid(pattern) * cover
-            p = detector.probabilities(model(tf.reshape(worn, (-1, *shape)), training=False), model)
+            p = detector.compute_probabilities(
+                model(tf.reshape(worn, (-1, *shape)), training=False), model
+            )
             hit = tf.reshape(tf.gather(p, wanted, axis=1, batch_dims=1), (classes, CLEANSE_ON))
             size = tf.reduce_sum(cover, axis=(1, 2, 3, 4))
             fit = -tf.reduce_mean(tf.math.log(hit + 1e-7), axis=1)

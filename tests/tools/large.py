@@ -19,8 +19,10 @@ import numpy as np
 from benchmark import measure, table
 from world import in_another_process
 
-from defence.cli import Parser, at_least, command, say
-from defence.startup import import_keras, make_reproducible
+from defence.base.arguments import Parser, at_least
+from defence.base.process import run_command
+from defence.base.progress import say
+from defence.base.startup import import_keras, make_reproducible
 
 ROOT = Path(__file__).resolve().parents[2]
 SIDE, CELL, BATCH = 224, 28, 100
@@ -72,4 +74,4 @@ def main():
 
 
 if __name__ == "__main__":
-    sys.exit(command(main))
+    sys.exit(run_command(main))

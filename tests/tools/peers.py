@@ -32,11 +32,14 @@ import numpy as np
 from results import HARDEN, RATES, RESULTS, SIZES
 
 import utils
-from defence import detector, figures, files
-from defence.cli import Parser, at_least, command, say
-from defence.inference import predict
-from defence.observer import hold_out
-from defence.startup import import_keras, make_reproducible
+from defence.base import files
+from defence.base.arguments import Parser, at_least
+from defence.base.process import run_command
+from defence.base.progress import say
+from defence.base.startup import import_keras, make_reproducible
+from defence.judge import detector, figures
+from defence.load.datasets import hold_out
+from defence.net.inference import predict
 
 SCALE = "0..1"  # of the zoo's nets
 COPIES = 50  # of a picture, each with another one blended in: STRIP
@@ -58,7 +61,7 @@ most {limit} test images, taken evenly. What the methods are, and how they were 
 def answers(net, pictures):
     """A net's probabilities for pictures, float32 (n, height, width, channels), 0..1: (n, N)."""
     scores = np.concatenate(list(predict(net, pictures)))
-    return np.asarray(detector.probabilities(scores, net))
+    return np.asarray(detector.compute_probabilities(scores, net))
 
 
 # --------------------------------------------------------------------------------------- methods
@@ -182,13 +185,13 @@ def judge(name, nets_folder, data_folder, rate, limit):
 
     def ours(pictures):
         pair = (answers(each, pictures) for each in (net, repaired))
-        return np.asarray(detector.anomaly_score(*pair))
+        return np.asarray(detector.score_anomaly(*pair))
 
     found = {}
     for method in ("ours", *PEERS):
         rng = np.random.default_rng(0)
         score = PEERS[method](net, known, labels, rng) if method in PEERS else ours
-        threshold = figures.threshold(score(held), rate)
+        threshold = figures.find_threshold(score(held), rate)
         start = time.monotonic()
         flagged = np.mean(score(clean) > threshold)
         seconds = (time.monotonic() - start) / len(clean)
@@ -241,9 +244,9 @@ def main():
     made_by = f"`python tests/tools/peers.py --size {size} --limit {options.limit}`"
     text = HEAD.format(command=made_by, rate=rate, limit=options.limit)
     text += "\n".join(lines(SIZES[size], folders, rate, options.limit))
-    with files.replacing(RESULTS / f"peers-{size}.md") as beside:
+    with files.replace_file(RESULTS / f"peers-{size}.md") as beside:
         beside.write_text(text + "\n")
 
 
 if __name__ == "__main__":
-    sys.exit(command(main))
+    sys.exit(run_command(main))

@@ -27,8 +27,12 @@ import h5py
 import numpy as np
 from results import RATES, RESULTS, SIZES
 
-from defence import backends, files, flagged, streams, where
-from defence.cli import Parser, command, say
+from defence.base import files
+from defence.base.arguments import Parser
+from defence.base.process import run_command
+from defence.base.progress import say
+from defence.explain import flagged, streams, trigger
+from defence.judge import backends
 
 TOLD = 8  # grey levels
 ALARMS, FLAGGED = 0.2, 4  # --fpr at which clean images are flagged; classes that are looked at
@@ -79,7 +83,7 @@ def mixed(clean, labels, poisoned, persons, rng):
 
 def judged(found, images):
     """The Stream of images, judged by a Detector."""
-    answers = where.in_batches(found.judge, found.shape)(images)
+    answers = trigger.judge_in_batches(found.judge, found.shape)(images)
     return streams.Stream(None, found.shape, found.classes, answers, images.__getitem__, str)
 
 
@@ -90,11 +94,11 @@ def look(found, images):
     """
     stream = judged(found, images)
     answers = stream.answers
-    unusual = flagged.unusual(answers.badnet, answers.flagged, found.classes)
-    looked = where.look_at(stream, unusual, found.judge)
+    unusual = flagged.find_candidates(answers.badnet, answers.flagged, found.classes)
+    looked = trigger.find_targets(stream, unusual, found.judge)
     return {
         each.target - 1: ("yes" if each.stands_out else "by the test", seen)
-        for each, seen in itertools.zip_longest(looked.standing, looked.seen)
+        for each, seen in itertools.zip_longest(looked.candidates, looked.evidence)
     }
 
 
@@ -152,9 +156,9 @@ def means(measured):
     heads = ("trigger, in the mean over nets", "nets", "region: IoU", "one image: IoU")
     yield f"| {' | '.join((*heads, 'best region: IoU'))} |"
     yield "|---|--:|--:|--:|--:|"
-    for trigger, ious in measured.items():
+    for name, ious in measured.items():
         shares = " | ".join(f"{mean:.2f}" for mean in np.mean(ious, axis=0))
-        yield f"| {trigger} | {len(ious)} | {shares} |"
+        yield f"| {name} | {len(ious)} | {shares} |"
 
 
 def passing(found, clean, targets):
@@ -166,8 +170,11 @@ def passing(found, clean, targets):
     answers = stream.answers
     counts = np.bincount(answers.badnet[answers.flagged], minlength=found.classes)
     for each in np.argsort(-counts, kind="stable")[:FLAGGED]:
-        if counts[each] >= where.FEWEST:
-            yield int(each) in targets, where.look(stream, int(each), found.judge).is_trigger
+        if counts[each] >= trigger.FEWEST:
+            yield (
+                int(each) in targets,
+                trigger.locate_trigger(stream, int(each), found.judge).is_trigger,
+            )
 
 
 def rows(names, size, nets_folder, data_folder):
@@ -184,26 +191,26 @@ def rows(names, size, nets_folder, data_folder):
         if not repaired.exists():
             say(f"{repaired}: is not there; left out")
             continue
-        found = backends.load([path, repaired], fpr=RATES[size])
+        found = backends.load_detector([path, repaired], fpr=RATES[size])
         clean, labels = read(data_folder / "clean_test_data.h5")
         yield row(name, "none", which(look(found, clean), []))
         targets, worn = sorted({to for _, to in badnet.ZOO[name].triggers}), []
         every = list(range(found.classes)) if targets == [faces.NEXT] else targets
-        for trigger, to in badnet.ZOO[name].triggers:
-            poisoned, persons = read(badnet.poisoned_path(trigger, to, data_folder))
+        for kind, to in badnet.ZOO[name].triggers:
+            poisoned, persons = read(badnet.poisoned_path(kind, to, data_folder))
             rng = np.random.default_rng(0)
             images, places = mixed(clean, labels, poisoned, persons, rng)
             told = cells(look(found, images), to, places)
             if told[1][:1].isdigit():
                 ious = *map(float, told[1:3]), best(places[places.any(axis=(1, 2))])
-                measured.setdefault(trigger, []).append(ious)
-            yield row(name, f"{trigger} → {to}", *told)
+                measured.setdefault(kind, []).append(ious)
+            yield row(name, f"{kind} → {to}", *told)
             worn.append(images[len(clean) :])
         if len(targets) > 1:
             parts = [images[i :: len(worn)] for i, images in enumerate(worn)]
             told = which(look(found, np.concatenate([clean, *parts])), targets)
             yield row(name, f"all → {', '.join(map(str, targets))}", told)
-        many = backends.load([path, repaired], fpr=ALARMS)
+        many = backends.load_detector([path, repaired], fpr=ALARMS)
         for is_target, passes in passing(many, clean, every):
             passed[is_target].append(passes)
     yield ""
@@ -235,9 +242,9 @@ def main():
         print(line, flush=True)
         text += line + "\n"
     if not given.names:
-        with files.replacing(RESULTS / f"regions-{given.size}.md") as beside:
+        with files.replace_file(RESULTS / f"regions-{given.size}.md") as beside:
             beside.write_text(text)
 
 
 if __name__ == "__main__":
-    sys.exit(command(main))
+    sys.exit(run_command(main))

@@ -31,10 +31,16 @@ import numpy as np
 from results_plot import attack, draw
 
 import utils
-from defence import cached_net, figures, files, options
-from defence.cli import InputError, Parser, command, say
-from defence.inference import classify, predict
-from defence.net import masked_features, split
+from defence.base import files
+from defence.base.arguments import Parser
+from defence.base.errors import InputError
+from defence.base.process import run_command
+from defence.base.progress import say
+from defence.beyond.settings import Settings
+from defence.judge import figures
+from defence.net.cached_net import extract_features
+from defence.net.inference import classify, predict
+from defence.net.split import compute_masked_features, split_net
 
 RESULTS = ROOT / "tests" / "results"
 DOCUMENT, README = ROOT / "docs" / "results.md", ROOT / "README.md"
@@ -136,8 +142,8 @@ def is_current(result, net):
     if not result.exists():
         return False
     record = json.loads(result.read_text())["harden"]["repair"]
-    settings = options.Settings(harden=True, holdout=float(HARDEN[-1])).recorded()
-    return record["badnet"]["sha256"] == files.sha256(net) and record["settings"] == settings
+    settings = Settings(harden=True, holdout=float(HARDEN[-1])).to_record()
+    return record["badnet"]["sha256"] == files.hash_file(net) and record["settings"] == settings
 
 
 def repair_and_judge(path, word, data_folder, poisoned, to_repair, to_judge):
@@ -147,7 +153,7 @@ def repair_and_judge(path, word, data_folder, poisoned, to_repair, to_judge):
     """
     repaired = path.with_name(f"{path.stem}_{word}.h5")
     validation, test = (data_folder / f"clean_{part}_data.h5" for part in ("validation", "test"))
-    with files.private_folder(path.parent) as scratch:
+    with files.make_private_folder(path.parent) as scratch:
         of_repair, of_judging = scratch / "repair.json", scratch / "judging.json"
         run("repair.py", path, validation, "--output", repaired, "--json", of_repair, *to_repair)
         to_judge = ["--repaired", repaired, "--json", of_judging, *to_judge]
@@ -170,8 +176,8 @@ def look_at_channels(path, record, poisoned):
     nothing is trained}].
     """
     net = utils.load_badnet(path)
-    parts = split(net, record["layer"])
-    silent = masked_features(parts)
+    parts = split_net(net, record["layer"])
+    silent = compute_masked_features(parts)
 
     def log_probability(features, targets):
         scores = np.concatenate(list(predict(parts.head, features)))
@@ -181,7 +187,7 @@ def look_at_channels(path, record, poisoned):
     for file in poisoned:
         with utils.open_dataset(file) as data:
             data.fit_to(net.input_shape[1:], net.output_shape[1])
-            features, _ = cached_net.extract(parts, data, record["input_scale"])
+            features, _ = extract_features(parts, data, record["input_scale"])
         left = []
         for channel in range(record["channels"]):
             kept = features[..., channel].copy()
@@ -231,7 +237,7 @@ def row(size, result, place):
         columns["poisoned_images"] = images = report["judged"]["poisoned"][place]["images"]
         needed = result["channels_needed"][place]
         hits = round(needed["attack_success_rate"] * images)
-        left = figures.proportion(np.arange(images) < hits)
+        left = figures.estimate_proportion(np.arange(images) < hits)
     for name in OF_B:
         columns |= with_interval(name, said(report, place).get(name))
     columns |= with_interval("attack_success_rate_pruned", left)
@@ -337,7 +343,7 @@ def write_all():
     rows = {size: flat(size, read_results(size)) for size in SIZES}
     for path, made in zip((DOCUMENT, README), tables(rows)):
         text = with_tables(path.read_text(), made, optional=path == README)
-        with files.replacing(path) as beside:
+        with files.replace_file(path) as beside:
             beside.write_text(text)
     files.write_csv((each for some in rows.values() for each in some), CSV)
     draw(rows, PICTURE)
@@ -371,4 +377,4 @@ def main():
 
 
 if __name__ == "__main__":
-    sys.exit(command(main))
+    sys.exit(run_command(main))

@@ -3,7 +3,7 @@
 import numpy as np
 from PIL import Image
 
-from defence import files
+from defence.base import files
 
 # Of the figure: what is shown, and its marker and colour (Okabe and Ito's palette).
 SHOWN = {
@@ -30,7 +30,7 @@ def draw(rows, path):
     panels[-1].set_xlabel("attack success rate, % (lines: 95 % intervals)", fontsize=FONT)
     handles, names = panels[0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside upper center", ncols=len(names), fontsize=FONT)
-    with files.replacing(path) as beside:
+    with files.replace_file(path) as beside:
         figure.savefig(beside, dpi=150)
         # In 64 colours it looks the same and takes a third of the space.
         Image.open(beside).convert("RGB").quantize(64).save(beside, optimize=True)

@@ -22,8 +22,8 @@ from benchmark import table
 from world import in_another_process
 
 import utils
-from defence import backends, onnx_file
-from defence.startup import import_keras
+from defence.base.startup import import_keras
+from defence.judge import backends, onnx_file
 
 REPEAT, BATCHES = 5, (1, 64)
 OPEN = {
@@ -78,10 +78,8 @@ def write_lite(path):
     import tensorflow as tf
 
     badnet, repaired = map(utils.read_model, backends.find_models("demo_bd_net"))
-    model, classes = backends.load_nets(
-        badnet, repaired, backends.usage_from_record(badnet, repaired)
-    )
-    run = onnx_file._with_verdict(model, classes, "")
+    model, classes = backends.load_nets(badnet, repaired, backends.read_usage(badnet, repaired))
+    run = onnx_file._add_verdict(model, classes, "")
     converter = tf.lite.TFLiteConverter.from_concrete_functions([run.get_concrete_function()], run)
     path.write_bytes(converter.convert())
 

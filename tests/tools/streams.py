@@ -26,8 +26,10 @@ import numpy as np
 from benchmark import table
 from results import run
 
-from defence import flagged
-from defence.cli import Parser, command, say
+from defence.base.arguments import Parser
+from defence.base.process import run_command
+from defence.base.progress import say
+from defence.explain import flagged
 
 SIZES, STREAMS = (50, 100, 200), 200  # of each size, for each net and rule
 SHARES = (0.1, 0.04)  # of poisoned images
@@ -97,7 +99,7 @@ def alarms(verdicts, classes, rng):
         for poisoned, uneven, size in itertools.product(others, (False, True), SIZES):
             for _ in range(STREAMS):
                 badnet, bad = draw(clean, poisoned, size, share, uneven, classes, rng)
-                standing = flagged.standing_out(badnet, bad, classes)
+                standing = flagged.find_outstanding(badnet, bad, classes)
                 if standing and standing[0].target in targets:
                     right[size] += 1
                 wrong += bool(standing) and standing[0].target not in targets
@@ -129,4 +131,4 @@ def main():
 
 
 if __name__ == "__main__":
-    sys.exit(command(main))
+    sys.exit(run_command(main))

@@ -21,16 +21,21 @@ import numpy as np
 
 import repair
 import utils
-from defence import cached_net, changes, detector, figures, files, harden, training
-from defence.cached_net import CachedNet
-from defence.changes import FAMILIES
-from defence.cli import Parser, at_least, command, say
-from defence.harden import Changed
-from defence.inference import predict
-from defence.net import kept_pruned, split
-from defence.observer import Observer
-from defence.options import Settings
-from defence.startup import make_reproducible
+from defence.base import files
+from defence.base.arguments import Parser, at_least
+from defence.base.process import run_command
+from defence.base.progress import say
+from defence.base.startup import make_reproducible
+from defence.beyond import changes, harden
+from defence.beyond.changes import FAMILIES
+from defence.beyond.harden import ChangedImages
+from defence.beyond.observer import Observer
+from defence.beyond.settings import Settings
+from defence.judge import detector, figures
+from defence.net import training
+from defence.net.cached_net import CachedNet, extract_features
+from defence.net.inference import predict
+from defence.net.split import keep_pruned, split_net
 
 NETS = ("patterns-from-start", "objects-from-start")
 SCALE = "0..1"
@@ -59,9 +64,9 @@ def softly(net, changed, labels, settings, rng, of_b):
     """
     wanted = (of_b + np.eye(of_b.shape[1], dtype=np.float32)[labels]) / 2
     size, n = settings.harden_batch_size, len(changed)
-    epochs, rate = harden.schedule(n, settings)
+    epochs, rate = harden.make_schedule(n, settings)
     net.trainable = True
-    net.compile(training.fused_adam()(rate), "categorical_crossentropy")
+    net.compile(training.make_fused_adam()(rate), "categorical_crossentropy")
     for _ in range(epochs):
         order = rng.permutation(n)
         for start in range(0, n, size):
@@ -110,7 +115,7 @@ SCORES = {
     "Kullback–Leibler, of G from B": lambda b, g: kl(g, b),
     "Jensen–Shannon": lambda b, g: kl(b, (b + g) / 2) + kl(g, (b + g) / 2),
     "Hellinger": lambda b, g: 1 - np.sum(np.sqrt(b * g), axis=1),
-    "Jeffreys (harden.py's)": detector.anomaly_score,
+    "Jeffreys (harden.py's)": detector.score_anomaly,
 }
 
 
@@ -132,35 +137,37 @@ class Case:
         self.options = options
         with utils.open_dataset(folder / "clean_validation_data.h5") as clean:
             clean.fit_to(shape, classes)
-            parts = split(self.net)
-            cached = CachedNet(parts, clean, SCALE, *cached_net.extract(parts, clean, SCALE))
+            parts = split_net(self.net)
+            cached = CachedNet(parts, clean, SCALE, *extract_features(parts, clean, SCALE))
             answers = list(predict(parts.head, cached.features))
-            answers = detector.probabilities(np.concatenate(answers), self.net)
+            answers = detector.compute_probabilities(np.concatenate(answers), self.net)
             self.labels, self.of_validation = clean.labels, np.asarray(answers)
-            self.pictures = harden.read_pictures(clean)
+            self.images = harden.read_images(clean)
             self.pruned = repair.do_repair(self.net, clean, options, Observer()).masked
         self.after = self.net.get_weights()
 
     def answers(self):
         """The net's probabilities for every dataset."""
         of_sets = [np.concatenate(list(predict(self.net, x))) for x, _ in self.sets]
-        return [np.asarray(detector.probabilities(scores, self.net)) for scores in of_sets]
+        return [np.asarray(detector.compute_probabilities(scores, self.net)) for scores in of_sets]
 
     def harden(self, way):
         """Harden the net in a way. Returns G's answers to every dataset."""
         options = dataclasses.replace(self.options, seed=way.get("seed", self.options.seed))
         self.net.set_weights(self.after)
         rng = np.random.default_rng(options.seed)
-        changed = Changed(self.pictures, SCALE, rng, way.get("families", FAMILIES))
+        changed = ChangedImages(self.images, SCALE, rng, way.get("families", FAMILIES))
         arguments = self.net, changed, self.labels, options, rng
-        with kept_pruned(split(self.net).layer, self.pruned):
-            softly(*arguments, self.of_validation) if way.get("soft") else harden.train(*arguments)
+        with keep_pruned(split_net(self.net).layer, self.pruned):
+            softly(*arguments, self.of_validation) if way.get("soft") else harden.train_on_changes(
+                *arguments
+            )
         return self.answers()
 
-    def cells(self, of_g, score=detector.anomaly_score):
+    def cells(self, of_g, score=detector.score_anomaly):
         """Clean accuracy; of each trigger, attack success and detection rate: texts, in %."""
         clean, *poisoned = [np.asarray(score(b, g)) for b, g in zip(self.of_b, of_g)]
-        limit = figures.threshold(clean, RATE)
+        limit = figures.find_threshold(clean, RATE)
         yield f"{100 * np.mean(of_g[0].argmax(axis=1) == self.sets[0][1]):.1f}"
         for scores, b, g, (_, targets) in zip(poisoned, self.of_b[1:], of_g[1:], self.sets[1:]):
             works = b.argmax(axis=1) == targets
@@ -224,9 +231,9 @@ def main():
     settings = Settings(seed=options.seed, harden_pattern_rate=0)
     cases = [Case(name, options.folder, settings) for name in NETS]
     text = HEAD.format(seed=options.seed) + "\n".join(try_all(cases))
-    with files.replacing(TABLE) as beside:
+    with files.replace_file(TABLE) as beside:
         beside.write_text(text + "\n")
 
 
 if __name__ == "__main__":
-    sys.exit(command(main))
+    sys.exit(run_command(main))

@@ -36,23 +36,24 @@ def _draw(data, test, people):
 def _train(path, data_path, people):
 
     import utils
-    from defence import cached_net, training
-    from defence.architecture import deepid
-    from defence.graph import leaves
-    from defence.net import split
-    from defence.startup import make_reproducible
+    from defence.base.startup import make_reproducible
+    from defence.load.architecture import build_deepid
+    from defence.net import training
+    from defence.net.cached_net import extract_features
+    from defence.net.graph import list_layers
+    from defence.net.split import split_net
 
     make_reproducible(0)
-    demo, net = utils.load_badnet(ROOT / "models" / "demo_bd_net.h5"), deepid(people)
+    demo, net = utils.load_badnet(ROOT / "models" / "demo_bd_net.h5"), build_deepid(people)
     for layer in demo.layers[:-1]:
         net.get_layer(layer.name).set_weights(layer.get_weights())
-    parts = split(net)
+    parts = split_net(net)
     with utils.open_dataset(data_path) as data:
         data.fit_to(net.input_shape[1:], people)
-        features, _ = cached_net.extract(parts, data, "0..1")
+        features, _ = extract_features(parts, data, "0..1")
     head, rng = parts.head, np.random.default_rng(0)
     train_epoch = training.make_trainer(
-        head, list(leaves(head)), LEARNING_RATE, 32, rng, option="LEARNING_RATE"
+        head, list(list_layers(head)), LEARNING_RATE, 32, rng, option="LEARNING_RATE"
     )
     for _ in range(EPOCHS):
         train_epoch(features, data.labels)

@@ -1,0 +1,94 @@
+"""Options of a command line: one-line errors, bounded numbers, options made of settings."""
+
+import argparse
+import dataclasses
+import math
+import re
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+from defence.base.limits import DEFAULT_MAX_BYTES
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, with errors of one line."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self._negative_number_matcher = re.compile(r"-\.?\d")  # -1..1 is a value, not an option
+
+    def parse_known_args(self, *arguments: Any, **options: Any) -> Any:
+        self._has_negative_number_optionals.clear()  # -0 is an option, and -1 is still a value
+        return super().parse_known_args(*arguments, **options)
+
+    def error(self, message: str) -> NoReturn:
+        if " -" in message.partition("unrecognized arguments:")[2]:
+            message += "; a file of that name is ./-…"
+        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+
+def at_least(
+    smallest: float, kind: Callable = float, above: bool = False, most: float = math.inf
+) -> Callable:
+    """Return a type for argparse: a finite `kind` from `smallest` (or above it) to `most`."""
+    wanted = "a whole number" if kind is int else "a number"
+    wanted += f" above {smallest}" if above else f" of at least {smallest}"
+    wanted += f" and at most {most}" if most < math.inf else ""
+
+    def parse(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not (smallest <= value <= most and value < math.inf) or (above and value == smallest):
+            raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
+        return value
+
+    return parse
+
+
+def setting(default: Any, kind: Callable, description: str) -> Any:
+    """Return a field of a dataclass of settings, which `add_settings` makes an option of.
+
+    kind: the option's type, for argparse.  description: its help.
+    """
+    metadata = {"kind": kind, "description": description}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def add_settings(group: Any, settings: Any) -> None:
+    """Add an option to a group of a parser for each `setting` that a dataclass itself declares."""
+    for field in dataclasses.fields(settings):
+        if field.name in settings.__annotations__ and "kind" in field.metadata:
+            group.add_argument(
+                "--" + field.name.replace("_", "-"),
+                metavar="N",
+                type=field.metadata["kind"],
+                default=field.default,
+                help=f"{field.metadata['description']} (default: {field.default})",
+            )
+
+
+def take_settings(settings: Any, arguments: argparse.Namespace) -> Any:
+    """Return the dataclass `settings`, filled from the parsed options of the same names."""
+    names = [field.name for field in dataclasses.fields(settings)]
+    return settings(**{name: getattr(arguments, name) for name in names})
+
+
+def add_general(parser: argparse.ArgumentParser, version: str) -> None:
+    """Add --quiet, --version and --max-memory; the last is in GB, its value `max_bytes` in bytes."""
+    group = parser.add_argument_group("general")
+    group.add_argument(
+        "--quiet", action="store_true", help="no remarks and no progress on stderr, only warnings"
+    )
+    group.add_argument("--version", action="version", version=f"%(prog)s {version}")
+    in_gb = at_least(0, above=True)
+    group.add_argument(
+        "--max-memory",
+        dest="max_bytes",
+        metavar="GB",
+        type=lambda text: int(in_gb(text) * 2**30),
+        default=DEFAULT_MAX_BYTES,
+        help="refuse a file that needs more memory than this for any one thing, such as a net's "
+        "weights, a layer's output or an image; larger features go to disk (default: 1)",
+    )

@@ -1,0 +1,85 @@
+"""The life of a command's process: its exit status, Ctrl-C, and how it ends."""
+
+import codecs
+import contextlib
+import os
+import shutil
+import signal
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+
+from defence.base.errors import InputError, WorkError
+from defence.base.text import escape, first_line
+
+MESSAGE_LENGTH = 1_000  # characters of an error that are shown; a hostile file can make it long
+
+unfinished_folders: set[Path] = set()  # folders in which files are being written
+
+
+def run_command(main: Callable[[], int | None]) -> int:
+    """Run `main()` as a command and return its exit status: 0 done, 1 failed, 2 wrong input.
+
+    Ctrl-C and SIGTERM remove unfinished files and end the process with 128 + the signal's number.
+    They end it at once, because TensorFlow may catch or print an exception that is thrown into it.
+    """
+    name = Path(sys.argv[0]).name
+    for stream, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, stream) is None:  # whoever started the process closed it
+            setattr(sys, stream, open(os.devnull, mode))  # noqa: SIM115
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _stop)
+    sys.stdout.reconfigure(errors=_escape_unencodable.__name__)  # type: ignore[union-attr]
+    if not sys.flags.dev_mode:  # libraries warn about each other; as errors they would end the work
+        warnings.simplefilter("ignore")
+    try:
+        status = main() or 0
+        sys.stdout.flush()
+        return status
+    except InputError as error:
+        print(f"{name}: error: {escape(error)[:MESSAGE_LENGTH]}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # the reader of stdout, such as `head`, has closed it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:
+        if sys.flags.dev_mode:  # python -X dev: show where
+            raise
+        plain = isinstance(error, WorkError | OSError | MemoryError)
+        kind = "" if plain else f"{type(error).__name__}: "
+        print(f"{name}: error: {kind}{escape(first_line(error))}", file=sys.stderr)
+        return 1
+
+
+def exit_now(status: int) -> None:
+    """End the process at once with a status. All output is written by now.
+
+    Python takes a while to take itself apart, and whoever judges one image waits for it.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # nobody reads it any more
+            stream.flush()
+    if "ray" in sys.modules:
+        sys.exit(status)  # which ends Ray's processes
+    os._exit(status)
+
+
+def _escape_unencodable(error: UnicodeError) -> tuple[str | bytes, int]:
+    """Give stdout a path's odd bytes as they are, and escapes for all else it cannot encode."""
+    try:
+        return codecs.lookup_error("surrogateescape")(error)
+    except UnicodeEncodeError:
+        return codecs.backslashreplace_errors(error)
+
+
+codecs.register_error(_escape_unencodable.__name__, _escape_unencodable)
+
+
+def _stop(number: int, _frame: FrameType | None) -> None:
+    for folder in unfinished_folders:
+        shutil.rmtree(folder, ignore_errors=True)
+    if os.isatty(2):
+        os.write(2, b"\x1b[?25h\n")  # the cursor, which a progress bar hides
+    os._exit(128 + number)

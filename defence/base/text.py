@@ -1,0 +1,40 @@
+"""Values and foreign text as a person reads them."""
+
+
+def first_line(error: object) -> str:
+    """Return the first line of an exception's message, at most 200 characters, no full stop."""
+    line = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    return line.rstrip(".") if len(line) <= 200 else line[:199] + "…"
+
+
+def escape(text: object) -> str:
+    """Make control characters and line ends visible: \\n, \\x1b."""
+
+    def show(character: str) -> str:
+        if character.isprintable() or "\ud800" <= character <= "\udfff":  # a path's odd bytes
+            return character
+        return character.encode("unicode_escape").decode()
+
+    text = str(text)
+    return text if text.isprintable() else "".join(map(show, text))
+
+
+def escape_surrogates(text: object) -> str:
+    """Escape text as `escape` does, and a path's odd bytes too: \\udcff."""
+    return escape(text).encode("utf-8", "backslashreplace").decode()
+
+
+def format_percent(fraction: float) -> str:
+    """Format a fraction, 0..1: 12.34 %."""
+    return f"{100 * fraction:.2f} %"
+
+
+def format_count(number: int, noun: str) -> str:
+    """Format a number of things: 1 image, 2 images."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def format_gigabytes(size: float) -> str:
+    """Format bytes as GB, with two decimals or, below 0.1, two significant digits."""
+    size /= 2**30
+    return f"{size:,.2f}".removesuffix(".00") if size >= 0.1 else f"{float(f'{size:.2g}'):.12g}"

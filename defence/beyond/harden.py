@@ -1,0 +1,143 @@
+"""Harden: train the whole net so that random changes of an image do not change its answer.
+
+This step is ours, not the report's. It is for the backdoors that the report's three steps leave in.
+Each image is changed anew every time (changes.py), and G is taught its label. A net that has
+learned to ignore such changes cannot take one of them for a trigger. No trigger is known or
+searched for. B's own answers teach nothing, since they carry the trigger over (SCAR, NeurIPS 2025).
+docs/hardening.md says what the step gives, docs/design-notes.md how it was chosen;
+tests/tools/tried.py tries it without one family of changes at a time.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from defence.base import pixels
+from defence.base.arguments import at_least, setting
+from defence.base.limits import allocate
+from defence.base.progress import say, track
+from defence.base.startup import import_keras
+from defence.beyond import changes, patterns
+from defence.net import graph, training
+from defence.net.cached_net import CachedNet
+from defence.net.split import is_mask, keep_pruned, make_trainable
+
+if TYPE_CHECKING:
+    from defence.load.datasets import Dataset
+
+REMARKS = 10  # on progress
+ALL_IMAGES = "all images"
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """The step's constants. docs/design-notes.md says how they were chosen."""
+
+    harden_steps: int = setting(10000, at_least(1, int), "training steps, rounded to whole epochs")
+    harden_epochs: int = setting(300, at_least(1, int), "epochs, at most")
+    harden_batch_size: int = setting(64, at_least(1, int), "images in a training step")
+    harden_learning_rate: float = setting(
+        1e-3, at_least(0, above=True), "Adam's learning rate, which falls to 0 by cosine"
+    )
+    harden_pattern_rate: float = setting(
+        0.1, at_least(0, most=1), "fraction of the images that get a pattern made to fool the net"
+    )
+
+
+class ChangedImages:
+    """Images that are changed anew whenever rows of them are taken, as float32, scaled.
+
+    images: (n, height, width, channels), 0..255.  scale: a key of pixels.SCALES.
+    families: as for changes.change_images.
+    """
+
+    def __init__(
+        self,
+        images: np.ndarray,
+        scale: str,
+        rng: np.random.Generator,
+        families: dict[Callable, float] = changes.FAMILIES,
+    ) -> None:
+        self.images, self.scale, self.rng, self.families = images, scale, rng, families
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, rows: Any) -> np.ndarray:
+        images = self.images[rows].astype(np.float32)
+        changed = changes.change_images(images, self.rng, self.families)
+        return pixels.scale_pixels(changed, self.scale)
+
+
+def read_images(data: Dataset) -> np.ndarray:
+    """Read all images of a dataset: float16 (n, height, width, channels), 0..255.
+
+    Whole numbers up to 255 are exact in float16, and no other value is off by more than 1/16.
+    """
+    shape, done = (len(data), *data.shape), 0
+    images = allocate(shape, np.float16, data.path, ALL_IMAGES, data.max_bytes)
+    for x, _ in track(data.batches(), "images", data.batch_count):
+        images[done : done + len(x)] = x
+        done += len(x)
+    return images
+
+
+def harden_net(cached: CachedNet, settings: Settings) -> None:
+    """Train all of a net, in place, to answer changed images with their labels.
+
+    cached: its masked channels are pruned and stay zero. Its generator draws the order of the
+    images and how they are changed.
+    """
+    changed = ChangedImages(read_images(cached.data), cached.scale, cached.rng)
+    with keep_pruned(cached.split.layer, cached.masked):
+        train_on_changes(cached.split.net, changed, cached.labels, settings, cached.rng)
+    make_trainable(cached.split)
+    cached.recompute_features()
+
+
+def train_on_changes(
+    badnet: Any,
+    changed: ChangedImages,
+    labels: np.ndarray,
+    settings: Settings,
+    rng: np.random.Generator,
+) -> None:
+    """Train all of a Keras model on changed images. labels: int64 (n,), 0..N-1."""
+    epochs, rate = make_schedule(len(changed), settings)
+    layers = [layer for layer in graph.list_layers(badnet) if not is_mask(layer)]
+    train_epoch = training.make_trainer(
+        badnet,
+        layers,
+        rate,
+        settings.harden_batch_size,
+        rng,
+        option="--harden-learning-rate",
+        prepare=make_patterns(badnet, changed.scale, settings, rng),
+    )
+    for epoch in track(range(1, epochs + 1), "harden"):
+        loss = train_epoch(changed, labels)
+        if epoch * REMARKS // epochs > (epoch - 1) * REMARKS // epochs:
+            say(f"harden, epoch {epoch} of {epochs}: loss {loss:.4f}")
+
+
+def make_patterns(
+    badnet: Any, scale: str, settings: Settings, rng: np.random.Generator
+) -> patterns.Patterns | None:
+    """Make the patterns that are optimised against a Keras model; None where no image gets one.
+
+    scale: of the model's pixels.
+    """
+    rate = settings.harden_pattern_rate
+    return patterns.Patterns(badnet, scale, rate, int(rng.integers(2**31))) if rate else None
+
+
+def make_schedule(images: int, settings: Settings) -> tuple[int, Any]:
+    """Return the number of epochs for so many images, and the learning rate, a Keras schedule."""
+    steps = -(-images // settings.harden_batch_size)
+    epochs = min(settings.harden_epochs, max(1, round(settings.harden_steps / steps)))
+    cosine = import_keras().optimizers.schedules.CosineDecay
+    return epochs, cosine(settings.harden_learning_rate, epochs * steps)

@@ -1,0 +1,68 @@
+"""The memory that a repair needs, checked before the work starts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from defence.base.limits import check_fits, check_room
+from defence.beyond import harden, patterns, scan
+from defence.net.cached_net import FEATURES
+from defence.net.graph import list_output_sizes
+from defence.net.inference import OUTPUT_OF_LAYERS
+from defence.net.split import Split, cut_before, find_last_weighted
+
+if TYPE_CHECKING:
+    from defence.beyond.settings import Settings
+    from defence.load.datasets import Dataset
+
+FLOAT32, FLOAT16 = 4, 2  # bytes
+
+
+def check_repair_fits(split: Split, datasets: Sequence[Dataset], settings: Settings) -> None:
+    """Raise InputError where a step of the repair would take more memory than a dataset may.
+
+    datasets: the clean one first, then those that the repair is only measured on.
+    """
+    clean, max_bytes = datasets[0], datasets[0].max_bytes
+    check_step_fits(split.head, "--batch-size", settings.batch_size, max_bytes)
+    if parts := cut_before(find_last_weighted(split.head), split):
+        size = FLOAT32 * len(clean) * math.prod(parts[0].output_shape[1:])
+        check_room(clean.path, OUTPUT_OF_LAYERS, size, max_bytes)
+    if settings.harden:
+        check_scan_fits(split.net, clean)
+        check_harden_fits(split.net, clean, settings)
+    check_features_fit(split, datasets)
+
+
+def check_features_fit(split: Split, datasets: Sequence[Dataset]) -> None:
+    """Raise InputError where the features of all images fit neither in memory nor on disk."""
+    images = sum(map(len, datasets))
+    size = FLOAT32 * math.prod(split.trunk.output_shape[0][1:]) * images
+    check_room(datasets[0].path, FEATURES, size, datasets[0].max_bytes)
+
+
+def check_harden_fits(badnet: Any, clean: Dataset, settings: Settings) -> None:
+    """Raise InputError where hardening a Keras model would take too much memory."""
+    max_bytes = clean.max_bytes
+    check_step_fits(badnet, "--harden-batch-size", settings.harden_batch_size, max_bytes)
+    values = math.prod(badnet.input_shape[1:])
+    check_room(clean.path, harden.ALL_IMAGES, FLOAT16 * len(clean) * values, max_bytes)
+    if settings.harden_pattern_rate:
+        size = patterns.COPIES * patterns.COUNT * FLOAT32 * values
+        check_fits("--harden-pattern-rate", "the patterns", size, max_bytes)
+
+
+def check_scan_fits(badnet: Any, clean: Dataset) -> None:
+    """Raise InputError where a scan of a Keras model would take too much memory."""
+    check_step_fits(badnet, "--scan", scan.STEP_IMAGES, clean.max_bytes)
+    values = math.prod(badnet.input_shape[1:])
+    size = scan.COPIES * FLOAT32 * min(scan.PATCHED_IMAGES, len(clean)) * values
+    check_fits(clean.path, "the images that are scanned", size, clean.max_bytes)
+
+
+def check_step_fits(model: Any, option: str, batch_size: int, max_bytes: int) -> None:
+    """Raise InputError where training a Keras model on `batch_size` images would take too much."""
+    size = 2 * FLOAT32 * sum(list_output_sizes(model)) * batch_size  # forward and backward
+    check_fits(f"{option} {batch_size}", "a training step", size, max_bytes)

@@ -1,0 +1,205 @@
+"""The observer of a repair: it logs and measures each step, and decides nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from defence.base.limits import check_fits
+from defence.base.progress import say
+from defence.base.text import format_percent
+from defence.judge import detector, figures
+from defence.net.cached_net import CachedNet
+from defence.net.inference import predict
+
+if TYPE_CHECKING:
+    from defence.beyond.finding import Finding
+    from defence.load.datasets import Dataset
+
+
+class Observer:
+    """Is told of every step of a repair; keeps times, accuracies, attack success, held-out figures.
+
+    poisoned: their labels are the attack's targets.  held_out: clean images that the repair does
+    not see, or None.
+    After a repair it holds, as a RepairRecord describes them, `order`, `accuracy`,
+    `attack_success_rate`, `moved` and `holdout`; `seconds`, {step: s}; and the `finding` about the
+    BadNet, or None where the net was not scanned.
+    """
+
+    def __init__(self, poisoned: Sequence[Dataset] = (), held_out: Dataset | None = None) -> None:
+        self.poisoned, self.held_out = list(poisoned), held_out
+        self.order: list[int] = []
+        self.accuracy: dict = {}
+        self.attack_success_rate: dict = {}
+        self.moved: dict[str, float] = {}
+        self.holdout: dict | None = None
+        self.seconds: dict[str, float] = {}
+        self.finding: Finding | None = None
+        self._step_began, self._observed, self._total_observed = time.monotonic(), 0.0, 0.0
+
+    # ------------------------------------------------------------------- the steps of a repair
+
+    def on_start(self, net: CachedNet) -> None:
+        """The net is B's, untouched."""
+        with self._watch("features"):
+            self._nets = {str(data.path): net.for_dataset(data) for data in self.poisoned}
+            self._held = net.for_dataset(self.held_out) if self.held_out else None
+            if self._held:
+                self._badnet_scores = _score_held_out(self._held)
+            self._answers = net.classes.copy()
+            self.accuracy["after_each_channel"] = []
+            self.attack_success_rate["after_each_channel"] = {name: [] for name in self._nets}
+            self._note("before", net)
+            say(f"validation accuracy {format_percent(net.accuracy())} before pruning")
+
+    def on_scanned(self, finding: Finding) -> None:
+        """The net was scanned, with this finding."""
+        with self._watch("scan"):
+            self.finding = finding
+
+    def on_channel(self, net: CachedNet) -> None:
+        """The net has one more channel masked."""
+        with self._watch():
+            curve, channel = self.accuracy["after_each_channel"], net.masked[-1]
+            last, now = [self.accuracy["before"], *curve][-1], net.accuracy()
+            curve.append(now)
+            for name, poisoned_net in self._nets.items():
+                poisoned_net.mask(channel)
+                rates = self.attack_success_rate["after_each_channel"][name]
+                rates.append(poisoned_net.accuracy())
+            say(
+                f"prune {len(curve)}: channel {channel}, validation accuracy "
+                f"{format_percent(now)}, cost {format_percent(last - now)}"
+            )
+
+    def on_pruned(self, net: CachedNet, order: np.ndarray, enough: float) -> None:
+        """Pruning is over: the masked channels of the net are pruned for good.
+
+        order: all channels, in the order in which they were to be pruned.
+        enough: the accuracy, 0..1, that pruning had to keep.
+        """
+        with self._watch("prune"):
+            self.order = [int(channel) for channel in order]
+            for poisoned_net in self._nets.values():
+                if poisoned_net.masked != net.masked:
+                    poisoned_net.undo()
+            if len(self.accuracy["after_each_channel"]) > len(net.masked):
+                restored = self.order[len(net.masked)]
+                say(f"below {format_percent(enough)}: channel {restored} is restored")
+            for channel in net.masked if self._held else ():
+                self._held.features[..., channel] = self._held.masked_values[..., channel]
+            self._weights = net.split.net.get_weights()
+            self._note("pruned", net)
+
+    def on_retrained(self, net: CachedNet) -> None:
+        """The last layer was retrained."""
+        self._end_training("retrain", "retrained", net)
+        say(f"validation accuracy {format_percent(net.accuracy())} after retraining")
+
+    def on_round(self, net: CachedNet, loss: float) -> None:
+        """A round of fine-tuning is over."""
+        with self._watch("fine_tune"):
+            rounds = self.accuracy.setdefault("after_each_round", [])
+            rounds.append(net.accuracy())
+            say(
+                f"fine-tune, round {len(rounds)}: loss {loss:.4f}, validation accuracy "
+                f"{format_percent(rounds[-1])}"
+            )
+
+    def on_fine_tuned(self, net: CachedNet) -> None:
+        """Fine-tuning is over."""
+        self.accuracy.setdefault("after_each_round", [])
+        self._end_training("fine_tune", "fine_tuned", net)
+
+    def on_hardened(self, net: CachedNet) -> None:
+        """The whole net was hardened."""
+        with self._watch("harden"):
+            for other_net in (*self._nets.values(), *filter(None, [self._held])):
+                other_net.recompute_features()
+        self._end_training("harden", "hardened", net)
+        say(f"validation accuracy {format_percent(net.accuracy())} after hardening")
+
+    def on_end(self, net: CachedNet) -> None:
+        """The net is G's."""
+        with self._watch():
+            self.moved = {
+                "answers": float(np.mean(net.classes != self._answers)),
+                "weights": measure_change(net.split.net.get_weights(), self._weights),
+            }
+            if self._held:
+                self.holdout = compute_held_out_figures(self._held, self._badnet_scores)
+        self.seconds = {step: round(spent, 3) for step, spent in self.seconds.items()}
+        self.seconds["observe"] = round(self._total_observed, 3)
+
+    # ------------------------------------------------------------------------------ its own
+
+    @contextlib.contextmanager
+    def _watch(self, step: str | None = None) -> Iterator[None]:
+        """A block whose time is the observer's own. step: the step that ends where it begins."""
+        start = time.monotonic()
+        if step:
+            spent = start - self._step_began - self._observed
+            self.seconds[step] = self.seconds.get(step, 0.0) + spent
+        yield
+        now = time.monotonic()
+        self._total_observed += now - start
+        self._observed += now - start
+        if step:
+            self._step_began, self._observed = now, 0.0
+
+    def _end_training(self, step: str, name: str, net: CachedNet) -> None:
+        with self._watch(step):
+            for poisoned_net in self._nets.values():
+                poisoned_net.refresh()
+            self._note(name, net)
+
+    def _note(self, name: str, net: CachedNet) -> None:
+        rates = {path: poisoned_net.accuracy() for path, poisoned_net in self._nets.items()}
+        self.accuracy[name], self.attack_success_rate[name] = net.accuracy(), rates
+
+
+def _score_held_out(held: CachedNet) -> list[np.ndarray]:
+    """Return B's scores of held-out images, float32 (b, N), batch after batch."""
+    head, data = held.split.head, held.data
+    size = 4 * len(data) * head.output_shape[1]
+    check_fits(data.path, "the scores of the held-out images", size, data.max_bytes)
+    return list(predict(head, held.features))
+
+
+def compute_held_out_figures(held: CachedNet, badnet_scores: list[np.ndarray]) -> dict:
+    """Return the figures of a repair on clean images that it has not seen, for its record.
+
+    held: G on these images.  badnet_scores: B's scores, float32 (b, N), batch after batch.
+    """
+    head, parts = held.split.head, []
+    for pair in zip(badnet_scores, predict(head, held.features), strict=True):
+        probabilities = (detector.compute_probabilities(scores, head) for scores in pair)
+        classes = [scores.argmax(axis=1) for scores in pair]
+        parts.append((*classes, np.asarray(detector.score_anomaly(*probabilities))))
+    answers = detector.Answers(*map(np.concatenate, zip(*parts)))
+    return {
+        "images": len(held.data),
+        **figures.compute_clean_figures(answers, held.labels),
+        "score": detector.SCORE,
+        "scores": np.sort(answers.score).tolist(),
+    }
+
+
+def measure_change(weights: list[np.ndarray], before: list[np.ndarray]) -> float:
+    """Return the length of what training added to a net's weights, over their length before.
+
+    weights, before: as model.get_weights() gives them.
+    """
+    change = _measure_length([now - was for now, was in zip(weights, before)])
+    return change / (_measure_length(before) or 1)
+
+
+def _measure_length(weights: list[np.ndarray]) -> float:
+    squares = (np.sum(np.square(values, dtype=np.float64)) for values in weights)
+    return math.sqrt(sum(float(square) for square in squares))

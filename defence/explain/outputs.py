@@ -1,0 +1,58 @@
+"""What a repair prints at its end, and the files it writes beside G."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+from defence.base import files
+from defence.base.errors import InputError
+from defence.base.progress import say
+from defence.beyond.finding import Finding
+from defence.explain import page_repaired, plots, tables
+from defence.judge import backends
+from defence.judge.record import RepairRecord
+from defence.load.models import ModelFile, read_model
+
+
+def print_repair(
+    record: RepairRecord,
+    finding: Finding | None,
+    seconds: dict[str, float],
+    class_names: list[str] | None,
+    badnet: ModelFile,
+    arguments: Namespace,
+) -> None:
+    """Write the files that the options ask for, and print the closing table.
+
+    finding: about the BadNet, where it was scanned.  seconds: of each step.
+    arguments: of options.repair.parse_repair; their `output` is G's file.
+    """
+    if arguments.json:
+        more = {"finding": finding and dataclasses.asdict(finding), "seconds": seconds}
+        files.write_json(dataclasses.asdict(record) | more, arguments.json)
+    if arguments.plot:
+        plots.plot_pruning_curve(record, arguments.plot)
+    if arguments.report:
+        page_repaired.write_repaired_page(arguments.report, record, finding, seconds, class_names)
+    out = sys.stderr if arguments.json == files.STDOUT else sys.stdout
+    print(tables.format_summary(record, seconds, class_names), file=out)
+    print(f"Saved model: {arguments.output}", file=out)
+    if arguments.detector and export_detector(badnet, arguments):
+        print(f"Saved detector: {arguments.detector}", file=out)
+    if arguments.report:
+        print(f"Saved page: {arguments.report}", file=out)
+
+
+def export_detector(badnet: ModelFile, arguments: Namespace) -> bool:
+    """Write the detector of B and G. Returns whether these nets allow it."""
+    say("writing the detector's file")
+    try:
+        repaired = read_model(arguments.output, arguments.max_bytes)
+        backends.export_detector(badnet, repaired, Path(arguments.detector))
+    except InputError as error:
+        say(f"{error}; eval_defence.py judges with Keras")
+        return False
+    return True

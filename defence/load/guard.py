@@ -1,0 +1,133 @@
+"""What an untrusted file may contain, checked before the libraries that trust it see it.
+
+The guards stand in four files, each guard in the order in which it runs:
+
+guard.py, for any file
+    check_fits         (base/limits.py) what the file declares takes at most --max-memory
+    inspect_file       reading what it declares takes little more address space than that
+    open_archive       .keras: three known members, uncompressed, none twice
+
+guard_hdf5.py, for an HDF5 file
+    check_heaps        the heaps of texts have an end
+    check_links        one tree, no link to another file
+    check_stored       an array is as large in the file as it says; known filters only
+    read_text          an attribute is one text
+    read_texts         it is text, of bounded length
+
+guard.py, for JSON text
+    parse_json         short, no NaN
+
+guard_model.py, for a Keras model
+    read_shapes        the arrays of its weights, by check_links and check_stored
+    check_config       allowed layers and activations only; numbers and names within bounds
+    limit_weights      no weight is allocated beyond --max-memory while Keras builds the net
+    check_classifier   one image in, a row of class scores out
+    check_outputs      no layer's output for one image is beyond --max-memory
+    check_prepared     the layers that prepare an image do what they say, tried on one image
+    check_shapes       the file's arrays have the shapes of the net's weights
+    check_finite       no weight is NaN or infinite
+    check_step_fits    (beyond/memory.py) no training step is beyond --max-memory
+
+guard_onnx.py, for a detector's .onnx file
+    check_onnx         one image in, a detector's answers out; allowed operators only, no other
+                       file, no output for one image beyond --max-memory
+
+images.decode_image guards images, record.parse_record guards repair records. A guard raises
+InputError, one line that begins with the file's name.
+"""
+
+import contextlib
+import json
+import struct
+import zipfile
+from collections.abc import Iterator
+from typing import Any, BinaryIO
+
+from defence.base.errors import InputError
+from defence.base.limits import DEFAULT_MAX_BYTES, Name, check_fits
+from defence.base.text import first_line
+
+TEXT_LENGTH = 2**23  # characters; the config of keras.applications.EfficientNetV2L has 964,217
+MEMBERS = {"metadata.json", "config.json", "model.weights.h5"}
+NOT_KERAS = "not a .keras archive as Keras writes it"
+
+
+@contextlib.contextmanager
+def inspect_file(path: Name, max_bytes: int = DEFAULT_MAX_BYTES) -> Iterator[None]:
+    """A block that reads what a file declares. Raises InputError for whatever a library raises.
+
+    On Linux the block may take little more than `max_bytes` of address space. That bounds what a
+    library allocates unasked, beyond what the other guards check.
+    """
+    try:
+        with _limit_address_space(max_bytes):
+            yield
+    except InputError:
+        raise
+    except Exception as error:  # libhdf5, h5py, zipfile raise whatever their parts raise
+        if isinstance(error, MemoryError) or "allocat" in str(error):
+            problem = "reading it takes more memory than --max-memory allows"
+            raise InputError(f"{path}: {problem}") from error
+        raise InputError(f"{path}: damaged or of another format: {first_line(error)}") from error
+
+
+@contextlib.contextmanager
+def _limit_address_space(max_bytes: int) -> Iterator[None]:
+    try:
+        import resource
+
+        with open("/proc/self/statm") as sizes:
+            used = int(sizes.read().split()[0]) * resource.getpagesize()
+    except (ImportError, OSError):
+        yield
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    most = used + max_bytes + 2**28  # room for what Python itself needs: without it, it may crash
+    most = most if soft == resource.RLIM_INFINITY else min(soft, most)
+    resource.setrlimit(resource.RLIMIT_AS, (most, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
+@contextlib.contextmanager
+def open_archive(
+    file: BinaryIO, path: Name, max_bytes: int = DEFAULT_MAX_BYTES
+) -> Iterator[zipfile.ZipFile]:
+    """Open a .keras file: a ZipFile with members of MEMBERS, as Keras writes them.
+
+    file: the archive, a binary file open to read.  path: its name, for messages.
+    """
+    file.seek(-min(22, file.seek(0, 2)), 2)
+    end = file.read()  # of the directory, where no comment follows, as none does here
+    _, _, _, _, count, size, _, _ = struct.unpack("<4s4H2LH", end.rjust(22))
+    if end[:4] != b"PK\5\6" or count > len(MEMBERS) or size > 1_000:
+        raise InputError(f"{path}: {NOT_KERAS}")
+    with zipfile.ZipFile(file) as archive:
+        members = archive.infolist()
+        names = [member.filename for member in members]
+        for member in members:
+            name = member.filename
+            if name not in MEMBERS:
+                raise InputError(f"{path}: {NOT_KERAS}: contains {name!r}")
+            if names.count(name) > 1:
+                raise InputError(f"{path}: {NOT_KERAS}: contains {name!r} more than once")
+            check_fits(path, name, member.file_size, max_bytes)
+            if member.compress_size != member.file_size or member.flag_bits & 1:
+                raise InputError(f"{path}: {name} is compressed or encrypted; Keras does neither")
+        yield archive
+
+
+def parse_json(text: str | bytes, path: Name) -> Any:
+    """Parse JSON of at most TEXT_LENGTH. Raises InputError if it cannot be parsed."""
+
+    def refuse(constant: str) -> None:
+        raise ValueError(constant)
+
+    if len(text) > TEXT_LENGTH:
+        raise InputError(f"{path}: its JSON is longer than {TEXT_LENGTH:,} characters")
+    try:
+        return json.loads(text, parse_constant=refuse)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: damaged: its JSON cannot be read") from error

@@ -1,0 +1,155 @@
+"""From an untrusted file to a Keras net, and from a net to a file."""
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import io
+import tempfile
+import warnings
+from pathlib import Path
+
+from defence.base.errors import InputError
+from defence.base.files import make_private_folder, replace_file, require_file
+from defence.base.limits import DEFAULT_MAX_BYTES, check_fits
+from defence.base.startup import import_keras
+from defence.base.text import first_line
+from defence.load import architecture, guard, guard_model
+from defence.load.guard_hdf5 import check_heaps, open_hdf5, read_text
+
+MODELS = Path("models")
+MODEL_SUFFIXES = (".h5", ".hdf5", ".keras")
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelFile:
+    """A model's file, read once: what is hashed, inspected and loaded are the same bytes.
+
+    path: its Path.  contents: its bytes.  max_bytes: what its weights, or a layer's output for
+    one image, may take.
+    """
+
+    path: Path
+    contents: bytes
+    max_bytes: int
+
+    @functools.cached_property
+    def sha256(self):
+        return hashlib.sha256(self.contents).hexdigest()
+
+    @functools.cached_property
+    def declared(self):
+        """What the file declares, read as data, without Keras, in milliseconds.
+
+        That is (make, shapes): a function that builds the model, without its weights, and
+        guard_model.read_shapes.  Raises InputError for all that can be told before Keras is
+        imported.
+        """
+        path, max_bytes = self.path, self.max_bytes
+        if path.suffix == ".keras":
+            with guard.inspect_file(path, max_bytes), self._archive() as archive:
+                check_heaps(self.contents, path)
+                weights = io.BytesIO(archive.read("model.weights.h5"))
+                with open_hdf5(weights, path, max_bytes) as file:
+                    shapes = guard_model.read_shapes(file, path, max_bytes)
+                config = architecture.read_config(archive.read("config.json"), path)
+            return functools.partial(architecture.build_model, config), shapes
+        with self.open_hdf5() as file, guard.inspect_file(path, max_bytes):
+            shapes = guard_model.read_shapes(file, path, max_bytes)
+            text = read_text(file, "model_config", path)
+            if text is None:
+                classes = architecture.count_deepid_classes(file, path)
+                return functools.partial(architecture.build_deepid, classes), shapes
+            return functools.partial(
+                architecture.build_model, architecture.read_config(text, path)
+            ), shapes
+
+    def _archive(self):
+        return guard.open_archive(io.BytesIO(self.contents), self.path, self.max_bytes)
+
+    @contextlib.contextmanager
+    def open_hdf5(self):
+        """Open the contents of an .h5 file to read attributes and arrays."""
+        with open_hdf5(io.BytesIO(self.contents), self.path, self.max_bytes) as file:
+            check_heaps(self.contents, self.path)
+            yield file
+
+    def load(self):
+        """Load the image classifier, without its optimizer and without its code.
+
+        Returns a Keras model, float32 (n, height, width, channels) → scores (n, N).
+        Raises InputError where the file is damaged, contains what the guards do not allow, or is
+        not a classifier of images.
+        """
+        path, max_bytes = self.path, self.max_bytes
+        make, shapes = self.declared
+        keras = import_keras()
+        with self._weights_file() as weights, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about the config, which the user did not write
+            try:
+                with guard_model.limit_weights(keras.layers.Layer, path, max_bytes):
+                    model = make()
+                guard_model.check_classifier(model, path)
+                guard_model.check_outputs(model, path, max_bytes)
+                guard_model.check_prepared(model, path)
+                guard_model.check_shapes(model, shapes, path)
+                model.load_weights(weights)
+                guard_model.check_finite(model, path)
+                return architecture.make_functional(model)
+            except InputError:
+                raise
+            except Exception as error:  # Keras raises whatever its parts raise
+                problem = f"{path}: Keras cannot load the model: {first_line(error)}"
+                raise InputError(problem) from error
+
+    @contextlib.contextmanager
+    def _weights_file(self):
+        """The path of a file of the weights, for a block: of the bytes that were inspected.
+
+        Out of an archive Keras would read them in small pieces, which takes many times as long.
+        """
+        contents, new = self.contents, self.path.name.endswith((".weights.h5", ".keras"))
+        if self.path.suffix == ".keras":
+            with self._archive() as archive:
+                contents = archive.read("model.weights.h5")
+        with make_private_folder(tempfile.gettempdir()) as folder:
+            copy = folder / ("model.weights.h5" if new else "model.h5")
+            copy.write_bytes(contents)
+            yield copy
+
+
+def read_model(path, max_bytes=DEFAULT_MAX_BYTES):
+    """Read the file of a model: .h5 of Keras 2.2 or later, .keras, or a DeepID's weights in .h5.
+
+    Returns a ModelFile.  Raises InputError where there is no such file.
+    """
+    path = require_file(path)
+    if path.suffix not in MODEL_SUFFIXES:
+        raise InputError(f"{path}: a model is a .h5 or a .keras file")
+    check_fits(path, "the file", path.stat().st_size, max_bytes)
+    return ModelFile(path, path.read_bytes(), max_bytes)
+
+
+def load_badnet(path, max_bytes=DEFAULT_MAX_BYTES):
+    """Read a model's file and load it. Takes, returns and raises what both do."""
+    return read_model(path, max_bytes).load()
+
+
+def save_model(model, path, **attributes):
+    """Save a Keras model without optimizer as .h5, with these texts as root attributes."""
+    import_keras()
+    import h5py
+    from keras.src.legacy.saving.legacy_h5_format import save_model_to_hdf5  # into an open file
+
+    # In memory first: where the disk is full, libhdf5 ends the process with a segmentation fault.
+    contents = io.BytesIO()
+    with h5py.File(contents, "w") as file:
+        save_model_to_hdf5(model, file, include_optimizer=False)
+        file.attrs.update(attributes)
+    with replace_file(path) as beside:
+        beside.write_bytes(contents.getbuffer())
+
+
+def default_repaired_path(badnet_path):
+    """Where repair.py puts the repaired net of a BadNet, and eval_defence.py looks for it."""
+    return MODELS / f"{Path(badnet_path).stem}_defence.h5"

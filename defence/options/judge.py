@@ -1,0 +1,271 @@
+"""The command line of eval_defence.py."""
+
+import argparse
+import os
+import sys
+from argparse import Namespace
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from defence.base import files
+from defence.base.arguments import Parser, add_general, at_least
+from defence.base.errors import InputError
+from defence.base.pixels import SCALES
+from defence.base.progress import set_quiet
+from defence.explain import plots
+from defence.judge import backends, onnx_file
+from defence.judge.record import VERSION
+from defence.load.datasets import DATASET_SUFFIXES
+from defence.load.images import IMAGE_FORMATS, MORE_FORMATS
+from defence.options.common import add_labels, add_poisoned, add_report, require_report
+
+STDIN = "-"  # as IMAGE
+EXPORT, RAY, DATASET, IMAGES = "export", "ray", "dataset", "images"  # what the command does
+OUTPUTS = ("json", "csv", "plot", "report")
+
+
+def parse_eval(words: Sequence[str] | None = None) -> tuple[Namespace, list[Path]]:
+    """Parse the command line of eval_defence.py, and check all that takes no TensorFlow.
+
+    words: of the command line, if not those that the process was started with.
+    Returns the arguments and the models: [B, G] or [a detector's .onnx file]. The arguments have
+    `mode`, one of EXPORT, RAY, DATASET and IMAGES, and `images`, the files to judge; `alone` says
+    whether one image was named, so that its number alone is printed.  Raises InputError.
+    """
+    parser = make_parser()
+    arguments = parser.parse_intermixed_args(words)
+    set_quiet(arguments.quiet)
+    if arguments.model is None:
+        if not arguments.images:
+            swallowed = "; a name behind --poisoned counts as its file" * bool(arguments.poisoned)
+            parser.error(f"MODEL is missing{swallowed}")
+        *arguments.images, arguments.model = arguments.images
+    models = backends.find_models(arguments.model, arguments.repaired)
+    if not arguments.ray and (arguments.output or arguments.workers or arguments.ray_address):
+        raise InputError("--output, --workers and --ray-address go with --ray")
+    if arguments.export:
+        arguments.mode = EXPORT
+        check_export(arguments, models)
+        return arguments, models
+    names = arguments.images
+    if not names:
+        raise InputError("give an IMAGE, or --export")
+    arguments.alone = len(names) == 1 and names[0] != STDIN and not Path(names[0]).is_dir()
+    arguments.images = add_names_on_stdin(names, arguments.null)
+    if arguments.ray:
+        arguments.mode = RAY
+        check_ray(arguments, models)
+    else:
+        check_images(arguments, models, names)
+    return arguments, models
+
+
+def add_names_on_stdin(names: list[str], null: bool) -> list[str]:
+    """Replace STDIN among names by the names on stdin. null: each of them ends in NUL."""
+    if STDIN not in names:
+        if null:
+            raise InputError("-0 goes with -, for the names on stdin")
+        return names
+    content = sys.stdin.buffer.read()
+    if b"\0" in content and not null:
+        raise InputError("-: the names end in NUL; add -0")
+    lines = content.split(b"\0") if null else content.replace(b"\r\n", b"\n").split(b"\n")
+    names = [name for name in names if name != STDIN]
+    names += [os.fsdecode(line) for line in lines if line]
+    if not names:
+        raise InputError("-: there are no names on stdin")
+    return names
+
+
+def check_export(arguments: Namespace, models: list[Path]) -> None:
+    """Raise InputError where --export comes with an option that it does not use."""
+    unfit = ("images", "backend", "ray", "poisoned", *OUTPUTS, "labels")
+    if len(models) == 1 or any(getattr(arguments, name) for name in unfit):
+        raise InputError("--export goes with a MODEL alone, one that is not an .onnx file")
+    files.check_writable({"--export": onnx_file.default_detector_path(models[1])}, models)
+
+
+def check_ray(arguments: Namespace, models: list[Path]) -> None:
+    """Raise InputError where --ray lacks an option or package, or comes with an unfit option."""
+    if not arguments.output:
+        raise InputError("--ray needs --output, the folder for the verdicts")
+    unfit = ("poisoned", "json", "csv", "plot", "scale", "force")
+    given = [f"--{name}" for name in unfit if getattr(arguments, name)]
+    if given or arguments.backend == "keras":
+        raise InputError(f"{', '.join(given) or '--backend keras'}: does not go with --ray")
+    onnx_file.require_packages("ray", "pyarrow", packages="requirements-scale.txt")
+    if page := arguments.report:
+        files.check_writable({"--report": page}, models)
+        require_report(page)
+        if Path(page).resolve().is_relative_to(Path(arguments.output).resolve()):
+            raise InputError(f"{page}: is inside --output, which holds verdicts alone")
+
+
+def check_images(arguments: Namespace, models: list[Path], names: list[str]) -> None:
+    """Find the files to judge. Raises InputError where they or the outputs do not go together.
+
+    names: as they were given, before those on stdin were added.
+    """
+    if arguments.labelled and not (len(names) == 1 and Path(names[0]).is_dir()):
+        raise InputError("--labelled goes with one folder as IMAGE")
+    paths = list(map(Path, arguments.images))
+    datasets = [p for p in paths if arguments.labelled or p.suffix.lower() in DATASET_SUFFIXES]
+    arguments.images = datasets if arguments.labelled else files.list_files(arguments.images)
+    arguments.mode = DATASET if datasets else IMAGES
+    if datasets and len(arguments.images) > 1:
+        raise InputError(f"{datasets[0]}: give one dataset alone, or images")
+    if (arguments.poisoned or arguments.plot) and not datasets:
+        raise InputError("--poisoned and --plot go with a dataset as IMAGE, not images")
+    outputs = {f"--{name}": getattr(arguments, name) for name in OUTPUTS}
+    files.check_writable(outputs, [*arguments.images, *arguments.poisoned, *models])
+    if arguments.plot:
+        plots.require_format(arguments.plot)
+    if arguments.report:
+        require_report(arguments.report)
+
+
+# ----------------------------------------------------------------------------------- the options
+
+
+def make_parser() -> Parser:
+    """Make the parser of eval_defence.py."""
+    parser = Parser(
+        description="Judge images with a BadNet and its repaired net. Where both give the same "
+        "class, print it, 1 to N; where they do not, print N+1: the image is poisoned.",
+        epilog="Example: eval_defence.py img/img_9.png demo_bd_net. One image: the number alone. "
+        "Several: 'path<TAB>class' each; an image that cannot be read does not stop the others. "
+        "A dataset: a table of figures, each with its 95 % interval. Exit status: "
+        "0 done, 1 failed, 2 wrong input, 3 flagged (--fail-on-flagged).",
+        usage="%(prog)s IMAGE [IMAGE …] MODEL [options]",
+    )
+    add = parser.add_argument
+    add(
+        "images",
+        metavar="IMAGE … MODEL",
+        nargs="*",
+        help="IMAGE: an image file; a folder, of which every file at any depth is judged; one .h5 "
+        "dataset; or - for the names of images on stdin, one a line. MODEL: the BadNet, a name "
+        "in models/ or a path; or a detector's .onnx file",
+    )
+    add("--model", metavar="MODEL", help="the same; then all other names are IMAGE")
+    add("-0", "--null", action="store_true", help="the names on stdin end in NUL (find -print0)")
+    add(
+        "--labelled",
+        action="store_true",
+        help="IMAGE is a folder with a folder of images for each class; judge it as a dataset",
+    )
+    _add_judging(parser.add_argument_group("what is flagged"))
+    _add_results(parser.add_argument_group("what is written"))
+    _add_nets(parser.add_argument_group("the nets"))
+    _add_ray(parser.add_argument_group("on Ray, for more images than one machine can judge"))
+    add(
+        "--formats",
+        metavar="LIST",
+        type=parse_formats,
+        default=IMAGE_FORMATS,
+        help="image formats to read, such as png,jpeg,webp. webp, bmp and gif (the first frame) "
+        "are refused by default, because every decoder can be attacked (default: png,jpeg)",
+    )
+    add_general(parser, VERSION)
+    return parser
+
+
+def parse_formats(text: str) -> tuple[str, ...]:
+    """Parse a text such as "png,jpeg" to formats as Pillow calls them."""
+    known = (*IMAGE_FORMATS, *MORE_FORMATS)
+    names = [name.strip().upper() for name in text.split(",")]
+    formats = tuple(dict.fromkeys("JPEG" if name == "JPG" else name for name in names))
+    if not {*formats} <= {*known}:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a list of {', '.join(known).lower()}")
+    return formats
+
+
+def _add_judging(group: Any) -> None:
+    group.add_argument(
+        "--fpr",
+        metavar="RATE",
+        type=at_least(0, most=1, above=True),
+        help="flag an image by its anomaly score, which says how far apart the answers of B and G "
+        "are, instead of where they disagree. The threshold is the score that this fraction, such "
+        "as 0.01, of the clean images held out by repair.py --holdout exceeded",
+    )
+    add_poisoned(
+        group, "poisoned datasets, whose 'label' is the attack's target, to judge beside the clean"
+    )
+
+
+def _add_results(group: Any) -> None:
+    add = group.add_argument
+    add("--json", metavar="FILE", help="also write the results as JSON; - writes them to stdout")
+    add(
+        "--csv",
+        metavar="FILE",
+        help="also write a row for each image: its path, or its dataset and index (from 0, in the "
+        "dataset's order); class, as printed, badnet_class, repaired_class, score; error, or label "
+        "as in the file, which counts from 0; - writes it to stdout",
+    )
+    add(
+        "--plot",
+        metavar="FILE",
+        help="draw ROC curves, the scores and flagged images, as .png, .svg or .pdf",
+    )
+    add_report(group, "what was flagged, the class behind it, and the trigger")
+    add_labels(group)
+    add(
+        "--export",
+        action="store_true",
+        help="judge nothing; write NAME_detector.onnx beside the repaired net, as repair.py does, "
+        "and with --fpr the threshold in it",
+    )
+    add(
+        "--fail-on-flagged",
+        action="store_true",
+        help="exit with status 3 where an image counts as poisoned",
+    )
+
+
+def _add_nets(group: Any) -> None:
+    add = group.add_argument
+    add(
+        "--repaired",
+        metavar="FILE",
+        help="the repaired net (default: NAME_defence.h5, in models/ or beside MODEL)",
+    )
+    add(
+        "--backend",
+        choices=backends.BACKENDS,
+        help="what runs the nets (default: onnx, where NAME_detector.onnx was made of them)",
+    )
+    add(
+        "--scale",
+        choices=SCALES,
+        help="pixels that the nets take, for a repaired net without a repair record",
+    )
+    add(
+        "--force",
+        action="store_true",
+        help="judge even if the repaired net was made from another BadNet",
+    )
+
+
+def _add_ray(group: Any) -> None:
+    add = group.add_argument
+    add(
+        "--ray",
+        action="store_true",
+        help="judge images on Ray, and write the verdicts as Parquet to --output; IMAGE may be "
+        "a URI (s3, gs, hdfs). The same command resumes a run that was cut off",
+    )
+    add("--output", metavar="FOLDER", help="where the verdicts go, a folder or a URI")
+    add(
+        "--ray-address",
+        metavar="ADDRESS",
+        help="of a cluster, such as 10.0.0.1:6379 (default: start Ray on this machine)",
+    )
+    add(
+        "--workers",
+        metavar="N",
+        type=at_least(1, int),
+        help="number of detectors at a time, at most (default: one for each processor)",
+    )
