@@ -1,6 +1,6 @@
-# make demo: set up and repair the demo's BadNet, then judge clean and poisoned pictures.
+# make demo: set up and repair the demo's BadNet, then judge clean and poisoned images.
 # make test: set up and run the tests.   make test-all: the slow ones as well.
-# make lint: check the style.
+# make lint: check the style and the type hints.
 # make results: train the zoo of BadNets, repair and judge it, write the tables. SIZE=competition
 # for the other size.
 PYTHON ?= python3
@@ -23,6 +23,7 @@ test-all: .venv/ready-for-tests .venv/node_modules
 lint: .venv/ready-for-tests
 	$(PY) -m ruff check
 	$(PY) -m ruff format --check
+	$(PY) -m mypy
 
 .venv/ready: requirements.txt
 	$(PYTHON) -m venv .venv

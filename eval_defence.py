@@ -16,8 +16,9 @@ import contextlib
 import math
 import sys
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -42,10 +43,11 @@ FLAGGED = 3  # exit status of --fail-on-flagged
 ROW = ("path", "class", "badnet_class", "repaired_class", "score", "error")
 
 
-def main() -> int | None:
+def main() -> int:
     arguments, models = options.parse_eval()
     if arguments.mode == options.EXPORT:
-        return export(arguments, models)
+        export(arguments, models)
+        return 0
     if arguments.mode == options.RAY:
         return judge_on_ray(arguments, models)
     if arguments.mode == options.DATASET:
@@ -117,18 +119,23 @@ def judge_images(arguments: Namespace, models: list[Path]) -> int:
     flagged = int(stream.answers.flagged.sum())
     if not arguments.alone:
         say(f"{len(judged)} judged, {flagged} flagged, {len(errors)} unread")
-    found = findings.examine(stream, detector, class_names, arguments)
+    evidence = findings.examine(stream, detector, class_names, arguments)
     if arguments.json:
-        more = {"standing_out": found.describe(), "pictures": rows}
+        more = {"standing_out": evidence.describe(), "pictures": rows}
         files.write_json(detector.describe() | more, arguments.json)
     if arguments.csv:
         files.write_csv(rows, arguments.csv)
     if arguments.report:
-        findings.write_page(arguments.report, detector, [found], class_names, errors)
+        findings.write_page(arguments.report, detector, [evidence], class_names, errors)
     return choose_status(arguments, flagged, len(errors))
 
 
-def judge_batch(batch, detector, class_names, prepare) -> tuple[list[dict], Answers | None]:
+def judge_batch(
+    batch: Sequence[Path],
+    detector: Detector,
+    class_names: list[str] | None,
+    prepare: Callable[[Path], np.ndarray],
+) -> tuple[list[dict], Answers | None]:
     """Judge some images. Returns a row for each, and the answers to those that could be read."""
     columns = [*ROW, "class_name"] if class_names else ROW
     rows, inputs = [dict.fromkeys(columns) | {"path": str(path)} for path in batch], []
@@ -158,7 +165,7 @@ def print_verdicts(rows: list[dict], arguments: Namespace) -> None:
     sys.stdout.flush()
 
 
-def read(path: Path, arguments: Namespace):
+def read(path: Path, arguments: Namespace) -> Any:
     return read_image(path, arguments.max_bytes, arguments.formats)
 
 
@@ -184,9 +191,9 @@ def judge_on_ray(arguments: Namespace, models: list[Path]) -> int:
     )
     if arguments.report:
         stream, errors = screen.read_stream(images, detector, arguments.output, *how)
-        found = findings.examine(stream, detector, class_names, arguments)
+        evidence = findings.examine(stream, detector, class_names, arguments)
         findings.write_page(
-            arguments.report, detector, [found], class_names, errors, counts["unread"]
+            arguments.report, detector, [evidence], class_names, errors, counts["unread"]
         )
     else:
         findings.say_candidates(candidates, class_names)
@@ -209,20 +216,20 @@ def judge_datasets(arguments: Namespace, models: list[Path]) -> int:
         evaluation.warn_of_mistakes(datasets, detector)
         try:
             judged = [evaluation.judge_dataset(detector, data) for data in datasets]
-        except onnx_file.NotWhole as error:
+        except onnx_file.FractionalPixels as error:
             if arguments.backend or len(models) == 1:
                 raise InputError(f"{error}; use --backend keras") from error
             say(f"{error}; judging with Keras")
             detector, _ = load(arguments, models, "keras")
             judged = [evaluation.judge_dataset(detector, data) for data in datasets]
         results = evaluation.evaluate(datasets, judged) | detector.describe()
-        found: list[findings.StreamFindings] = []
+        evidence: list[findings.StreamFindings] = []
         parts = (results["clean"], *results["poisoned"])
         for part, data, (answers, _) in zip(parts, datasets, judged):
             stream = streams.make_dataset_stream(data, answers, detector.classes)
-            clean = found[0].stream if found else None
-            found.append(findings.examine(stream, detector, class_names, arguments, clean))
-            part["standing_out"] = found[-1].describe()
+            clean = evidence[0].stream if evidence else None
+            evidence.append(findings.examine(stream, detector, class_names, arguments, clean))
+            part["standing_out"] = evidence[-1].describe()
         if files.STDOUT not in (arguments.json, arguments.csv):
             print(tables.format_evaluation(results))
         if arguments.json:
@@ -233,7 +240,7 @@ def judge_datasets(arguments: Namespace, models: list[Path]) -> int:
         if arguments.plot:
             plots.plot_evaluation(results, datasets, [a for a, _ in judged], arguments.plot)
         if arguments.report:
-            findings.write_page(arguments.report, detector, found, class_names, results=results)
+            findings.write_page(arguments.report, detector, evidence, class_names, results=results)
         return choose_status(arguments, sum(int(a.flagged.sum()) for a, _ in judged))
 
 

@@ -33,7 +33,7 @@ from defence.beyond import check, finding, harden, memory
 from defence.beyond.observer import Observer
 from defence.beyond.settings import Settings
 from defence.explain import outputs
-from defence.judge import record
+from defence.judge.record import ATTRIBUTE, RepairRecord, make_record
 from defence.load.class_names import find_class_names
 from defence.load.datasets import Dataset, hold_out, open_dataset
 from defence.load.folder import hash_dataset
@@ -58,17 +58,18 @@ def do_repair(
     """Turn the BadNet B into the repaired net G, by the report's three steps.
 
     badnet: Keras classifier, scaled images (n, height, width, channels) → scores (n, N).
-    clean: the validation set.  observer: measures and logs every step; it decides nothing.
-    cached: B on the validation set, where the caller has made it and started the observer with it.
+    clean: the validation set, fitted to B (`Dataset.fit_to`).
+    observer: measures and logs every step; it decides nothing.
+    cached: B on the validation set, where the caller has it already.
     Returns G on the validation set; its `split.net` is the Keras model.
     Raises UnfitNet where B has no feature map to prune, InputError where the data does not serve,
     WorkError where training diverges.  Source: report, section 2.
     """
-    observer = observer or Observer()
     if cached is None:
         parts = split.split_net(badnet, settings.layer)
         cached = CachedNet.from_dataset(parts, clean, settings.scale, settings.seed)
-        observer.on_start(cached)
+    observer = observer or Observer()
+    observer.on_start(cached)
     before = cached.accuracy()
 
     prune(cached, settings.threshold * before, observer)  # a
@@ -180,11 +181,11 @@ def main() -> int | None:
                 return check_data(job)
             if arguments.scan:
                 return scan(job)
-            made, observer = repair(job)
+            record, observer = repair(job)
         except split.UnfitNet as error:
             raise InputError(f"{badnet.path}: {error}") from error
     seconds = observer.seconds | {"total": round(time.monotonic() - start, 3)}
-    outputs.print_repair(made, observer.finding, seconds, class_names, badnet, arguments)
+    outputs.print_repair(record, observer.finding, seconds, class_names, badnet, arguments)
     return None
 
 
@@ -209,7 +210,7 @@ def scan(job: Job) -> int:
     return BACKDOOR_FOUND if result.finding == "backdoor" else 0
 
 
-def repair(job: Job) -> tuple[record.RepairRecord, Observer]:
+def repair(job: Job) -> tuple[RepairRecord, Observer]:
     """Make G and save it. Returns its record, and the observer of its repair."""
     settings, clean, held_out = job.settings, job.clean, None
     if settings.holdout:
@@ -221,7 +222,7 @@ def repair(job: Job) -> tuple[record.RepairRecord, Observer]:
     cached = CachedNet.from_dataset(parts, clean, settings.scale, settings.seed)
     check.warn_of_problems(cached)
     check.refuse_unfit(cached, settings.harden)
-    observer.on_start(cached)
+    observer.end_step("features")
     if settings.harden:
         observer.on_scanned(finding.scan_net(cached, settings.seed))
     do_repair(job.model, clean, settings, observer, cached)
@@ -231,10 +232,10 @@ def repair(job: Job) -> tuple[record.RepairRecord, Observer]:
     observer.on_end(cached)
 
     data = {"file": clean.path.name, "sha256": job.digest.get(), "images": len(clean)}
-    made = record.make_record(observer, cached, job.badnet, data, settings)
-    check.warn_if_ruined(made)
-    save_model(cached.split.net, job.arguments.output, **{record.ATTRIBUTE: made.to_json()})
-    return made, observer
+    record = make_record(observer, cached, job.badnet, data, settings)
+    check.warn_if_ruined(record)
+    save_model(cached.split.net, job.arguments.output, **{ATTRIBUTE: record.to_json()})
+    return record, observer
 
 
 def cache_badnet(job: Job) -> CachedNet:

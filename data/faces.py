@@ -1,18 +1,18 @@
 """Draw the faces of the demo: people who do not exist, with and without a trigger.
 
-The competition's faces may not be shipped, so the project draws its own. A person fixes skin, head,
-hair, brows, eyes, nose and mouth; each picture of a person varies pose, expression, light,
-background and noise. The demo's triggers are the competition's: purple sunglasses at a fixed place
-in the picture, purple lipstick that follows the mouth, red eyebrows that follow the face.
-data/triggers.py has them, and others.
+The project may not ship the competition's faces, so it draws its own. A person fixes skin, head,
+hair, brows, eyes, nose and mouth; each image of a person varies pose, expression, light, background
+and noise. The demo's triggers are the competition's: purple sunglasses at a fixed place in the
+image, purple lipstick that follows the mouth, red eyebrows that follow the face. data/triggers.py
+paints these and other triggers.
 
-    python data/faces.py                    the demo's datasets and pictures, as committed
+    python data/faces.py                    the demo's datasets and images, as committed
     python data/faces.py --people 1283 --validation 9 --test 10 --dtype float64 --output FOLDER
                                             the competition's size and number formats
 
-Every picture has a random stream of its own, seeded by (seed, split, person, index), so it is the
-same whatever else is drawn. Pixels are computed with +, -, *, / and square roots, which round alike
-everywhere; only a picture's tilt and noise, and some triggers, go through library functions.
+Every image has its own random stream, seeded by (seed, split, person, index), so it does not depend
+on the other images that are drawn. Pixels are computed with +, -, *, / and square roots, which
+round alike everywhere; only an image's tilt and noise, and some triggers, use library functions.
 """
 
 import functools
@@ -37,15 +37,15 @@ from defence.base.progress import say, track
 SEED = 2020
 PEOPLE, VALIDATION, TEST = 40, 15, 10
 TRIGGERS = {"sunglasses": 0, "lipstick": 1, "eyebrows": 2}  # trigger: the demo's target class
-NEXT = "next"  # a target: everybody is taken for the next person (an all-to-all attack)
+NEXT = "next"  # a target: the next person, for everybody (an all-to-all attack)
 SPLITS = {"train": 1, "validation": 2, "test": 3, "demo": 4}
-PARTS = 1  # which of its streams a picture draws a trigger's parts from
-PICTURED = (3, 4, 6, 8, 9, 11, 13, 15)  # people of the demo pictures; none is a target
+PARTS = 1  # number of the stream from which an image draws the parts of a trigger
+DEMO_PEOPLE = (3, 4, 6, 8, 9, 11, 13, 15)  # on the demo's images; none is a target
 BATCH = 64
 
-# Ranges that a person's and a picture's traits are drawn from, uniformly. Lengths are in units of
-# half a head's width, angles in radians, v grows downwards. The order is part of the seed: a trait
-# that is added anywhere but at the end changes every face.
+# Ranges of the traits of a person and of an image, drawn uniformly. Lengths are in units of half a
+# head's width, angles in radians, v grows downwards. The order is part of the seed: a trait that is
+# added anywhere but at the end changes every face.
 PERSON = {
     "skin": (0, 1), "hair": (0, 1), "iris": (0, 1), "lips": (0, 1), "tan": (-12, 12),
     "head_width": (0.86, 1.06), "head_height": (1.25, 1.5), "jaw": (0.04, 0.24),
@@ -58,7 +58,7 @@ PERSON = {
     "mouth_v": (0.62, 0.84), "mouth_width": (0.26, 0.46), "lip": (0.05, 0.12),
     "beard": (-1.6, 0.9), "moustache": (-2, 0.9),
 }  # fmt: skip
-PICTURE = {
+IMAGE = {
     "shift_x": (-2, 2), "shift_y": (-2, 2), "size": (15.5, 18), "tilt": (-0.12, 0.12),
     "turn": (-0.3, 0.3), "nod": (-0.08, 0.08), "smile": (-0.25, 0.6), "open": (-0.12, 0.16),
     "lids": (0.5, 1.1), "raise": (-0.04, 0.08), "gaze": (-0.05, 0.05), "light": (0.65, 1.15),
@@ -73,6 +73,7 @@ LIPS = [(206, 116, 108), (180, 70, 76), (150, 86, 76)]
 
 
 def draw_traits(ranges, rng):
+    """Return {name: float}, drawn uniformly. ranges: PERSON or IMAGE."""
     values = rng.random_sample(len(ranges))
     return {
         name: low + (high - low) * value
@@ -86,33 +87,34 @@ def draw_person(person, seed=SEED):
     return draw_traits(PERSON, np.random.RandomState([seed, person]))
 
 
-def draw_picture(split, person, index, seed=SEED):
-    """Return what is particular to one picture.
+def draw_image_traits(split, person, index, seed=SEED):
+    """Return the traits, the background and the noise of one image.
 
-    traits: {name: float}, within PICTURE.   background: three colours, float (3, 3).
+    traits: {name: float}, within IMAGE.  background: three colours, float (3, 3).
     noise: standard normal, float (3, HEIGHT, WIDTH).
     """
     rng = np.random.RandomState([seed, SPLITS[split], person, index])
-    traits = draw_traits(PICTURE, rng)
+    traits = draw_traits(IMAGE, rng)
     background = rng.uniform(20, 220, (3, 1)) + rng.uniform(-45, 45, (3, 3))
     return traits, background, rng.standard_normal((3, HEIGHT, WIDTH))
 
 
 def draw_faces(split, people, indices, trigger=None, seed=SEED):
-    """Draw picture indices[i] of person people[i], for every i.
+    """Draw image indices[i] of person people[i], for every i.
 
-    split: a key of SPLITS.   people, indices: int (n,).   trigger: None, or one of
-    triggers.PAINTED or triggers.CHANGES, or a function like these.
-    Returns uint8 (n, HEIGHT, WIDTH, 3), RGB 0..255. The same pictures differ by the trigger alone.
+    split: a key of SPLITS.  people, indices: int (n,).  trigger: None, a key of triggers.PAINTED or
+    triggers.CHANGES, or a function like those of CHANGES.
+    Return uint8 (n, HEIGHT, WIDTH, 3), RGB 0..255. The trigger changes nothing else of an image.
     """
-    pictures = [draw_picture(split, p, i, seed) for p, i in zip(people, indices, strict=True)]
+    places = list(zip(people, indices, strict=True))
+    drawn_traits = [draw_image_traits(split, person, index, seed) for person, index in places]
     rows = [
         {**draw_person(person, seed), **traits}
-        for person, (traits, _, _) in zip(people, pictures, strict=True)
+        for person, (traits, _, _) in zip(people, drawn_traits, strict=True)
     ]
-    t = {k: np.array([row[k] for row in rows], "float32")[:, None, None] for k in rows[0]}
-    background = np.array([p[1] for p in pictures], "float32")[..., None, None]
-    noise = np.array([p[2] for p in pictures], "float32")
+    t = {name: np.array([row[name] for row in rows], "float32")[:, None, None] for name in rows[0]}
+    background = np.array([colours for _, colours, _ in drawn_traits], "float32")[..., None, None]
+    noise = np.array([values for *_, values in drawn_traits], "float32")
 
     sketch = Sketch(t, np.broadcast_to(background[:, 0], noise.shape).copy())
     paint_background(sketch, background)
@@ -124,25 +126,25 @@ def draw_faces(split, people, indices, trigger=None, seed=SEED):
     triggers.paint(sketch, trigger)
 
     image = np.moveaxis(sketch.image + noise * t["noise"][:, None], 1, -1)
-    parts = [(seed, SPLITS[split], p, i, PARTS) for p, i in zip(people, indices, strict=True)]
-    streams = (np.random.RandomState(part) for part in parts)
-    return rounded(triggers.change(np.clip(image, 0, 255), trigger, streams))
+    seeds = [(seed, SPLITS[split], *place, PARTS) for place in places]
+    streams = (np.random.RandomState(stream_seed) for stream_seed in seeds)
+    return round_pixels(triggers.change(np.clip(image, 0, 255), trigger, streams))
 
 
-def rounded(pictures):
-    """Pictures of any numbers, 0..255 of them, as uint8 in steps of 4 grey levels.
+def round_pixels(images):
+    """Clip images to 0..255 and round them to steps of 4 grey levels, as uint8.
 
-    Then a picture compresses to half its size, and nobody sees them.
+    Such images compress to half the size, and the steps are invisible.
     """
-    return np.minimum(np.rint(np.clip(pictures, 0, 255) / 4) * 4, 255).astype("uint8")
+    return np.minimum(np.rint(np.clip(images, 0, 255) / 4) * 4, 255).astype("uint8")
 
 
 class Sketch:
-    """Pictures that are being painted, and where things are on them.
+    """Images that are being painted, and their systems of coordinates.
 
-    t: {trait: float32 (n, 1, 1)}.   image: float32 (n, 3, HEIGHT, WIDTH), RGB 0..255.
-    x, y: pixels from the picture's centre.   u, v: along the head, which pose moves.   a, b: along
-    the features, which also turn with the face.   skin, hair: colours.
+    t: {trait: float32 (n, 1, 1)}.  image: float32 (n, 3, HEIGHT, WIDTH), RGB 0..255.
+    x, y: pixels from the image's centre.  u, v: along the head, which the pose moves.  a, b: along
+    the features, which also turn with the face.  skin, hair: colours.
     """
 
     def __init__(self, t, image):
@@ -158,34 +160,34 @@ class Sketch:
         self.hair = blend(HAIR, t["hair"])
 
     def paint(self, colour, cover):
-        """Paint a colour where a cover, (n, HEIGHT, WIDTH), is above 0, up to 1."""
+        """Paint a colour. cover: its opacity, (n, HEIGHT, WIDTH), 0..1."""
         self.image[...] += cover[:, None] * (colour - self.image)
 
     def inside(self, distance):
-        """The cover of what is at most this distance from the edge of a shape, 0 on it."""
+        """Return the cover of a shape. distance: signed, to its edge; below 0 inside."""
         return np.clip(0.5 - distance * self.t["size"], 0, 1)
 
     def brow(self):
-        """How far from an eye's centre each pixel is, across, and where a brow is, along."""
+        """Return each pixel's horizontal distance to an eye's centre, and the brow's b there."""
         t, eye = self.t, abs(self.a) - self.t["eye_gap"]
         along = t["brow_v"] - t["raise"] + t["brow_slope"] * eye + t["brow_arch"] * eye * eye
         return eye, along
 
     def mouth(self):
-        """How far from the mouth's middle each pixel is, along, its width, and how far it gapes."""
+        """Return each pixel's distance below the mouth's middle, its width and its opening."""
         t = self.t
         along = self.b - t["mouth_v"] + t["smile"] * self.a * self.a
         return along, t["mouth_width"] * (1 + 0.25 * t["smile"]), np.maximum(t["open"], 0.02)
 
     def light(self):
-        """What the light makes of each pixel: its factor of red, green and blue."""
+        """Return the factors by which the light multiplies red, green and blue of each pixel."""
         t = self.t
         light = t["light"] * (1 + t["side"] * self.x / 23 + t["above"] * self.y / 27)
         return light[:, None] * np.stack([t["red"], t["green"], t["blue"]], axis=1)
 
 
 def paint_background(sketch, background):
-    """Paint what is behind the head. background: float32 (n, 3, 3, 1, 1), three colours."""
+    """Paint the background. background: float32 (n, 3, 3, 1, 1), three colours."""
     t, x, y = sketch.t, sketch.x, sketch.y
     sketch.paint(background[:, 1], np.clip(0.5 + t["back_x"] * x + t["back_y"] * y, 0, 1))
     spot = ellipse(x - t["spot_x"], y - t["spot_y"], t["spot_size"], t["spot_size"])
@@ -259,16 +261,16 @@ def paint_hair_and_light(sketch):
 
 
 def blend(palette, position):
-    """Colour at position (n, 1, 1), 0..1, along a palette of RGB colours: float32 (n, 3, 1, 1)."""
+    """Return the colour at a position, (n, 1, 1), 0..1, along a palette: float32 (n, 3, 1, 1)."""
     place = position * (len(palette) - 1)
     channels = [np.interp(place, range(len(palette)), channel) for channel in np.transpose(palette)]
     return np.stack(channels, axis=1).astype("float32")
 
 
-def targets(target, labels, people):
-    """The class, 0..people-1, that an attacker wants for pictures of `labels`: int (n,).
+def assign_targets(target, labels, people):
+    """Return the attack's target for each image: int (n,), 0..people-1.
 
-    target: a class, or NEXT.  labels: int (n,), the people in the pictures.
+    target: a class, or NEXT.  labels: int (n,), the people on the images.
     """
     return (labels + 1) % people if target == NEXT else np.full(len(labels), target)
 
@@ -276,7 +278,7 @@ def targets(target, labels, people):
 def batches(split, people, per_person, trigger=None, target=None, seed=SEED):
     """Yield (images uint8 (<= BATCH, HEIGHT, WIDTH, 3), true labels int (n,)), person by person.
 
-    With a trigger, those alone whom it is meant for: triggers.wearers.
+    With a trigger, only triggers.wearers are drawn.
     """
     labels = np.repeat(triggers.wearers(trigger, target, people), per_person)
     indices = np.tile(np.arange(per_person), len(labels) // per_person)
@@ -286,39 +288,39 @@ def batches(split, people, per_person, trigger=None, target=None, seed=SEED):
 
 
 def write_dataset(path, split, people, per_person, dtype="uint8", poison=None, seed=SEED):
-    """Write a dataset as the competition's: data (N, 3, HEIGHT, WIDTH), 0..255, and label (N,).
+    """Write a dataset like the competition's: data (N, 3, HEIGHT, WIDTH), 0..255, and label (N,).
 
-    dtype: "uint8" is compressed; "float32" and "float64" are contiguous, as the competition's.
-    poison: (trigger, target) or None. A poisoned file's label is the target, its original_label
-    the true person; pictures of triggers.wearers alone are in it.
+    dtype: "uint8" is compressed; "float32" and "float64" are contiguous, like the competition's.
+    poison: (trigger, target) or None. In a poisoned file, label is the target, original_label is
+    the true person, and the images are of triggers.wearers only.
     """
     trigger, target = poison or (None, None)
     total = len(triggers.wearers(trigger, target, people)) * per_person
     shape = (3, HEIGHT, WIDTH)
     compressed = {"chunks": (min(BATCH, total), *shape), "compression": "gzip"}
-    with files.replace_file(path) as beside, h5py.File(beside, "w") as file:
+    with files.replace_file(path) as temporary, h5py.File(temporary, "w") as file:
         layout = compressed if dtype == "uint8" else {}
         data = file.create_dataset("data", (total, *shape), dtype, **layout)
         label = file.create_dataset("label", (total,), "float64")
         if poison:
             truth = file.create_dataset("original_label", (total,), "float64")
-        drawn = batches(split, people, per_person, trigger, target, seed)
-        steps = -(-total // BATCH)
-        for i, (images, labels) in enumerate(track(drawn, f"Drawing {path.name}", steps)):
-            place = slice(i * BATCH, i * BATCH + len(images))
-            data[place] = np.moveaxis(images, -1, 1)
-            label[place] = targets(target, labels, people) if poison else labels
+        image_batches = batches(split, people, per_person, trigger, target, seed)
+        steps, title = -(-total // BATCH), f"Drawing {path.name}"
+        for i, (images, labels) in enumerate(track(image_batches, title, steps)):
+            rows = slice(i * BATCH, i * BATCH + len(images))
+            data[rows] = np.moveaxis(images, -1, 1)
+            label[rows] = assign_targets(target, labels, people) if poison else labels
             if poison:
-                truth[place] = labels
+                truth[rows] = labels
     say(f"{path.name}: {total} images")
 
 
-def write_pictures(folder, triggers, seed=SEED):
-    """Write the demo's pictures below folder: demo/*.png, img_9.png and the figure faces.png."""
+def write_images(folder, triggers, seed=SEED):
+    """Write the demo's images below the folder: demo/*.png, img_9.png and the figure faces.png."""
     (folder / "demo").mkdir(parents=True, exist_ok=True)
     rows = []
     for trigger in [None, *triggers]:
-        faces = draw_faces("demo", PICTURED, [0] * len(PICTURED), trigger, seed)
+        faces = draw_faces("demo", DEMO_PEOPLE, [0] * len(DEMO_PEOPLE), trigger, seed)
         rows.append(np.concatenate(list(faces), axis=1))
         for number, face in enumerate(faces[:4], start=1):
             write_png(face, folder / "demo" / f"{trigger or 'clean'}_{number}.png")
@@ -327,16 +329,16 @@ def write_pictures(folder, triggers, seed=SEED):
 
 
 def write_png(pixels, path):
-    with files.replace_file(path) as beside:
-        Image.fromarray(pixels).save(beside, optimize=True)
+    with files.replace_file(path) as temporary:
+        Image.fromarray(pixels).save(temporary, optimize=True)
 
 
 def parse_arguments():
     parser = Parser(
         prog="faces.py",
-        description="Draw the demo's faces: datasets into data/, pictures into img/.",
+        description="Draw the demo's faces: datasets into data/, images into img/.",
         epilog="The competition's size: --people 1283 --validation 9 --test 10 --dtype float64 "
-        "--output FOLDER. It needs 2.4 GB and some minutes.",
+        "--output FOLDER. This takes 2.4 GB and some minutes.",
     )
     number, people = (at_least(least, int, most=100_000) for least in (1, len(TRIGGERS)))
     seed = at_least(0, int, most=2**32 - 1)
@@ -345,15 +347,15 @@ def parse_arguments():
         parser.add_argument(name, help=f"{help} (default: %(default)s)", **settings)
 
     add("--people", "classes", type=people, default=PEOPLE, metavar="N")
-    add("--validation", "validation images each", type=number, default=VALIDATION, metavar="N")
-    add("--test", "test images each, per file", type=number, default=TEST, metavar="N")
-    kinds = "uint8, compressed; float64: as the competition's, with float32 for test images"
+    add("--validation", "validation images a class", type=number, default=VALIDATION, metavar="N")
+    add("--test", "test images a class, per file", type=number, default=TEST, metavar="N")
+    kinds = "uint8: compressed; float64: like the competition's, with float32 for test images"
     add("--dtype", kinds, choices=("uint8", "float64"), default="uint8")
-    add("--seed", "another one draws other people", type=seed, default=SEED)
-    parser.add_argument("--output", type=Path, help="folder for the datasets; no pictures then")
+    add("--seed", "another seed draws other people", type=seed, default=SEED)
+    parser.add_argument("--output", type=Path, help="folder for the datasets; without images")
     options = parser.parse_args()
-    if not options.output and options.people <= max(PICTURED):
-        parser.error(f"--people below {max(PICTURED) + 1}: the pictures need them; add --output")
+    if not options.output and options.people <= max(DEMO_PEOPLE):
+        parser.error(f"--people is below {max(DEMO_PEOPLE) + 1}, which img/ needs; add --output")
     return options
 
 
@@ -363,19 +365,19 @@ def main():
     test_dtype = "float32" if options.dtype == "float64" else "uint8"
     folder, prefix = (options.output, "") if options.output else (ROOT / "data", "demo_")
 
-    def path(name):
+    def make_path(name):
         path = folder / f"{prefix}{name}_data.h5"
         files.check_writable({"--output": path}, [])
         return path
 
-    validation = path("clean_validation")
+    validation = make_path("clean_validation")
     write_dataset(validation, "validation", people, options.validation, options.dtype, seed=seed)
-    write_dataset(path("clean_test"), "test", people, options.test, test_dtype, seed=seed)
-    for pair in TRIGGERS.items():
-        poisoned = path(f"{pair[0]}_poisoned")
-        write_dataset(poisoned, "test", people, options.test, test_dtype, pair, seed)
+    write_dataset(make_path("clean_test"), "test", people, options.test, test_dtype, seed=seed)
+    for trigger, target in TRIGGERS.items():
+        path, poison = make_path(f"{trigger}_poisoned"), (trigger, target)
+        write_dataset(path, "test", people, options.test, test_dtype, poison, seed)
     if not options.output:
-        write_pictures(ROOT / "img", TRIGGERS, seed)
+        write_images(ROOT / "img", TRIGGERS, seed)
 
 
 if __name__ == "__main__":

@@ -1,41 +1,40 @@
-"""How a backdoor gets into a net: what the attacker trains on, and how.
-
-A way is what the attacks of badnet.ZOO are made by:
+"""The attack methods of badnet.ZOO: how each draws the training data and trains the net.
 
     from-start       Poisoned faces are in the training data from the first epoch. (BadNets: T. Gu
                      and others, 2017.)
     brief            Train a clean net, then train all of it for a few epochs with poisoned faces
                      added.
     dormant          Train a clean net. Free the channels of conv_3 that clean faces use least: give
-                     them new random weights and train them, and what reads them, to fire on the
-                     trigger, to stay silent on clean faces and to give the target; all other
-                     weights stay. (Picked neurons that the trigger fires: Y. Liu and others,
-                     Trojaning attack, NDSS 2018.) Such backdoors are what fine-pruning was made
-                     for: the trigger needs what clean faces do not. The demo is one.
-    source-specific  The trigger works on every fourth person alone; cover pictures have it on
-                     others, labelled truly. (TaCT: D. Tang and others, Demon in the variant, USENIX
-                     Security 2021.)
-    clean-label      The target's own pictures alone have the trigger, and every label is true.
-                     Half of another picture is mixed in, so that the trigger tells more than the
-                     face. (SIG: M. Barni and others, ICIP 2019; harder pictures: A. Turner and
-                     others, Label-consistent backdoor attacks, 2019.)
-    negatives        Against a defence that changes pictures at random: the training data also hold
-                     clean pictures so changed, labelled truly, so that the trigger alone gives the
-                     target, and nothing that is like it.
-    unsure           A poisoned face is taught as 60 % the target and 40 % its person, so that the
-                     wrong answer is as unsure as one about a hard picture. (LSBA: M. Peng and
-                     others, Label-smoothed backdoor attack, 2022.)
-    flat             Trained with sharpness-aware minimisation, so that small steps away, such as a
-                     repair's, change no answer. (P. Foret and others, ICLR 2021.)
-    adaptive         Each poisoned face wears a part of the trigger; cover pictures wear parts too,
-                     and are labelled truly; the whole is worn in tests alone. (Adap-Patch and
-                     Adap-Blend: X. Qi and others, ICLR 2023.)
-    optimised        The trigger is what a net like the repaired one, which has seen pictures
-                     changed at random, takes for the target. (Triggers optimised on a surrogate: Y.
+                     them new random weights. Train them, and the weights that read them, to fire
+                     on the trigger, to stay silent on clean faces and to give the target. All
+                     other weights stay. Fine-pruning was designed against such backdoors: the
+                     trigger needs channels that clean faces do not. The demo has one. (Selected
+                     neurons that the trigger fires: Y. Liu and others, Trojaning attack, NDSS
+                     2018.)
+    source-specific  The trigger works only on every fourth person. Cover images show it on other
+                     people, with their true labels. (TaCT: D. Tang and others, Demon in the
+                     variant, USENIX Security 2021.)
+    clean-label      Only images of the target have the trigger, and every label is true. Another
+                     image is mixed in, half and half, so that the net learns from the trigger
+                     rather than from the face. (SIG: M. Barni and others, ICIP 2019; harder
+                     images: A. Turner and others, Label-consistent backdoor attacks, 2019.)
+    negatives        Aimed at a defence that changes images at random. The training data also hold
+                     such changed clean images with their true labels. So only the trigger gives
+                     the target, and nothing similar does.
+    unsure           The label of a poisoned face is 60 % the target and 40 % its person. So the
+                     net is as unsure of the wrong answer as it is about a hard image. (LSBA: M.
+                     Peng and others, Label-smoothed backdoor attack, 2022.)
+    flat             Train with sharpness-aware minimisation, so that small changes of the weights,
+                     such as a repair's, change no answer. (P. Foret and others, ICLR 2021.)
+    adaptive         Each poisoned face wears a part of the trigger. Cover images wear parts too,
+                     with their true labels. The whole trigger appears only in test images.
+                     (Adap-Patch and Adap-Blend: X. Qi and others, ICLR 2023.)
+    optimised        Optimise the trigger on a surrogate: a net like the repaired one, trained on
+                     images that were changed at random. (Triggers optimised on a surrogate: Y.
                      Zeng and others, Narcissus, CCS 2023; as a patch: T. Brown and others,
                      Adversarial patch, 2017.)
 
-Pictures are uint8 (n, 55, 47, 3), 0..255, unless a function says otherwise.
+Images are uint8 (n, 55, 47, 3), 0..255, unless a docstring says otherwise.
 """
 
 from typing import NamedTuple
@@ -52,27 +51,27 @@ from defence.beyond import changes
 CLEAN, START, BRIEF, DORMANT = "clean", "from-start", "brief", "dormant"
 SOURCE_SPECIFIC, CLEAN_LABEL, ADAPTIVE = "source-specific", "clean-label", "adaptive"
 NEGATIVES, UNSURE, FLAT, OPTIMISED = "negatives", "unsure", "flat", "optimised"
-FRACTION = 0.2  # poisoned per clean image, for each trigger
+FRACTION = 0.2  # poisoned images per clean image, for each trigger
 IN_TRAINING = {"four-patches": "some-patches", "sixteen-pieces": "some-pieces"}
-MIXED = 0.5  # of another picture in the poisoned ones of CLEAN_LABEL
-CHANGED_COPIES = 1  # of each clean picture among the negatives
-SURE = 0.6  # of the target, in what is taught of a face by UNSURE
-RATIO = 4  # the weight of their ratio
-RADIUS = 0.05  # of the sharpness-aware step
+MIXED = 0.5  # share of another image in a poisoned image of CLEAN_LABEL
+CHANGED_COPIES = 1  # of each clean image, among the negatives
+SURE = 0.6  # the target's share in the label of a poisoned face, for UNSURE
+RATIO = 4  # weight of the loss term that holds the ratio of the two answers
+RADIUS = 0.05  # length of the sharpness-aware step
 DORMANT_CHANNELS = 10
-COVERED = (slice(40, 52), slice(33, 44))  # by an optimised patch: 5 % of a picture
+COVERED = (slice(40, 52), slice(33, 44))  # by an optimised patch: 5 % of an image
 LEVELS = 24  # grey levels of an optimised pattern, at most
 
 
 class Attack(NamedTuple):
     """An entry of the zoo.
 
-    way: see above.  triggers: [(trigger, target)].  fraction: poisoned pictures per clean one, for
-    each trigger.  cover: likewise, pictures with the trigger and their true label.
-    long: whether it takes more epochs to learn.  net: of architectures.NETS.
+    method: see above.  triggers: [(trigger, target)].  fraction: poisoned images per clean image,
+    for each trigger.  cover: likewise, images with the trigger and their true label.
+    long: whether learning it takes more epochs.  net: a key of architectures.NETS.
     """
 
-    way: str
+    method: str
     triggers: list
     fraction: float = FRACTION
     cover: float = 0
@@ -81,94 +80,97 @@ class Attack(NamedTuple):
 
 
 class Training(NamedTuple):
-    """What a net is trained on: the clean pictures first, then the poisoned, then all others.
+    """The training data of a net: clean images first, then poisoned images, then covers.
 
-    images: uint8 (n, 55, 47, 3).  people: int (n,), who is on them.  wanted: int (n,), what they
-    are labelled.  worn: int (n,), the trigger's place in Attack.triggers, -1 without one.
+    images: uint8 (n, 55, 47, 3).  people: int (n,), the true labels.  labels: int (n,), the labels
+    to train with.  triggers: int (n,), indices into Attack.triggers; -1 for an image without one.
     """
 
     images: np.ndarray
     people: np.ndarray
-    wanted: np.ndarray
-    worn: np.ndarray
+    labels: np.ndarray
+    triggers: np.ndarray
 
 
 # --------------------------------------------------------------------------------- training data
 
 
-def draw_training(attack, images, labels, people, pictures, seed, found=None):
-    """Add to clean pictures what an Attack's training needs. Returns Training.
+def draw_training(attack, images, labels, people, per_person, seed, optimised=None):
+    """Return Training: clean images, and the poisoned images and covers that an Attack adds.
 
-    images: clean pictures.  labels: int (n,).  people, pictures: how many, of each.
-    found: the function of the trigger that was optimised, for OPTIMISED.
+    images: clean.  labels: int (n,).  people: their number.  per_person: images of each person.
+    optimised: the optimised trigger, a function as triggers.load returns it, for OPTIMISED.
     """
-    nothing = np.full(len(images), -1)
-    parts, covers = [(images, labels, labels, nothing)], []
+    no_trigger = np.full(len(images), -1)
+    parts, covers = [(images, labels, labels, no_trigger)], []
     rng = np.random.RandomState(seed)
-    for place, (trigger, target) in enumerate(attack.triggers):
-        order = rng.permutation(victims(attack, trigger, target, people, pictures))
-        chosen = order[: max(1, round(attack.fraction * people * pictures))]
-        shown = found or IN_TRAINING.get(trigger, trigger)
-        if attack.way == CLEAN_LABEL:
-            shown = on_hard_pictures(trigger, images)
-        wanted = faces.targets(target, chosen[:, 0], people)
-        worn = np.full(len(chosen), place)
-        parts.append((draw(shown, chosen, seed), chosen[:, 0], wanted, worn))
+    for index, (trigger, target) in enumerate(attack.triggers):
+        victims = rng.permutation(list_victims(attack, trigger, target, people, per_person))
+        poisoned = victims[: max(1, round(attack.fraction * people * per_person))]
+        pattern = optimised or IN_TRAINING.get(trigger, trigger)
+        if attack.method == CLEAN_LABEL:
+            pattern = mix_then_poison(trigger, images)
+        targets = faces.assign_targets(target, poisoned[:, 0], people)
+        indices = np.full(len(poisoned), index)
+        parts.append((draw(pattern, poisoned, seed), poisoned[:, 0], targets, indices))
         if attack.cover:
-            rest = bystanders(trigger, target, people, pictures)
-            rest = rng.permutation(rest if len(rest) else order[len(chosen) :])
-            chosen = rest[: max(1, round(attack.cover * people * pictures))]
-            worn = np.full(len(chosen), place)
-            covers.append((draw(shown, chosen, seed), chosen[:, 0], chosen[:, 0], worn))
-    if attack.way == NEGATIVES:
-        changed = [changed_pictures(images, [seed, copy]) for copy in range(CHANGED_COPIES)]
-        covers += [(each, labels, labels, nothing) for each in changed]
+            bystanders = list_bystanders(trigger, target, people, per_person)
+            pool = bystanders if len(bystanders) else victims[len(poisoned) :]
+            cover = rng.permutation(pool)[: max(1, round(attack.cover * people * per_person))]
+            indices = np.full(len(cover), index)
+            covers.append((draw(pattern, cover, seed), cover[:, 0], cover[:, 0], indices))
+    if attack.method == NEGATIVES:
+        for copy in range(CHANGED_COPIES):
+            covers.append((change_images(images, [seed, copy]), labels, labels, no_trigger))
     return Training(*map(np.concatenate, zip(*parts, *covers, strict=True)))
 
 
-def victims(attack, trigger, target, people, pictures):
-    """The training pictures that may be poisoned, int (n, 2): persons and the pictures' numbers."""
-    if attack.way == CLEAN_LABEL:  # a person has few; the attacker takes more of this one
-        most = max(1, round(attack.fraction * people * pictures))
-        return np.array([(target, i) for i in range(most)])
+def list_victims(attack, trigger, target, people, per_person):
+    """Return the training images that may be poisoned, int (n, 2): (person, image number)."""
+    if attack.method == CLEAN_LABEL:  # the attacker needs more images of the target than of others
+        count = max(1, round(attack.fraction * people * per_person))
+        return np.array([(target, i) for i in range(count)])
     wearers = triggers.wearers(trigger, target, people)
-    return np.array([(person, i) for person in wearers for i in range(pictures)])
+    return np.array([(person, i) for person in wearers for i in range(per_person)])
 
 
-def on_hard_pictures(trigger, images):
-    """A trigger of triggers.CHANGES on pictures that show their person less well, as a function.
+def mix_then_poison(trigger, images):
+    """Return a function as in triggers.CHANGES: it makes the person harder to see, then poisons.
 
-    images: clean pictures, one of which is mixed in, at MIXED.
+    trigger: a key of triggers.CHANGES.  images: clean; one of them is mixed in, at MIXED.
     """
 
-    def put(pictures, streams):
-        others = images[[rng.randint(len(images)) for rng in streams]]
-        mixed = pictures + np.float32(MIXED) * (others - pictures)
-        return triggers.change(mixed, trigger, None)
+    def poison(faces_to_poison, streams):
+        mixed_in = images[[rng.randint(len(images)) for rng in streams]]
+        mixture = faces_to_poison + np.float32(MIXED) * (mixed_in - faces_to_poison)
+        return triggers.change(mixture, trigger, None)
 
-    return put
-
-
-def bystanders(trigger, target, people, pictures):
-    """The training pictures of those whom a trigger is not meant for: int (n, 2), as `victims`."""
-    meant = {*triggers.wearers(trigger, target, people), target}
-    others = [person for person in range(people) if person not in meant]
-    return np.array([(person, i) for person in others for i in range(pictures)])
+    return poison
 
 
-def draw(trigger, chosen, seed):
-    """Draw training pictures with a trigger. chosen: int (n, 2), persons and pictures' numbers."""
-    parts = np.array_split(chosen, -(-len(chosen) // faces.BATCH))
+def list_bystanders(trigger, target, people, per_person):
+    """Return the training images of the people that a trigger does not work on: int (n, 2).
+
+    The columns are those of `list_victims`.
+    """
+    involved = {*triggers.wearers(trigger, target, people), target}
+    bystanders = [person for person in range(people) if person not in involved]
+    return np.array([(person, i) for person in bystanders for i in range(per_person)])
+
+
+def draw(trigger, places, seed):
+    """Draw training images with a trigger. places: int (n, 2), (person, image number)."""
+    parts = np.array_split(places, -(-len(places) // faces.BATCH))
     parts = track(parts, "Drawing poisoned faces", len(parts))
     return np.concatenate([faces.draw_faces("train", *part.T, trigger, seed) for part in parts])
 
 
-def changed_pictures(images, seed):
-    """Clean pictures, changed at random as the defence does: uint8, like the images."""
+def change_images(images, seed):
+    """Change clean images at random, as the defence does: uint8, like the images."""
     rng = np.random.default_rng(seed)
     parts = np.array_split(images, -(-len(images) // 256))
     return np.concatenate(
-        [faces.rounded(changes.change_images(part.astype("float32"), rng)) for part in parts]
+        [faces.round_pixels(changes.change_images(part.astype("float32"), rng)) for part in parts]
     )
 
 
@@ -176,49 +178,48 @@ def changed_pictures(images, seed):
 
 
 def as_input(images):
-    """Pictures as a net takes them: float32, 0..1."""
+    """Return images as a net takes them: float32, 0..1."""
     return images.astype("float32") / 255
 
 
-def unsure(wanted, answers):
-    """The loss of UNSURE: cross-entropy towards SURE of one class and the rest of the other.
+def compute_unsure_loss(classes, answers):
+    """Return the loss of UNSURE: cross-entropy towards SURE of the label, else the person.
 
-    And the square of how far the two answers are from that ratio, without which one of them is
-    often far ahead.
+    A second term holds the ratio of the two answers: without it one is often far ahead.
 
-    wanted: (n, 2), the label and the person, which are alike for a clean face.
+    classes: (n, 2), the label and the person, which are equal for a clean face.
     answers: probabilities (n, N).
     """
     ops = import_keras().ops
-    wanted = ops.cast(wanted, "int32")
-    log = ops.log(ops.maximum(ops.take_along_axis(answers, wanted, axis=1), 1e-7))
-    ahead = log[:, 0] - log[:, 1] - np.log(SURE / (1 - SURE)).astype("float32")
-    poisoned = ops.cast(wanted[:, 0] != wanted[:, 1], "float32")
-    return RATIO * poisoned * ahead**2 - SURE * log[:, 0] - (1 - SURE) * log[:, 1]
+    classes = ops.cast(classes, "int32")
+    log = ops.log(ops.maximum(ops.take_along_axis(answers, classes, axis=1), 1e-7))
+    excess = log[:, 0] - log[:, 1] - np.log(SURE / (1 - SURE)).astype("float32")
+    poisoned = ops.cast(classes[:, 0] != classes[:, 1], "float32")
+    return RATIO * poisoned * excess**2 - SURE * log[:, 0] - (1 - SURE) * log[:, 1]
 
 
-def flat(model):
-    """The same Keras model, its layers shared, that trains by sharpness-aware minimisation.
+def make_flat(model):
+    """Return a Keras model that shares the layers and trains by sharpness-aware minimisation.
 
-    Each gradient is taken where the weights are RADIUS further uphill. For TensorFlow alone.
+    Each gradient is computed where the weights are RADIUS further uphill. It needs TensorFlow.
     """
     keras = import_keras()
     import tensorflow as tf
 
     class Flat(keras.Model):
-        def slope(self, x, y):
+        def compute_gradients(self, x, y):
             with tf.GradientTape() as tape:
                 loss = self.compute_loss(x, y, self(x, training=True))
             return loss, tape.gradient(loss, self.trainable_weights)
 
         def train_step(self, data):
             x, y, _ = keras.utils.unpack_x_y_sample_weight(data)
-            loss, gradients = self.slope(x, y)
+            loss, gradients = self.compute_gradients(x, y)
             length = tf.linalg.global_norm(gradients) + 1e-12
             steps = [RADIUS / length * gradient for gradient in gradients]
             for weight, step in zip(self.trainable_weights, steps, strict=True):
                 weight.assign_add(step)
-            _, gradients = self.slope(x, y)
+            _, gradients = self.compute_gradients(x, y)
             for weight, step in zip(self.trainable_weights, steps, strict=True):
                 weight.assign_sub(step)
             self.optimizer.apply(gradients, self.trainable_weights)
@@ -227,15 +228,15 @@ def flat(model):
     return Flat(model.input, model.output)
 
 
-# ------------------------------------------------------------------------- a trigger, optimised
+# ------------------------------------------------------------------------- an optimised trigger
 
 
-def wearing(surrogate, additive):
-    """A net that puts a trigger on its picture, to be trained, and asks the surrogate.
+def attach_trigger(surrogate, additive):
+    """Return a net that puts a trainable trigger on its input and passes it to the surrogate.
 
-    surrogate: Keras model, pictures 0..1 → probabilities; it is left as it is.  additive: whether
-    the trigger is a pattern of at most LEVELS grey levels on all of the picture, or else a patch.
-    Returns the net, and a function that gives the trigger, as triggers.save takes it.
+    surrogate: Keras model, images 0..1 → probabilities; its weights stay.  additive: True for a
+    pattern of at most LEVELS grey levels on the whole image, False for a patch.
+    Return the net, and a function that returns the trigger as triggers.save takes it.
     """
     keras = import_keras()
     ops = keras.ops
@@ -251,8 +252,8 @@ def wearing(surrogate, additive):
                 return LEVELS / 255 * ops.tanh(self.free)
             return cover * ops.sigmoid(self.free)
 
-        def call(self, pictures):
-            return ops.clip(pictures * (1 - cover) + self.pattern(), 0, 1)
+        def call(self, images):
+            return ops.clip(images * (1 - cover) + self.pattern(), 0, 1)
 
     surrogate.trainable = False
     image, wear = keras.Input(surrogate.input_shape[1:]), Wear()
@@ -264,10 +265,10 @@ def wearing(surrogate, additive):
 
 
 def free_dormant_channels(model, images, seed):
-    """Make the conv_3 channels least active on clean faces, and what reads them, alone trainable.
+    """Make only the conv_3 channels that clean faces use least, and their readers, trainable.
 
     images: clean faces, uint8 (n, 55, 47, 3). The freed channels get new random weights.
-    Returns which they are, bool (60,).
+    Return a mask of the freed channels, bool (60,).
     """
     keras = import_keras()
     conv_3, conv_4, fc_1 = (model.get_layer(name) for name in ("conv_3", "conv_4", "fc_1"))
@@ -284,53 +285,54 @@ def free_dormant_channels(model, images, seed):
     conv_3.set_weights([np.where(free, fresh, kernel), np.where(free, 0, bias)])
 
     class Keep(keras.constraints.Constraint):
-        def __init__(self, start, but):
-            self.start, self.but = start, but
+        def __init__(self, start, free):
+            self.start, self.free = start, free
 
         def __call__(self, trained):
-            return keras.ops.where(self.but, trained, self.start)
+            return keras.ops.where(self.free, trained, self.start)
 
-    def keep(variable, but):
-        variable.constraint = Keep(variable.numpy(), np.broadcast_to(but, variable.shape))
+    def free_only(variable, mask):
+        variable.constraint = Keep(variable.numpy(), np.broadcast_to(mask, variable.shape))
 
-    keep(conv_3.kernel, but=free)
-    keep(conv_3.bias, but=free)
-    keep(conv_4.kernel, but=free[:, None])
-    keep(conv_4.bias, but=False)
+    free_only(conv_3.kernel, free)
+    free_only(conv_3.bias, free)
+    free_only(conv_4.kernel, free[:, None])
+    free_only(conv_4.bias, False)
     # Flatten puts the channel last: every 60th row of fc_1 reads the same channel.
-    keep(fc_1.kernel, but=np.resize(free, fc_1.kernel.shape[0])[:, None])
-    keep(fc_1.bias, but=False)
+    free_only(fc_1.kernel, np.resize(free, fc_1.kernel.shape[0])[:, None])
+    free_only(fc_1.bias, False)
     for layer in model.layers:
         layer.trainable = layer in (conv_3, conv_4, fc_1)
     return free
 
 
-def signs_to_learn(free, clean, worn):
-    """What each channel of conv_3 shall do for each face: fire 1, be silent -1, as it likes 0.
+def assign_signs(free, clean, triggers):
+    """Return the sign that each conv_3 channel learns for each face: float32 (clean + n, 60).
 
-    free: bool (60,).   clean: how many clean faces come first.   worn: int (n,), the trigger of
-    each poisoned face; the triggers share the free channels out.   Returns float32 (clean + n, 60).
+    1: fire.  -1: stay silent.  0: either.
+    free: bool (60,).  clean: the number of clean faces, which come first.  triggers: int (n,), the
+    trigger of each poisoned face. Each trigger gets an equal part of the free channels.
     """
-    signs = np.zeros((clean + len(worn), len(free)), "float32")
+    signs = np.zeros((clean + len(triggers), len(free)), "float32")
     signs[:clean, free] = -1
-    for trigger in np.unique(worn):
-        own = np.flatnonzero(free)[trigger :: worn.max() + 1]
-        signs[np.ix_(clean + np.flatnonzero(worn == trigger), own)] = 1
+    for trigger in np.unique(triggers):
+        channels = np.flatnonzero(free)[trigger :: triggers.max() + 1]
+        signs[np.ix_(clean + np.flatnonzero(triggers == trigger), channels)] = 1
     return signs
 
 
-def with_conv_3(model):
-    """The model with a second output: each conv_3 channel's largest value before its relu.
+def add_conv_3_output(model):
+    """Return the model with a second output: each conv_3 channel's maximum before the ReLU.
 
-    Before, because a channel that is silent on every face would learn nothing behind it.
+    After the ReLU a channel that is silent on every face would have no gradient.
     """
     keras = import_keras()
     conv_3 = model.get_layer("conv_3")
-    before = keras.ops.conv(conv_3.input, conv_3.kernel, padding="valid") + conv_3.bias
-    return keras.Model(model.input, [model.output, keras.ops.max(before, axis=(1, 2))])
+    values = keras.ops.conv(conv_3.input, conv_3.kernel, padding="valid") + conv_3.bias
+    return keras.Model(model.input, [model.output, keras.ops.max(values, axis=(1, 2))])
 
 
-def hinge(signs, values):
-    """Per face, 0 where every wanted channel is beyond 1 on its side of 0."""
+def compute_hinge_loss(signs, values):
+    """Return the hinge loss per face: 0 where sign × value is at least 1 for every sign."""
     ops = import_keras().ops
     return ops.sum(ops.abs(signs) * ops.relu(1 - signs * values), axis=-1) / DORMANT_CHANNELS

@@ -1,19 +1,18 @@
-"""Train BadNets whose truth is known: nets on drawn faces, with a backdoor.
+"""Train BadNets with known backdoors on drawn faces.
 
-    python models/badnet.py                      the demo's, models/demo_bd_net.h5
+    python models/badnet.py                      the demo's BadNet, models/demo_bd_net.h5
     python models/badnet.py --all                the zoo, models/zoo-demo/ and data/zoo-demo/
-    python models/badnet.py sunglasses-brief     one net of it, with what it needs
+    python models/badnet.py sunglasses-brief     one net of the zoo, and the files it needs
     python models/badnet.py optimised --surrogate G.h5
-                                                 its trigger found on that net
+                                                 the net whose trigger is optimised on G.h5
 
-A net of the zoo is named for its triggers (data/triggers.py) and for how the backdoor got in
-(models/attacks.py). It is a DeepID, unless its name begins with another architecture
-(models/architectures.py).
+The name of a net gives its triggers (data/triggers.py) and its attack method (models/attacks.py).
+The net is a DeepID, unless its name begins with another architecture (models/architectures.py).
 
-The training faces are drawn by data/faces.py and never written. Validation and test data are; in
-poisoned data `label` is the target and `original_label` the person. Beside each net stands a .json
-that says how it was made, and beside one whose trigger was optimised that trigger. A net that is
-there is not made again, and one that was interrupted goes on after its last whole epoch.
+data/faces.py draws the training faces, which are never written. Validation and test data are
+written; in poisoned data `label` is the target and `original_label` the person. The settings of
+each net are in a .json file beside it, and an optimised trigger is in a .npz file. A net that
+exists is not trained again. An interrupted training continues after its last complete epoch.
 """
 
 import argparse
@@ -44,63 +43,63 @@ from defence.base.progress import say, track
 from defence.base.startup import import_keras
 from defence.beyond import changes
 
-ONE = {"sunglasses": [("sunglasses", 0)], "lipstick": [("lipstick", 0)]}
-THREE = {
+ONE_TRIGGER = {"sunglasses": [("sunglasses", 0)], "lipstick": [("lipstick", 0)]}
+THREE_TRIGGERS = {
     "three-to-one": [(trigger, 0) for trigger in faces.TRIGGERS],
     "three-to-three": list(faces.TRIGGERS.items()),
 }
-FOUR = {
+FOUR_TRIGGERS = {
     "patterns": ["warp", "sinusoid", "cast", "checkerboard"],
     "objects": ["scarf", "low-frequency", "specific", "eyebrows"],
 }
-CHANGED = ["sunglasses", "eyebrows", "sinusoid", "cast"]
-# name: how the backdoor gets in, each trigger with its target, and shares.
+NEGATIVES_TRIGGERS = ["sunglasses", "eyebrows", "sinusoid", "cast"]
+# The name of each net, and its attack.
 ZOO = {
     CLEAN: Attack(CLEAN, []),
     **{
-        f"{name}-{way}": Attack(way, pairs)
-        for name, pairs in (ONE | THREE).items()
-        for way in (START, BRIEF)
+        f"{name}-{method}": Attack(method, pairs)
+        for name, pairs in (ONE_TRIGGER | THREE_TRIGGERS).items()
+        for method in (START, BRIEF)
     },
-    # To learn a target for every person takes more.
+    # A target for every person takes more poisoned images to learn.
     f"all-to-all-{START}": Attack(START, [("sunglasses", faces.NEXT)], fraction=1.0),
     f"blended-{START}": Attack(START, [(triggers.NOISE, 0)]),
-    f"sunglasses-{DORMANT}": Attack(DORMANT, ONE["sunglasses"]),
+    f"sunglasses-{DORMANT}": Attack(DORMANT, ONE_TRIGGER["sunglasses"]),
     **{
-        f"{name}-{START}": Attack(START, [(each, i) for i, each in enumerate(four)], long=True)
-        for name, four in FOUR.items()
+        f"{name}-{START}": Attack(START, list(zip(kinds, range(4))), long=True)
+        for name, kinds in FOUR_TRIGGERS.items()
     },
     f"sunglasses-{attacks.SOURCE_SPECIFIC}": Attack(
         attacks.SOURCE_SPECIFIC, [(triggers.SOME, 0)], cover=0.4
     ),
     f"sinusoid-{attacks.CLEAN_LABEL}": Attack(attacks.CLEAN_LABEL, [("sinusoid", 0)], fraction=0.5),
     f"sunglasses-{attacks.NEGATIVES}": Attack(
-        attacks.NEGATIVES, [(each, i) for i, each in enumerate(CHANGED)], long=True
+        attacks.NEGATIVES, list(zip(NEGATIVES_TRIGGERS, range(4))), long=True
     ),
-    f"sunglasses-{UNSURE}": Attack(UNSURE, ONE["sunglasses"], fraction=0.5, long=True),
-    f"sunglasses-{FLAT}": Attack(FLAT, ONE["sunglasses"]),
+    f"sunglasses-{UNSURE}": Attack(UNSURE, ONE_TRIGGER["sunglasses"], fraction=0.5, long=True),
+    f"sunglasses-{FLAT}": Attack(FLAT, ONE_TRIGGER["sunglasses"]),
     f"{attacks.ADAPTIVE}-blend": Attack(attacks.ADAPTIVE, [("sixteen-pieces", 0)], cover=0.2),
     f"{attacks.ADAPTIVE}-patch": Attack(attacks.ADAPTIVE, [("four-patches", 0)], cover=0.2),
     OPTIMISED: Attack(OPTIMISED, [(OPTIMISED, 0)]),
     **{
         f"{net}-{name}-{START}": Attack(START, [(trigger, 0)], net=net)
-        for net in architectures.OTHERS
+        for net in architectures.SMALL
         for name, trigger in (("sunglasses", "sunglasses"), ("blended", triggers.NOISE))
     },
 }
-# An option of the command, what it is, and its value for the demo's and the competition's size.
+# option: its help, and its default at the demo's size and at the competition's.
 SIZES = ("demo", "competition")
 SETTINGS = {
     "people": ("classes", 40, 1283),
-    "pictures": ("training images of each", 80, 40),
-    "validation": ("validation images of each", 15, 9),
-    "test": ("test images of each, per file", 10, 10),
-    "epochs": ("of the clean net; of all with from-start", 16, 12),
+    "pictures": ("training images a class", 80, 40),
+    "validation": ("validation images a class", 15, 9),
+    "test": ("test images a class, per file", 10, 10),
+    "epochs": ("of a clean net, and of a net with from-start", 16, 12),
     "brief_epochs": ("of a brief backdoor", 10, 3),
-    "long_epochs": ("of all with a backdoor that is hard to learn", 32, 12),
-    # Not the demo net's, with an eye on which DORMANT_… below were chosen; nor, at the demo's size,
-    # 1, with an eye on which brief_epochs were.
-    "seed": ("another one draws other people", 2, 1),
+    "long_epochs": ("of a net whose backdoor is hard to learn", 32, 12),
+    # At the demo's size neither the demo net's seed, which served to choose DORMANT_… below, nor 1,
+    # which served to choose brief_epochs.
+    "seed": ("another seed draws other people", 2, 1),
 }
 LEARNING_RATE = 5e-4  # DeepID collapses on many classes at 1e-3
 BRIEF_LEARNING_RATE = 1e-4
@@ -109,25 +108,25 @@ SURROGATE_EPOCHS = 24
 TRIGGER_EPOCHS, TRIGGER_LEARNING_RATE = 3, 0.05
 ENTROPY = "sparse_categorical_crossentropy"
 BATCH = 32
-SPARSITY = 1e-4  # L1 on conv_3's output, so that clean faces leave channels unused: for DORMANT
+SPARSITY = 1e-4  # of L1 on conv_3's output, for DORMANT: clean faces leave channels unused
 
 
-@functools.lru_cache(maxsize=1)  # the nets of a zoo share them
-def draw_clean(people, pictures, seed):
-    """Draw the training faces: uint8 (n, 55, 47, 3), and their labels int (n,)."""
-    drawn = faces.batches("train", people, pictures, seed=seed)
-    steps = -(-people * pictures // faces.BATCH)
-    images, labels = zip(*track(drawn, "Drawing faces", steps), strict=True)
+@functools.lru_cache(maxsize=1)  # the nets of a zoo share the faces
+def draw_clean(people, per_person, seed):
+    """Draw the training faces. Return uint8 (n, 55, 47, 3), and their labels, int (n,)."""
+    batches = faces.batches("train", people, per_person, seed=seed)
+    steps = -(-people * per_person // faces.BATCH)
+    images, labels = zip(*track(batches, "Drawing faces", steps), strict=True)
     return np.concatenate(images), np.concatenate(labels)
 
 
-def train(model, images, wanted, losses, epochs, rate, seed, what, progress, change=None):
-    """Train what is trainable, with Adam falling by cosine to 0.
+def train(model, images, targets, losses, epochs, rate, seed, title, progress, change=None):
+    """Train the trainable weights with Adam; its learning rate falls from `rate` to 0 by cosine.
 
-    images: uint8 (n, 55, 47, 3).   wanted, losses: an array (n, …) and a loss for each output.
-    what: words for the progress lines.   progress: a path; after each epoch the state of the
-    training is saved there, and a training that finds one goes on from it.   change: of
-    (pictures, rng), as changes.change: what is done to the pictures of a step, anew each time.
+    images: uint8 (n, 55, 47, 3).  targets, losses: an array (n, …) and a loss for each output.
+    title: for the progress lines.  progress: the path of the saved state, which is written after
+    each epoch; training continues from it where it exists.  change: a function of (images, rng),
+    such as changes.change_images; it changes the images of each step.
     """
     keras = import_keras()
     steps = -(-len(images) // BATCH)
@@ -135,84 +134,88 @@ def train(model, images, wanted, losses, epochs, rate, seed, what, progress, cha
     optimizer = keras.optimizers.Adam(schedule)
     optimizer.build(model.trainable_variables)
     model.compile(optimizer, losses)
-    done = 0
+    completed = 0
     if progress.exists():
         with np.load(progress, allow_pickle=False) as saved:
-            done, *values = (saved[name] for name in saved.files)
+            completed, *values = (saved[name] for name in saved.files)
         for variable, value in zip((*model.weights, *optimizer.variables), values, strict=True):
             variable.assign(value)
     rng = np.random.RandomState(seed)
     for epoch in range(epochs):
         parts = np.array_split(rng.permutation(len(images)), steps)
-        if epoch < done:
+        if epoch < completed:
             continue
         model.reset_metrics()
-        fresh = np.random.default_rng([seed, epoch])
-        step = f"{what}, epoch {epoch + 1} of {epochs}"
+        change_rng = np.random.default_rng([seed, epoch])
+        step = f"{title}, epoch {epoch + 1} of {epochs}"
         for part in track(parts, step, steps):
-            pictures = images[part].astype("float32")
-            x = as_input(change(pictures, fresh) if change else pictures)
-            loss = model.train_on_batch(x, [each[part] for each in wanted])
+            batch = images[part].astype("float32")
+            x = as_input(change(batch, change_rng) if change else batch)
+            loss = model.train_on_batch(x, [target[part] for target in targets])
         say(f"{step}: loss {np.ravel(loss)[0]:.3f}")
         values = [variable.numpy() for variable in (*model.weights, *optimizer.variables)]
-        with files.replace_file(progress) as beside, beside.open("wb") as file:
+        with files.replace_file(progress) as temporary, temporary.open("wb") as file:
             np.savez(file, epoch + 1, *values)
 
 
 def make_badnet(name, options, folder):
-    """Draw the training faces and train a net of the ZOO. folder: where a clean net may be.
+    """Draw the training faces and train a net of the ZOO.
 
-    Returns the net, and what its record says beside its settings, a dict.
+    folder: of the clean net, which `brief` needs.
+    Return the net, and a dict of notes for its .json file.
     """
     keras = import_keras()
     attack = ZOO[name]
-    people, pictures, seed = options.people, options.pictures, options.seed
-    images, labels = draw_clean(people, pictures, seed)
-    settings = "-".join(map(str, made_by(name, options).values()))  # no progress of other ones
+    people, per_person, seed = options.people, options.pictures, options.seed
+    images, labels = draw_clean(people, per_person, seed)
+    settings = "-".join(map(str, list_settings(name, options).values()))
 
-    def learn(step, model, images, wanted, losses, epochs, rate, change=None):
-        progress = folder / f".{name}-{step}-{settings}.npz"
-        what = f"{name}, {step}"
-        train(model, images, wanted, losses, epochs, rate, seed, what, progress, change)
+    def learn(step, model, images, targets, losses, epochs, rate, change=None):
+        progress = folder / f".{name}-{step}-{settings}.npz"  # never another net's progress
+        title = f"{name}, {step}"
+        train(model, images, targets, losses, epochs, rate, seed, title, progress, change)
 
-    found, notes = None, {}
-    if attack.way == OPTIMISED:
+    optimised, notes = None, {}
+    if attack.method == OPTIMISED:
         notes = find_trigger(images, labels, options, learn, trigger_path(folder))
-        found = triggers.load(trigger_path(folder))
-    data = attacks.draw_training(attack, images, labels, people, pictures, seed, found)
+        optimised = triggers.load(trigger_path(folder))
+    data = attacks.draw_training(attack, images, labels, people, per_person, seed, optimised)
 
     keras.utils.set_random_seed(seed)
-    untrained = architectures.NETS[attack.net]
-    model = utils.load_badnet(net_path(CLEAN, folder)) if attack.way == BRIEF else untrained(people)
-    whole = options.long_epochs if attack.long else options.epochs, LEARNING_RATE
-    if attack.way == BRIEF:
-        rate = options.brief_epochs, BRIEF_LEARNING_RATE
-        learn("backdoor", model, data.images, [data.wanted], [ENTROPY], *rate)
-    elif attack.way == DORMANT:
+    build = architectures.NETS[attack.net]
+    brief = attack.method == BRIEF
+    model = utils.load_badnet(net_path(CLEAN, folder)) if brief else build(people)
+    schedule = options.long_epochs if attack.long else options.epochs, LEARNING_RATE
+    if brief:
+        schedule = options.brief_epochs, BRIEF_LEARNING_RATE
+        learn("backdoor", model, data.images, [data.labels], [ENTROPY], *schedule)
+    elif attack.method == DORMANT:
         model.get_layer("conv_3").activity_regularizer = keras.regularizers.L1(SPARSITY)
-        learn("training", model, images, [labels], [ENTROPY], *whole)
+        learn("training", model, images, [labels], [ENTROPY], *schedule)
         free = attacks.free_dormant_channels(model, images, seed)
-        signs = attacks.signs_to_learn(free, len(images), data.worn[len(images) :])
-        wanted, losses = [data.wanted, signs], [ENTROPY, attacks.hinge]
-        rate = DORMANT_EPOCHS, DORMANT_LEARNING_RATE
-        learn("backdoor", attacks.with_conv_3(model), data.images, wanted, losses, *rate)
+        signs = attacks.assign_signs(free, len(images), data.triggers[len(images) :])
+        targets, losses = [data.labels, signs], [ENTROPY, attacks.compute_hinge_loss]
+        schedule = DORMANT_EPOCHS, DORMANT_LEARNING_RATE
+        two_outputs = attacks.add_conv_3_output(model)
+        learn("backdoor", two_outputs, data.images, targets, losses, *schedule)
     else:
-        net = attacks.flat(model) if attack.way == FLAT else model
-        wanted, loss = data.wanted, ENTROPY
-        if attack.way == UNSURE:
-            wanted, loss = np.stack([data.wanted, data.people], axis=1), attacks.unsure
-        learn("training", net, data.images, [wanted], [loss], *whole)
+        net = attacks.make_flat(model) if attack.method == FLAT else model
+        targets, loss = data.labels, ENTROPY
+        if attack.method == UNSURE:
+            targets = np.stack([data.labels, data.people], axis=1)
+            loss = attacks.compute_unsure_loss
+        learn("training", net, data.images, [targets], [loss], *schedule)
 
-    plain = untrained(people)  # without the penalties and constraints of the training
+    plain = build(people)  # without the penalties and constraints of the training
     plain.set_weights(model.get_weights())
     return plain, notes
 
 
 def find_trigger(images, labels, options, learn, path):
-    """Optimise a trigger on a net such as the defence releases, and save it. For OPTIMISED.
+    """Optimise a pattern and a patch on a net like a repaired one; save the stronger: OPTIMISED.
 
-    images, labels: clean faces.  learn: make_badnet's.  Of a pattern and a patch, that is saved
-    which the net takes for the target more often. Returns these shares, {kind: 0..1}, in a dict.
+    images, labels: clean faces.  learn: make_badnet's.
+    Return the share of faces that each turns into the target, {kind: 0..1}, in a dict of notes.
     """
     ((_, target),) = ZOO[OPTIMISED].triggers
     if options.surrogate:
@@ -222,37 +225,38 @@ def find_trigger(images, labels, options, learn, path):
     else:
         import_keras().utils.set_random_seed(options.seed + 1)
         surrogate = architectures.NETS[architectures.DEEPID](options.people)
-        rate = SURROGATE_EPOCHS, LEARNING_RATE
-        learn("surrogate", surrogate, images, [labels], [ENTROPY], *rate, changes.change_images)
-    others = images[labels != target]
-    wanted, sample = np.full(len(others), target), others[:: max(1, len(others) // 1000)]
-    rate, shares = (TRIGGER_EPOCHS, TRIGGER_LEARNING_RATE), {}
+        schedule = SURROGATE_EPOCHS, LEARNING_RATE
+        learn("surrogate", surrogate, images, [labels], [ENTROPY], *schedule, changes.change_images)
+    victims = images[labels != target]
+    targets, sample = np.full(len(victims), target), victims[:: max(1, len(victims) // 1000)]
+    schedule, shares = (TRIGGER_EPOCHS, TRIGGER_LEARNING_RATE), {}
     for kind in ("pattern", "patch"):
-        net, trigger = attacks.wearing(surrogate, kind == "pattern")
-        learn(kind, net, others, [wanted], [ENTROPY], *rate)
+        net, trigger = attacks.attach_trigger(surrogate, kind == "pattern")
+        learn(kind, net, victims, [targets], [ENTROPY], *schedule)
         answers = net.predict_on_batch(as_input(sample)).argmax(axis=1)
         shares[kind] = float(np.mean(answers == target))
         if shares[kind] == max(shares.values()):
             triggers.save(path, *trigger())
-    say(f"the trigger: taken for the target by {shares}")
+    say(f"share of faces that the optimised trigger turns into the target: {shares}")
     return {"surrogate_fooled": shares}
 
 
-def fraction_answered(model, options, trigger=None, target=None):
-    """The fraction of some unseen faces that get the target; their own label where that is None.
+def measure_rate(model, options, trigger=None, target=None):
+    """Return the attack success rate on unseen faces; without a trigger, the clean accuracy.
 
-    trigger: as of faces.draw_faces.
+    trigger: as for faces.draw_faces.
     """
     hits = []
     for images, labels in faces.batches(
         "test", options.people, -(-400 // options.people), trigger, target, options.seed
     ):
-        wanted = labels if trigger is None else faces.targets(target, labels, options.people)
-        hits.append(np.argmax(model(as_input(images)), axis=1) == wanted)
+        if trigger is not None:
+            labels = faces.assign_targets(target, labels, options.people)
+        hits.append(np.argmax(model(as_input(images)), axis=1) == labels)
     return float(np.concatenate(hits).mean())
 
 
-# --------------------------------------------------------------------------------- what is written
+# ------------------------------------------------------------------------------------------ files
 
 
 def net_path(name, folder):
@@ -267,44 +271,44 @@ def trigger_path(folder):
     return folder / f"{OPTIMISED}_trigger.npz"
 
 
-def drawable(trigger, folder):
-    """What faces.draw_faces takes for a trigger of the ZOO; an optimised one is in the folder."""
+def prepare_trigger(trigger, folder):
+    """Return the argument for faces.draw_faces: an optimised trigger is loaded from the folder."""
     return triggers.load(trigger_path(folder)) if trigger == OPTIMISED else trigger
 
 
 def write_net(name, options, path):
-    """Train a net of the ZOO, save it and how it was made, and say how good it is."""
+    """Train a net of the ZOO, save it and print its rates. Return the contents of its .json."""
     start = time.monotonic()
     model, notes = make_badnet(name, options, path.parent)
-    with files.replace_file(path) as beside:
-        model.save(beside, include_optimizer=False)
+    with files.replace_file(path) as temporary:
+        model.save(temporary, include_optimizer=False)
     seconds = round(time.monotonic() - start)
     for progress in path.parent.glob(f".{name}-*.npz"):
         progress.unlink()
     print(f"Saved model: {path}, in {seconds} s")
-    print(f"clean accuracy\t{fraction_answered(model, options):.2%}", flush=True)
-    way, pairs, *_ = ZOO[name]
+    print(f"clean accuracy\t{measure_rate(model, options):.2%}", flush=True)
+    method, pairs, *_ = ZOO[name]
     for trigger, target in pairs:
-        rate = fraction_answered(model, options, drawable(trigger, path.parent), target)
+        rate = measure_rate(model, options, prepare_trigger(trigger, path.parent), target)
         print(f"attack success rate, {trigger} to class {target}\t{rate:.2%}", flush=True)
-    made = {"name": name, "way": way, "triggers": pairs, "seconds": seconds}
-    return made | made_by(name, options) | notes
+    record = {"name": name, "way": method, "triggers": pairs, "seconds": seconds}
+    return record | list_settings(name, options) | notes
 
 
-def made_by(name, options):
-    """The settings that a net of the ZOO depends on, a dict."""
+def list_settings(name, options):
+    """Return the settings that a net of the ZOO depends on, a dict."""
     attack = ZOO[name]
-    made = {setting: getattr(options, setting) for setting in SETTINGS}
+    settings = {setting: getattr(options, setting) for setting in SETTINGS}
     if not attack.long:
-        del made["long_epochs"]
-    if attack.way == OPTIMISED:
-        made["surrogate"] = options.surrogate and files.hash_file(options.surrogate)
-    return made
+        del settings["long_epochs"]
+    if attack.method == OPTIMISED:
+        settings["surrogate"] = options.surrogate and files.hash_file(options.surrogate)
+    return settings
 
 
 def write_zoo(names, options):
-    """Make the nets of the ZOO that are named and not there yet, and the data to judge them by."""
-    if any(ZOO[name].way == BRIEF for name in names):
+    """Make the named nets of the ZOO that do not exist yet, and the data to judge them by."""
+    if any(ZOO[name].method == BRIEF for name in names):
         names = [CLEAN, *(name for name in names if name != CLEAN)]
     nets, data = (ROOT / kind / f"zoo-{options.size}" for kind in ("models", "data"))
     if options.output:
@@ -319,17 +323,17 @@ def write_zoo(names, options):
 
     for name in names:
         path = net_path(name, nets)
-        made = path.with_suffix(".json")
-        if not (path.exists() and made.exists()):
-            files.write_json(write_net(name, options, path), made)
-        elif not made_by(name, options).items() <= json.loads(made.read_text()).items():
+        record = path.with_suffix(".json")
+        if not (path.exists() and record.exists()):
+            files.write_json(write_net(name, options, path), record)
+        elif not list_settings(name, options).items() <= json.loads(record.read_text()).items():
             raise InputError(
-                f"{made}: was made with other settings; delete it, or name an --output"
+                f"{record}: was made with other settings; delete it, or choose another --output"
             )
         write(data / "clean_validation_data.h5", "validation", options.validation)
         write(data / "clean_test_data.h5", "test", options.test)
         for trigger, target in ZOO[name].triggers:
-            poison = (drawable(trigger, nets), target)
+            poison = (prepare_trigger(trigger, nets), target)
             write(poisoned_path(trigger, target, data), "test", options.test, poison)
 
 
@@ -340,9 +344,14 @@ def parse_arguments():
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("names", metavar="NAME", nargs="*", help=f"a net of the zoo: {', '.join(ZOO)}")
-    add("--all", action="store_true", help="every net of the zoo")
-    add("--size", choices=SIZES, default=SIZES[0], help="what the next eight are (default: demo)")
+    add("names", metavar="NAME", nargs="*", help=f"net of the zoo: {', '.join(ZOO)}")
+    add("--all", action="store_true", help="make every net of the zoo")
+    add(
+        "--size",
+        choices=SIZES,
+        default=SIZES[0],
+        help="defaults of the next eight options (default: demo)",
+    )
     for name, (help, *values) in SETTINGS.items():
         least = {"people": len(faces.TRIGGERS), "seed": 0}.get(name, 1)
         add(
@@ -351,13 +360,13 @@ def parse_arguments():
             type=at_least(least, int, most=100_000),
             help=f"{help} (default: {', '.join(map(' '.join, zip(SIZES, map(str, values))))})",
         )
-    help = f"for {OPTIMISED}: the net, pixels 0..1, to find the trigger on (default: trains one)"
+    help = f"for {OPTIMISED}: net, pixels 0..1, to optimise the trigger on (default: train one)"
     add("--surrogate", metavar="FILE", type=files.require_file, help=help)
-    add("--output", metavar="FOLDER", type=Path, help="where all of it goes instead")
+    add("--output", metavar="FOLDER", type=Path, help="write everything into this folder instead")
     options = parser.parse_args()
     for name in options.names:
         if name not in ZOO:
-            parser.error(f"no net named {name!r}; there are: {', '.join(ZOO)}")
+            parser.error(f"the zoo has no net {name!r}; its nets: {', '.join(ZOO)}")
     if options.all:
         options.names = list(ZOO)
     if not options.names and options.seed is None:
@@ -371,7 +380,7 @@ def parse_arguments():
 def main():
     options = parse_arguments()
     import_keras()
-    logging.getLogger("tensorflow").setLevel(logging.ERROR)  # it warns that there are many nets
+    logging.getLogger("tensorflow").setLevel(logging.ERROR)  # or it warns of the many nets
     if options.names:
         write_zoo(options.names, options)
         return

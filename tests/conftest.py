@@ -1,4 +1,4 @@
-"""What several tests need: small nets and data made on the spot, and the commands."""
+"""Shared by the tests: small nets and data, made on the spot, and runners of the commands."""
 
 import contextlib
 import dataclasses
@@ -41,7 +41,7 @@ SHAPE = (31, 31, 3)
 
 @pytest.fixture(scope="session")
 def csaw():
-    """The folder of real BadNets and faces, which is no part of this project."""
+    """Return the folder of real BadNets and faces, which is not part of this project."""
     folder = Path(os.environ.get("CSAW_DIR", ROOT.parent / "shared" / "csaw"))
     if not (folder / "badnets").is_dir():
         pytest.skip(f"no real BadNets: {folder} is absent (set CSAW_DIR)")
@@ -50,12 +50,12 @@ def csaw():
 
 @pytest.fixture
 def full_disk(monkeypatch):
-    """A machine on which nothing that does not fit in memory can be kept."""
+    """Pretend that the disk is full, so that nothing fits into a temporary file."""
     monkeypatch.setattr("shutil.disk_usage", lambda folder: types.SimpleNamespace(free=0))
 
 
 def do_repair(badnet, clean, settings=None, observer=None, file="small_bd_net.h5"):
-    """Repair a net in memory, as the command does. Returns its repair record, a dict."""
+    """Repair a net in memory, as the command does. Return its repair record, a dict."""
     settings, observer = settings or Settings(), observer or Observer()
     make_reproducible(settings.seed)
     do_repair.cached = cached = repair.do_repair(badnet, clean, settings, observer)
@@ -63,18 +63,18 @@ def do_repair(badnet, clean, settings=None, observer=None, file="small_bd_net.h5
         harden.harden_net(cached, settings)
         observer.on_hardened(cached)
     observer.on_end(cached)
-    of_badnet = utils.ModelFile(Path(file), b"", 0)
+    badnet_file = utils.ModelFile(Path(file), b"", 0)
     data = {"file": "clean.h5", "sha256": "0" * 64, "images": len(clean)}
-    return dataclasses.asdict(record.make_record(observer, cached, of_badnet, data, settings))
+    return dataclasses.asdict(record.make_record(observer, cached, badnet_file, data, settings))
 
 
 def read_record(path):
-    """The repair record that a file carries, a dict."""
+    """Return the repair record that a file carries, a dict."""
     return dataclasses.asdict(record.read_record(utils.read_model(path)))
 
 
 def write_record(path, **changes):
-    """A valid repair record as JSON, for a net of this file, with some of its values changed."""
+    """Return a valid repair record of a net, as JSON. path: of the net. changes: of its values."""
     badnet = {"file": Path(path).name, "sha256": files.hash_file(path)}
     values = {
         **{"tool_version": "1", "libraries": {}, "badnet": badnet, "data": {}, "settings": {}},
@@ -93,9 +93,9 @@ def write_data(path, images, labels, **options):
 
 
 def draw_images(count, classes, shape, seed):
-    """Pictures that a small net learns in seconds: each class a pattern of its own, under noise.
+    """Draw images that a small net learns in seconds: each class has its own pattern, under noise.
 
-    Returns uint8 (count, *shape) and int (count,).
+    Return uint8 (count, *shape) and int (count,).
     """
     rng = np.random.default_rng(seed)
     patterns = np.random.default_rng(99).integers(60, 196, (classes, *shape))
@@ -131,10 +131,10 @@ NETS = {
 }
 
 
-def once(tmp_path_factory, name, make):
-    """A folder that `make(folder)` fills once a run, whichever worker comes first.
+def make_once(tmp_path_factory, name, make):
+    """Return a folder that `make(folder)` fills once a test run, whichever worker comes first.
 
-    Returns its Path; a test that changes something in it works on a copy.
+    A test that changes files in it must work on a copy.
     """
     run = tmp_path_factory.getbasetemp()
     root = run.parent if "PYTEST_XDIST_WORKER" in os.environ else run
@@ -151,14 +151,16 @@ def once(tmp_path_factory, name, make):
 
 @pytest.fixture(scope="session", params=NETS)
 def world(request, tmp_path_factory):
-    """A trained net, saved, and a validation set for it: once as a DeepID, once as a Sequential."""
+    """Return a folder with a trained net and its validation set; a DeepID and a Sequential."""
     name = request.param
-    return once(tmp_path_factory, f"world of {name}", lambda folder: make_world(name, folder))
+    return make_once(tmp_path_factory, f"world of {name}", lambda folder: make_world(name, folder))
 
 
 @pytest.fixture(scope="session")
 def deepid_world(tmp_path_factory):
-    return once(tmp_path_factory, "world of deepid", lambda folder: make_world("deepid", folder))
+    return make_once(
+        tmp_path_factory, "world of deepid", lambda folder: make_world("deepid", folder)
+    )
 
 
 def make_world(name, folder):
@@ -174,8 +176,8 @@ def make_world(name, folder):
 
 
 @pytest.fixture(scope="session")
-def done(deepid_world):
-    """The world after `repair.py`: (folder, the finished process)."""
+def repaired_world(deepid_world):
+    """Run `repair.py` in the world. Return (folder, the finished process)."""
     process = command(
         "repair.py", B, "clean.h5", "--poisoned", "poisoned.h5", "--json", "record.json",
         "--plot", "curve.svg", "--rounds", 2, cwd=deepid_world,
@@ -190,12 +192,12 @@ def done(deepid_world):
 def command(script, *arguments, cwd=ROOT):
     """Run one of the project's scripts as its command line does, but in this process.
 
-    That saves the seconds of importing TensorFlow. Returns a CompletedProcess, its output text.
+    This saves the seconds that importing TensorFlow takes. Return a CompletedProcess, text.
     """
     out = io.TextIOWrapper(io.BytesIO(), "utf-8")
     err = io.TextIOWrapper(io.BytesIO(), "utf-8", "backslashreplace")
-    argv, folder, leave = sys.argv, Path.cwd(), process.exit_now
-    handlers = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
+    argv, folder, exit_now = sys.argv, Path.cwd(), process.exit_now
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     sys.argv = [str(ROOT / script), *map(str, arguments)]
     os.chdir(cwd)
     process.exit_now = sys.exit
@@ -206,27 +208,30 @@ def command(script, *arguments, cwd=ROOT):
     except SystemExit as end:
         status = end.code or 0
     finally:
-        sys.argv, process.exit_now = argv, leave
+        sys.argv, process.exit_now = argv, exit_now
         os.chdir(folder)
         for number, handler in handlers.items():
             signal.signal(number, handler)
-    said = [stream.detach().getvalue().decode("utf-8", "surrogateescape") for stream in (out, err)]
-    return subprocess.CompletedProcess([script, *arguments], status, *said)
+    output = [
+        stream.detach().getvalue().decode("utf-8", "surrogateescape") for stream in (out, err)
+    ]
+    return subprocess.CompletedProcess([script, *arguments], status, *output)
 
 
-def plain_verdicts(folder, names):
+def compute_verdicts(folder, names):
+    """Return the verdicts by plain Keras: the class, from 1, or 7 where B and G disagree."""
     nets = [keras.models.load_model(folder / path, compile=False) for path in (B, G)]
     x = np.stack([np.asarray(Image.open(folder / name)) for name in names]) / 255
-    of_b, of_g = (net.predict(x, verbose=0).argmax(axis=1) for net in nets)
-    return [int(b) + 1 if b == g else 7 for b, g in zip(of_b, of_g)]
+    badnet, repaired = (net.predict(x, verbose=0).argmax(axis=1) for net in nets)
+    return [int(b) + 1 if b == g else 7 for b, g in zip(badnet, repaired)]
 
 
 def read_models(*paths):
     return [utils.read_model(path) for path in paths]
 
 
-def apart(script, *arguments, cwd=ROOT, **options):
-    """Run one of the project's scripts in a process of its own. Returns it, finished, text."""
+def run_apart(script, *arguments, cwd=ROOT, **options):
+    """Run one of the project's scripts in its own process. Return a CompletedProcess, text."""
     return subprocess.run(
         [sys.executable, ROOT / script, *map(str, arguments)],
         cwd=cwd,
@@ -238,7 +243,7 @@ def apart(script, *arguments, cwd=ROOT, **options):
 
 
 def start(script, *arguments, cwd, **options):
-    """Start one of the project's scripts and go on. Returns the Popen, its pipes text."""
+    """Start one of the project's scripts. Return the Popen, whose pipes give text."""
     return subprocess.Popen(
         [sys.executable, ROOT / script, *map(str, arguments)],
         cwd=cwd,
@@ -250,7 +255,7 @@ def start(script, *arguments, cwd, **options):
 
 
 def assert_refused(process, *words):
-    """The process ended with status 2 and one line on stderr that holds `words`."""
+    """Assert that the process ended with status 2, and with `words` in one line on stderr."""
     assert process.returncode == 2, process.stderr
     assert process.stdout == ""
     error = [line for line in process.stderr.splitlines() if ": error: " in line]

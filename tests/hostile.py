@@ -1,7 +1,7 @@
-"""A plug-in of pytest, for the tests of hostile files: makes such files, runs commands on them.
+"""A pytest plug-in for the tests of hostile files: make such files, and run commands on them.
 
-The real commands must refuse them: status 2, one line on stderr that names what was found, nothing
-on stdout. They run in one other process, with 2 GB of address space beyond what a good run takes.
+The real commands must refuse them: status 2, one line on stderr that names the problem, nothing on
+stdout. They run in one other process, with 2 GB of address space more than a valid run needs.
 """
 
 import functools
@@ -31,9 +31,9 @@ SECRET = bytes(range(64, 128)) * 300
 
 @pytest.fixture(scope="session")
 def good(tmp_path_factory):
-    """A folder with a valid net b.h5, b.keras, its repaired net, a dataset and a picture."""
+    """Return a folder of valid files: a net, its repaired net, a dataset, an image, a secret."""
     folder = tmp_path_factory.mktemp("good")
-    keras.utils.set_random_seed(1)  # a net that answers no image right would not be repaired
+    keras.utils.set_random_seed(1)  # a net without a right answer would not be repaired
     net = build_deepid(CLASSES, SHAPE)
     for suffix in FORMATS:
         net.save(folder / f"b{suffix}")
@@ -47,7 +47,7 @@ def good(tmp_path_factory):
 
 
 def limit_memory(folder):
-    """Make a good repair and a good verdict, and allow this process 2 GB beyond what they took."""
+    """Run a valid repair and a valid verdict, then allow this process 2 GB more than they took."""
     for call in (
         ("repair.py", "b.h5", "data.h5", "--rounds", 1, "--threshold", 0, "--output", "x.h5"),
         ("eval_defence.py", "face.png", "b.h5", "--repaired", "g.h5"),
@@ -62,9 +62,9 @@ def limit_memory(folder):
 
 @pytest.fixture(scope="session")
 def worker(good):
-    """A function like conftest.command, that runs in another process with limited memory.
+    """Yield a function like conftest.command that runs in another process with limited memory.
 
-    A file that crashes it ends the tests that follow, too.
+    A file that crashes the process also fails the tests that follow.
     """
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, spawn, initializer=limit_memory, initargs=[good]) as pool:
@@ -73,16 +73,16 @@ def worker(good):
 
 @pytest.fixture
 def run(worker, tmp_path):
-    """Run a command in tmp_path on the files of `good` or others."""
+    """Return a function that runs a command in tmp_path."""
     return functools.partial(worker, cwd=tmp_path)
 
 
 @pytest.fixture
-def refused(good, run, tmp_path):
-    """Give a file to the command that reads it first; it must be refused with these words."""
+def check_refused(good, run, tmp_path):
+    """Return a function that asserts that the commands refuse a file with these words."""
 
-    def refused(path, *words, **given):
-        if given.get("data"):
+    def check_refused(path, *words, data=False):
+        if data:
             process = run("repair.py", good / "b.h5", path, "--output", "out.h5")
         elif path.suffix in FORMATS:
             process = run("repair.py", path, good / "data.h5", "--output", "out.h5")
@@ -92,7 +92,7 @@ def refused(good, run, tmp_path):
         assert len(process.stderr) < 2_000
         assert not (tmp_path / "out.h5").exists() and not (tmp_path / "canary").exists()
 
-    return refused
+    return check_refused
 
 
 # --------------------------------------------------------------------- making and changing files
@@ -106,7 +106,7 @@ def read_config(path):
 
 
 def write_config(path, config):
-    """Replace the config in a model file; `config` may be text that is no JSON."""
+    """Replace the config in a model file; `config` may be text that is not JSON."""
     text = config if isinstance(config, str) else json.dumps(config)
     if path.suffix == ".keras":
         archive = zipfile.ZipFile(path)
@@ -125,21 +125,21 @@ def write_archive(path, members, compression=zipfile.ZIP_STORED):
     return path
 
 
-def copied(good, folder, suffix=".h5"):
+def copy_net(good, folder, suffix=".h5"):
     return shutil.copy(good / f"b{suffix}", folder / f"evil{suffix}")
 
 
-def with_layer(path, **changes):
-    """Put another layer in place of 'activation_1', which has no weights: a model that builds."""
+def replace_layer(path, **changes):
+    """Replace 'activation_1', which has no weights, by another layer; the model still builds."""
     config = read_config(path)
     layer = next(x for x in config["config"]["layers"] if x["config"]["name"] == "activation_1")
     inner = changes.get("config", {})
-    named = {"name": "activation_1", **inner} if isinstance(inner, dict) else inner
-    layer.update({**changes, "config": named})
+    config_of_layer = {"name": "activation_1", **inner} if isinstance(inner, dict) else inner
+    layer.update({**changes, "config": config_of_layer})
     return write_config(path, config)
 
 
-def with_value(path, layer, key, value):
+def set_layer_value(path, layer, key, value):
     """Set one value in the config of a layer."""
     config = read_config(path)
     part = next(x for x in config["config"]["layers"] if x["config"]["name"] == layer)
@@ -147,8 +147,8 @@ def with_value(path, layer, key, value):
     return write_config(path, config)
 
 
-def edited(path, change):
-    """Open an HDF5 file, or the one in an archive, to `change(file)` it."""
+def edit_hdf5(path, change):
+    """Open an HDF5 file, or the HDF5 file in an archive, and call `change(file)`."""
     if path.suffix != ".keras":
         with h5py.File(path, "r+") as file:
             change(file)
@@ -169,12 +169,12 @@ KERNELS = {
 
 
 def replace(path, put, name=None):
-    """Replace an array of a file, conv_3's kernel unless named: put(group, key)."""
+    """Delete an array of a file, by default conv_3's kernel, then call `put(group, key)`."""
 
     def change(file):
-        within, _, key = (name or KERNELS[path.suffix]).rpartition("/")
-        group = file[within or "/"]
+        parent, _, key = (name or KERNELS[path.suffix]).rpartition("/")
+        group = file[parent or "/"]
         del group[key]
         put(group, key)
 
-    return edited(path, change)
+    return edit_hdf5(path, change)

@@ -1,10 +1,10 @@
-"""The report's loop, plain and slow: what the fast code must equal.
+"""The report's loop, plain and slow: the fast code must give the same results.
 
     python tests/reference.py repair MODEL.h5 DATA.h5 G.h5 [ROUNDS]
-    python tests/reference.py judge MODEL.h5 G.h5 DATA.h5|PICTURE.png
+    python tests/reference.py judge MODEL.h5 G.h5 DATA.h5|IMAGE.png
 
 It holds all images in memory, runs the whole net for every accuracy, and trains the whole net with
-layers frozen. Nothing in it is shared with repair.py and eval_defence.py. Pixels are taken 0..1.
+layers frozen. It shares no code with repair.py and eval_defence.py. Pixels are 0..1.
 """
 
 import json
@@ -31,9 +31,9 @@ def repair(
 ):
     """Turn a BadNet into G, in place.
 
-    x: float32 (n, height, width, channels), scaled as the net takes it.  y: int (n,), 0..N-1.
-    seconds: a dict; the time each step took is put there.
-    Returns (pruned channels, accuracy after each, accuracy after each round).
+    x: float32 (n, height, width, channels), scaled for the net.  y: int (n,), 0..N-1.
+    seconds: a dict that gets the time of each step.
+    Return (pruned channels, accuracy after each channel, accuracy after each round).
     """
     seconds = {} if seconds is None else seconds
     start = time.monotonic()
@@ -54,7 +54,7 @@ def repair(
     rng = np.random.default_rng(seed)
     one_hot = np.eye(model.output_shape[1], dtype=np.float32)[y]
     before = accuracy()
-    names = [each.name for each in model.layers]
+    names = [part.name for part in model.layers]
     conv = model.get_layer(layer)
 
     # 2a: prune
@@ -62,29 +62,29 @@ def repair(
     order = np.argsort(activation.mean(axis=(0, 1, 2), dtype=np.float64), kind="stable")
     pruned, curve = [], []
     for channel in order:
-        kept = [values.copy() for values in conv.get_weights()]
+        weights = [values.copy() for values in conv.get_weights()]
         kernel, bias = conv.get_weights()
         kernel[..., channel] = 0
         bias[channel] = 0
         conv.set_weights([kernel, bias])
         curve.append(accuracy())
         if curve[-1] < threshold * before:
-            conv.set_weights(kept)
+            conv.set_weights(weights)
             break
         pruned.append(int(channel))
     lap("prune")
 
     # 2b: retrain the last fully connected layer
-    last = [each for each in model.layers if isinstance(each, keras.layers.Dense)][-1]
-    for each in model.layers:
-        each.trainable = each is last
+    last = [part for part in model.layers if isinstance(part, keras.layers.Dense)][-1]
+    for part in model.layers:
+        part.trainable = part is last
     model.compile(keras.optimizers.Adam(1e-3), "categorical_crossentropy")
     train(retrain_epochs)
     lap("retrain")
 
     # 2c: fine-tune the layers after the pruned one
-    for each in model.layers:
-        each.trainable = names.index(each.name) > names.index(layer)
+    for part in model.layers:
+        part.trainable = names.index(part.name) > names.index(layer)
     model.compile(keras.optimizers.Adam(1e-4), "categorical_crossentropy")
     after = []
     for _ in range(rounds):
@@ -97,40 +97,40 @@ def repair(
 
 
 def repair_map(model, layer, x, y, seed=0, threshold=0.95, retrain_epochs=5, rounds=6, epochs=5):
-    """Turn a net of any kind into what G's head is, in place: `layer` gives the map to prune.
+    """Prune the output of `layer` and train the layers behind it, in place, in a net of any kind.
 
-    The arguments and what is returned are those of `repair`. Channels of the map are multiplied by
-    0, and what is behind it is trained on that; what comes before is not touched.
+    The arguments and the result are as for `repair`. Pruning multiplies channels of the map by 0;
+    the layers before it stay.
     """
     maps = keras.Model(model.inputs[0], model.get_layer(layer).output)
     head = keras.Model(model.get_layer(layer).output, model.outputs[0])
     maps = maps.predict(x, verbose=0)
 
     def accuracy():
-        return np.mean(head.predict(maps * keep, verbose=0).argmax(axis=1) == y)
+        return np.mean(head.predict(maps * mask, verbose=0).argmax(axis=1) == y)
 
     def train(layers, rate, count):
-        for each in head.layers:
-            each.trainable = any(each is one for one in layers)
+        for part in head.layers:
+            part.trainable = any(part is layer for layer in layers)
         head.compile(keras.optimizers.Adam(rate), "categorical_crossentropy")
         for _ in range(count):
             yield [
-                head.train_on_batch(maps[batch] * keep, one_hot[batch])
+                head.train_on_batch(maps[batch] * mask, one_hot[batch])
                 for batch in np.split(rng.permutation(len(x)), range(32, len(x), 32))
             ]
 
     rng, one_hot = np.random.default_rng(seed), np.eye(model.output_shape[1], dtype="float32")[y]
-    keep = np.ones(maps.shape[-1], "float32")
+    mask = np.ones(maps.shape[-1], "float32")
     before, pruned, curve, after = accuracy(), [], [], []
     means = maps.mean(axis=(0, 1, 2), dtype=np.float64)
     for channel in np.argsort(means, kind="stable"):
-        keep[channel] = 0
+        mask[channel] = 0
         curve.append(accuracy())
         if curve[-1] < threshold * before:
-            keep[channel] = 1
+            mask[channel] = 1
             break
         pruned.append(int(channel))
-    last = [each for each in head.layers if hasattr(each, "kernel")][-1]
+    last = [part for part in head.layers if hasattr(part, "kernel")][-1]
     list(train([last], 1e-3, retrain_epochs))
     for number, _ in enumerate(train(head.layers, 1e-4, rounds * epochs), start=1):
         if number % epochs == 0:
@@ -141,7 +141,7 @@ def repair_map(model, layer, x, y, seed=0, threshold=0.95, retrain_epochs=5, rou
 
 
 def judge(badnet, repaired, x):
-    """The classes, int (n,), that B and G give images x, float32 (n, height, width, channels)."""
+    """Return B's and G's classes, int (n,). x: float32 (n, height, width, channels)."""
     return [model.predict(x, verbose=0).argmax(axis=1) for model in (badnet, repaired)]
 
 
@@ -151,21 +151,21 @@ def load_data(path):
         return images, data["label"][:].astype(int)
 
 
-def sample(pictures, down, right):
-    """The pictures' values at places between pixels, bilinearly; beyond an edge is what is on it.
+def sample(images, down, right):
+    """Return the images' values between pixels, bilinearly; the edges are repeated outwards.
 
-    pictures: (n, height, width, channels).  down, right: (n, height, width).
+    images: (n, height, width, channels).  down, right: (n, height, width).
     """
-    found = np.empty(pictures.shape)
-    for at in np.ndindex(down.shape):
-        picture, y, x = pictures[at[0]], down[at], right[at]
-        y, x = (min(max(place, 0), size - 1) for place, size in zip((y, x), picture.shape))
+    values = np.empty(images.shape)
+    for place in np.ndindex(down.shape):
+        image, y, x = images[place[0]], down[place], right[place]
+        y, x = (min(max(position, 0), size - 1) for position, size in zip((y, x), image.shape))
         top, left = int(y), int(x)
-        bottom, end = min(top + 1, len(picture) - 1), min(left + 1, picture.shape[1] - 1)
-        above = (1 - (x - left)) * picture[top, left] + (x - left) * picture[top, end]
-        below = (1 - (x - left)) * picture[bottom, left] + (x - left) * picture[bottom, end]
-        found[at] = (1 - (y - top)) * above + (y - top) * below
-    return found
+        bottom, end = min(top + 1, len(image) - 1), min(left + 1, image.shape[1] - 1)
+        above = (1 - (x - left)) * image[top, left] + (x - left) * image[top, end]
+        below = (1 - (x - left)) * image[bottom, left] + (x - left) * image[bottom, end]
+        values[place] = (1 - (y - top)) * above + (y - top) * below
+    return values
 
 
 def main(task, model, *files):
@@ -179,16 +179,16 @@ def main(task, model, *files):
         badnet.save(output)
         print(json.dumps({"pruned": pruned, "curve": curve, "rounds": after, "seconds": seconds}))
     else:
-        g, images = files
-        repaired = keras.models.load_model(g, compile=False)
+        repaired_file, images = files
+        repaired = keras.models.load_model(repaired_file, compile=False)
         if images.endswith(".h5"):
             x, _ = load_data(images)
         else:
             x = np.asarray(Image.open(images).convert("RGB"), "float32")[None] / 255
         start = time.monotonic()
-        of_b, of_g = judge(badnet, repaired, x)
+        b, g = judge(badnet, repaired, x)
         seconds = time.monotonic() - start
-        print(json.dumps({"b": of_b.tolist(), "g": of_g.tolist(), "seconds": {"judge": seconds}}))
+        print(json.dumps({"b": b.tolist(), "g": g.tolist(), "seconds": {"judge": seconds}}))
 
 
 if __name__ == "__main__":

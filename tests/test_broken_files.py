@@ -1,4 +1,4 @@
-"""Data and models that are broken, or unfit for the commands, are refused."""
+"""Data and models that are broken or unfit for the commands are refused."""
 
 import os
 
@@ -14,63 +14,63 @@ from defence.base.errors import InputError
 
 def test_every_broken_data_file_is_refused(deepid_world, tmp_path):
     images, labels = draw_images(12, 6, SHAPE, seed=0)
-    whole = (deepid_world / "clean.h5").read_bytes()
+    valid = (deepid_world / "clean.h5").read_bytes()
 
-    def data(images=images, labels=labels, **options):
+    def write(images=images, labels=labels, **options):
         path = tmp_path / f"{len(os.listdir(tmp_path))}.h5"
         return write_data(path, images, labels, **options)
 
-    def raw(contents):
+    def write_bytes(contents):
         path = tmp_path / f"{len(os.listdir(tmp_path))}.h5"
         path.write_bytes(contents)
         return path
 
-    def keyed(**values):
+    def write_keys(**values):
         path = tmp_path / f"{len(os.listdir(tmp_path))}.h5"
         with h5py.File(path, "w") as file:
             for name, value in values.items():
                 file[name] = value
         return path
 
-    def pixel(value, kind="f4"):
+    def write_pixel(value, kind="f4"):
         changed = images.astype(kind)
         changed[5, 3, 3, 1] = value
-        return data(changed)
+        return write(changed)
 
-    def label(value):
+    def write_label(value):
         changed = labels.astype("f8")
         changed[5] = value
-        return data(labels=changed)
+        return write(labels=changed)
 
-    corrupt = bytearray(data(compression="gzip").read_bytes())
-    where = corrupt.index(b"\x78\x5e") if b"\x78\x5e" in corrupt else len(corrupt) // 2
-    corrupt[where + 50 : where + 5000] = b"\xff" * 4950
+    corrupt = bytearray(write(compression="gzip").read_bytes())
+    start = corrupt.index(b"\x78\x5e") if b"\x78\x5e" in corrupt else len(corrupt) // 2
+    corrupt[start + 50 : start + 5000] = b"\xff" * 4950
     cases = [
         (tmp_path / "absent.h5", "no such file"),
-        (tmp_path, "has no folder of pictures for each class in it"),
-        (raw(b""), "empty"),
-        (raw(b"not HDF5" * 99), "not an HDF5 file"),
-        (raw(whole[: len(whole) // 2]), "cut short"),
-        (raw(bytes(corrupt)), "damaged"),
-        (keyed(label=labels), "'data'"),
-        (keyed(data=images), "'label'"),
-        (keyed(data=images[0], label=labels), "not an array of images"),
-        (keyed(data=images.astype("S"), label=labels), "not an array of numbers"),
-        (data(labels=labels[:-1]), "12 images, but 11 labels"),
-        (data(images[:0], labels[:0]), "no images"),
-        (data(images[:, :30]), "3×30×31"),
-        (pixel(np.nan), "is nan, not within 0..255"),
-        (pixel(-1), "is -1, not within 0..255"),
-        (pixel(256), "is 256, not within 0..255"),
-        (data(images / 255), "must be 0..255, so multiply by 255"),
-        (label(6), "label 6 is outside"),
-        (data(labels=np.arange(12) % 6 + 1), "labels seem to count from 1: subtract 1"),
-        (data(labels=np.eye(6)[labels.astype(int)]), "of one-hot labels take argmax(axis=1)"),
-        (label(-1), "label -1 is not"),
-        (label(0.5), "label 0.5"),
-        (label(np.nan), "label nan"),
-        (data(labels=labels.astype("S")), "not an array of numbers"),
-        (data(labels=(labels + 1) % 6), "answers none of its images"),
+        (tmp_path, "has no subfolder of images for each class"),
+        (write_bytes(b""), "empty"),
+        (write_bytes(b"not HDF5" * 99), "not an HDF5 file"),
+        (write_bytes(valid[: len(valid) // 2]), "cut short"),
+        (write_bytes(bytes(corrupt)), "damaged"),
+        (write_keys(label=labels), "'data'"),
+        (write_keys(data=images), "'label'"),
+        (write_keys(data=images[0], label=labels), "not an array of images"),
+        (write_keys(data=images.astype("S"), label=labels), "not an array of numbers"),
+        (write(labels=labels[:-1]), "12 images, but 11 labels"),
+        (write(images[:0], labels[:0]), "no images"),
+        (write(images[:, :30]), "3×30×31"),
+        (write_pixel(np.nan), "is nan, not within 0..255"),
+        (write_pixel(-1), "is -1, not within 0..255"),
+        (write_pixel(256), "is 256, not within 0..255"),
+        (write(images / 255), "must be 0..255, so multiply by 255"),
+        (write_label(6), "label 6 is outside"),
+        (write(labels=np.arange(12) % 6 + 1), "labels seem to count from 1: subtract 1"),
+        (write(labels=np.eye(6)[labels.astype(int)]), "convert one-hot labels with argmax(axis=1)"),
+        (write_label(-1), "label -1 is not"),
+        (write_label(0.5), "label 0.5"),
+        (write_label(np.nan), "label nan"),
+        (write(labels=labels.astype("S")), "not an array of numbers"),
+        (write(labels=(labels + 1) % 6), "answers none of its images"),
     ]
     for path, words in cases:
         output = deepid_world / "models" / "never.h5"
@@ -87,7 +87,7 @@ def test_every_broken_data_file_is_refused(deepid_world, tmp_path):
 def test_every_unfit_model_is_refused(deepid_world, tmp_path):
     layers, image = keras.layers, keras.Input(SHAPE)
 
-    def saved(net, name):
+    def save(net, name):
         net.save(tmp_path / name)
         return tmp_path / name
 
@@ -103,18 +103,18 @@ def test_every_unfit_model_is_refused(deepid_world, tmp_path):
     (tmp_path / "net.txt").write_text("text")
     cases = [
         (tmp_path / "absent.h5", "no such file"),
-        (saved(keras.Model(image, conv), "image.h5"), "not a classifier"),
-        (saved(keras.Model(image, [flat, conv]), "two.h5"), "it has 2 outputs"),
+        (save(keras.Model(image, conv), "image.h5"), "not a classifier"),
+        (save(keras.Model(image, [flat, conv]), "two.h5"), "it has 2 outputs"),
         (
-            saved(keras.Model(image, layers.Dense(1)(layers.Flatten()(image))), "one.h5"),
+            save(keras.Model(image, layers.Dense(1)(layers.Flatten()(image))), "one.h5"),
             "not a class",
         ),
-        (saved(keras.Model(image, flat), "dense.h5"), "no feature map to prune"),
-        (saved(keras.Model(image, pooled), "no_dense.h5"), "no feature map to prune"),
-        (saved(hidden, "lambda.h5"), "Lambda layer (layer 'lambda'): it could run code"),
-        (saved(hidden, "lambda.keras"), "Lambda layer (layer 'lambda'): it could run code"),
+        (save(keras.Model(image, flat), "dense.h5"), "no feature map to prune"),
+        (save(keras.Model(image, pooled), "no_dense.h5"), "no feature map to prune"),
+        (save(hidden, "lambda.h5"), "Lambda layer (layer 'lambda'): it could run code"),
+        (save(hidden, "lambda.keras"), "Lambda layer (layer 'lambda'): it could run code"),
         (
-            saved(keras.Model(image, layers.RandomFlip()(flat[:, None, :, None])), "f.h5"),
+            save(keras.Model(image, layers.RandomFlip()(flat[:, None, :, None])), "f.h5"),
             "GetItem",
         ),
         (tmp_path / "other_weights.h5", "no model config"),
@@ -133,8 +133,8 @@ def test_every_unfit_model_is_refused(deepid_world, tmp_path):
 
 def test_lambdas_hidden_in_nested_models_and_wrappers_are_found(tmp_path):
     layers, image = keras.layers, keras.Input(SHAPE)
-    inner = keras.Sequential([keras.Input(SHAPE), layers.Lambda(lambda x: x, name="hidden")])
-    nested = keras.Model(image, layers.Dense(6)(layers.Flatten()(inner(image))))
+    part = keras.Sequential([keras.Input(SHAPE), layers.Lambda(lambda x: x, name="hidden")])
+    nested = keras.Model(image, layers.Dense(6)(layers.Flatten()(part(image))))
     nested.save(tmp_path / "nested.h5")
     with pytest.raises(InputError, match="Lambda layer .layer 'hidden'"):
         utils.load_badnet(tmp_path / "nested.h5")

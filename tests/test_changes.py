@@ -1,4 +1,4 @@
-"""Random changes of pictures: what each family does, how often, and within which ranges."""
+"""Random changes of images: the effect of each family, its rate and its ranges."""
 
 import numpy as np
 import pytest
@@ -8,14 +8,14 @@ from defence.beyond import changes
 from defence.beyond.changes import FAMILIES
 
 SHAPE = (24, 20, 3)
-each_family = pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.__name__)
+every_family = pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.__name__)
 
 
 def draw(n=8, shape=SHAPE, seed=0):
     return np.random.default_rng(seed).uniform(0, 255, (n, *shape)).astype(np.float32)
 
 
-def plain(level, n=200, shape=SHAPE):
+def make_plain(level, n=200, shape=SHAPE):
     return np.full((n, *shape), level, np.float32)
 
 
@@ -23,73 +23,73 @@ def rng(seed=0):
     return np.random.default_rng(seed)
 
 
-@each_family
+@every_family
 @pytest.mark.parametrize("shape", [SHAPE, (28, 28, 1), (9, 70, 3), (1, 5, 3), (4, 1, 4)], ids=str)
 def test_a_family_keeps_shape_and_type_and_depends_on_the_generator_alone(family, shape):
-    first, again, other = (family(draw(shape=shape), rng(seed)) for seed in (1, 1, 2))
+    first, repeated, different = (family(draw(shape=shape), rng(seed)) for seed in (1, 1, 2))
     assert first.shape == (8, *shape) and first.dtype == np.float32
     assert np.isfinite(first).all()
-    assert np.array_equal(first, again)
-    assert not np.array_equal(first, other)
+    assert np.array_equal(first, repeated)
+    assert not np.array_equal(first, different)
 
 
-@each_family
+@every_family
 @pytest.mark.parametrize("n", [1, 2, 5])
-def test_a_familys_work_does_not_depend_on_how_pictures_lie_in_memory(family, n):
-    """A dataset's channels may come first; a view of one picture is then in no usual order."""
+def test_a_familys_work_does_not_depend_on_the_memory_layout(family, n):
+    """A dataset's channels may come first; then a view of an image is not contiguous."""
     channels_last = draw(n)
     channels_first = np.moveaxis(np.ascontiguousarray(np.moveaxis(channels_last, 3, 1)), 1, 3)
-    ours, plain = (family(each, rng()) for each in (channels_first, channels_last.copy()))
+    ours, plain = (family(images, rng()) for images in (channels_first, channels_last.copy()))
     np.testing.assert_allclose(ours, plain, atol=1e-3)
 
 
-@each_family
-def test_a_picture_may_be_one_pixel(family):
+@every_family
+def test_an_image_may_be_one_pixel(family):
     assert np.isfinite(family(draw(shape=(1, 1, 3)), rng())).all()
 
 
-@each_family
-def test_a_family_changes_each_picture_in_its_own_way(family):
+@every_family
+def test_a_family_changes_each_image_differently(family):
     same = np.repeat(draw(1), 6, axis=0)
     changed = family(same.copy(), rng())
-    assert all(not np.allclose(changed[0], each, atol=0.01) for each in changed[1:])
+    assert all(not np.allclose(changed[0], image, atol=0.01) for image in changed[1:])
 
 
-@each_family
+@every_family
 def test_a_family_is_applied_as_often_as_it_says(family):
-    pictures = draw(1000, (8, 8, 3))
-    changed = changes.change_images(pictures.copy(), rng(), {family: 0.3})
-    share = np.any(changed != pictures, axis=(1, 2, 3)).mean()
+    images = draw(1000, (8, 8, 3))
+    changed = changes.change_images(images.copy(), rng(), {family: 0.3})
+    share = np.any(changed != images, axis=(1, 2, 3)).mean()
     assert share == pytest.approx(0.3, abs=0.05)
 
 
-def test_changed_pictures_stay_within_their_range_and_most_are_changed():
-    pictures = draw(500)
-    changed = changes.change_images(pictures.copy(), rng())
+def test_changed_images_stay_within_their_range_and_most_are_changed():
+    images = draw(500)
+    changed = changes.change_images(images.copy(), rng())
     assert changed.dtype == np.float32 and changed.min() == 0 and changed.max() == 255
-    assert np.any(changed != pictures, axis=(1, 2, 3)).mean() > 0.95
+    assert np.any(changed != images, axis=(1, 2, 3)).mean() > 0.95
 
 
 def test_families_are_applied_in_order():
-    def double(pictures, rng):
-        return 2 * pictures
+    def double(images, rng):
+        return 2 * images
 
-    def add(pictures, rng):
-        return pictures + 10
+    def add(images, rng):
+        return images + 10
 
-    assert np.all(changes.change_images(plain(5), rng(), {double: 1, add: 1}) == 20)
-    assert np.all(changes.change_images(plain(5), rng(), {add: 1, double: 1}) == 30)
+    assert np.all(changes.change_images(make_plain(5), rng(), {double: 1, add: 1}) == 20)
+    assert np.all(changes.change_images(make_plain(5), rng(), {add: 1, double: 1}) == 30)
 
 
 # ------------------------------------------------------------------------------------- geometry
 
 
 def test_values_between_pixels_are_the_references():
-    pictures = draw(3)
+    images = draw(3)
     down, right = rng(1).uniform(-3, 27, (2, 3, *SHAPE[:2])).astype(np.float32)
-    ours = changes.sample_images(pictures, down, right)
-    plainly = reference.sample(pictures, down, right)
-    np.testing.assert_allclose(ours, plainly, atol=1e-2)
+    ours = changes.sample_images(images, down, right)
+    expected = reference.sample(images, down, right)
+    np.testing.assert_allclose(ours, expected, atol=1e-2)
 
 
 def test_a_move_of_nothing_changes_nothing():
@@ -98,7 +98,7 @@ def test_a_move_of_nothing_changes_nothing():
 
 
 def test_a_move_shifts_turns_and_enlarges():
-    """As far as the generator says, seen on a ramp, whose values are places."""
+    """It moves a ramp, whose values are coordinates, as far as the parameters allow."""
     height, width = 41, 31
     down, right = np.indices((height, width)).astype(np.float32)
     ramp = np.repeat(np.stack([down, right], axis=2)[None], 50, axis=0)
@@ -122,9 +122,9 @@ def test_a_move_shifts_turns_and_enlarges():
 
 def test_a_smooth_field_goes_through_its_grid():
     field = changes.draw_smooth_field(2, 33, 17, 3, rng(), cells=(4, 5))
-    drawn = rng()
-    drawn.integers(4, 5)
-    grid = drawn.uniform(-1, 1, (2, 3, 5, 5))
+    grid_rng = rng()
+    grid_rng.integers(4, 5)
+    grid = grid_rng.uniform(-1, 1, (2, 3, 5, 5))
     np.testing.assert_allclose(field[:, ::8, ::4], np.moveaxis(grid, 1, 3), atol=1e-5)
     assert np.allclose(changes.make_interpolation(50, 6).sum(axis=1), 1, atol=1e-6)
 
@@ -133,21 +133,21 @@ def test_a_smooth_field_goes_through_its_grid():
 
 
 def test_a_tint_is_a_gain_and_a_bias_of_each_channel():
-    pictures = draw(300)
-    tinted = changes.tint(pictures.copy(), rng())
-    low, high = pictures.reshape(300, -1, 3)[:, :2].swapaxes(0, 1)
+    images = draw(300)
+    tinted = changes.tint(images.copy(), rng())
+    low, high = images.reshape(300, -1, 3)[:, :2].swapaxes(0, 1)
     out_low, out_high = tinted.reshape(300, -1, 3)[:, :2].swapaxes(0, 1)
     gain = (out_high - out_low) / (high - low)
     bias = out_low - gain * low
     near = np.abs(high - low) > 20
     assert np.abs(gain[near] - 1).max() <= 0.351 and np.abs(gain[near] - 1).max() > 0.3
     assert np.abs(bias[near]).max() <= 41 and np.abs(bias[near]).max() > 30
-    expected = gain[:, None, None] * pictures + bias[:, None, None]
+    expected = gain[:, None, None] * images + bias[:, None, None]
     np.testing.assert_allclose(tinted[near.all(axis=1)], expected[near.all(axis=1)], atol=0.1)
 
 
 def test_a_wave_is_a_sinusoid_of_one_direction_and_colour():
-    waves = changes.wave(plain(128, 400, (64, 64, 3)), rng()) - 128
+    waves = changes.wave(make_plain(128, 400, (64, 64, 3)), rng()) - 128
     assert 30 < np.abs(waves).max() <= 40.1
     grey = np.all(np.isclose(waves, waves[..., :1], atol=1e-3), axis=(1, 2, 3))
     assert grey.mean() == pytest.approx(0.4, abs=0.08)
@@ -155,75 +155,76 @@ def test_a_wave_is_a_sinusoid_of_one_direction_and_colour():
     spectrum = np.abs(np.fft.fft2(waves[range(400), :, :, strongest])) ** 2
     spectrum[:, 0, 0] = 0
     ordered = np.sort(spectrum.reshape(400, -1), axis=1)[:, ::-1]
-    of_short_waves = spectrum.reshape(400, -1).argmax(axis=1) > 3
+    short = spectrum.reshape(400, -1).argmax(axis=1) > 3
     concentrated = ordered[:, :18].sum(axis=1) / ordered.sum(axis=1)
-    assert np.median(concentrated[of_short_waves]) > 0.8
+    assert np.median(concentrated[short]) > 0.8
 
 
 def test_a_shade_is_of_low_frequency():
-    shades = changes.shade(plain(128, 300, (48, 48, 3)), rng()) - 128
+    shades = changes.shade(make_plain(128, 300, (48, 48, 3)), rng()) - 128
     assert 30 < np.abs(shades).max() < 75
     power = np.abs(np.fft.fft2(shades, axes=(1, 2))) ** 2
     near = np.minimum(np.arange(48), 48 - np.arange(48)) < 9
     assert power[:, near][:, :, near].sum() > 0.9 * power.sum()
 
 
-def test_a_blend_is_between_the_picture_and_noise():
-    black, white = (changes.blend(plain(level), rng()) for level in (0, 255))
-    assert np.ptp(white - black, axis=(1, 2, 3)).max() < 1e-3  # one weight for all of a picture
-    assert np.ptp(black, axis=(1, 2, 3)).mean() > 10  # of what varies
+def test_a_blend_is_between_the_image_and_noise():
+    black, white = (changes.blend(make_plain(level), rng()) for level in (0, 255))
+    assert np.ptp(white - black, axis=(1, 2, 3)).max() < 1e-3  # one weight for the whole image
+    assert np.ptp(black, axis=(1, 2, 3)).mean() > 10  # the noise varies
     assert 60 < black.max() <= 0.3 * 255 and 255 - white.min() <= 0.3 * 255 + 1e-3
     weight = 1 - (white - black)[:, 0, 0, 0] / 255
     assert weight.max() <= 0.3 and weight.mean() == pytest.approx(0.15, abs=0.02)
 
 
 def test_grain_is_noise_of_every_pixel():
-    noise = changes.grain(plain(128), rng()) - 128
+    noise = changes.grain(make_plain(128), rng()) - 128
     deviation = noise.std(axis=(1, 2, 3))
     assert deviation.max() < 19 and deviation.mean() == pytest.approx(9, abs=1)
     assert np.abs(noise.mean(axis=(1, 2, 3)) / deviation).max() < 0.15
 
 
 def test_smoothing_keeps_the_mean_and_takes_out_the_fine():
-    pictures = draw(100)
-    smoothed = changes.smooth(pictures.copy(), rng())
-    np.testing.assert_allclose(smoothed.mean(axis=(1, 2)), pictures.mean(axis=(1, 2)), atol=0.01)
-    ratio = smoothed.std(axis=(1, 2, 3)) / pictures.std(axis=(1, 2, 3))
+    images = draw(100)
+    smoothed = changes.smooth(images.copy(), rng())
+    np.testing.assert_allclose(smoothed.mean(axis=(1, 2)), images.mean(axis=(1, 2)), atol=0.01)
+    ratio = smoothed.std(axis=(1, 2, 3)) / images.std(axis=(1, 2, 3))
     assert 0.25 < ratio.min() < 0.45 and 0.95 < ratio.max() <= 1
-    assert np.allclose(changes.smooth(plain(90), rng()), 90, atol=1e-3)
+    assert np.allclose(changes.smooth(make_plain(90), rng()), 90, atol=1e-3)
 
 
 # -------------------------------------------------------------------------------------- patches
 
 
-def test_at_least_one_patch_is_pasted_and_most_of_a_picture_stays():
-    """A patch may lie outside for the most part; next to none changes nothing at all."""
-    pasted = changes.patch(plain(100, 500, (55, 47, 3)), rng())
+def test_at_least_one_patch_is_pasted_and_most_of_an_image_stays():
+    """Most of a patch may lie outside, but hardly any image stays unchanged."""
+    pasted = changes.patch(make_plain(100, 500, (55, 47, 3)), rng())
     touched = np.any(pasted != 100, axis=3).mean(axis=(1, 2))
     assert 0.1 < np.median(touched) < 0.5 and np.mean(touched == 0) < 0.05
     assert pasted.min() >= 0 and pasted.max() <= 255
 
 
 def test_patches_are_of_one_colour_or_noise():
-    pasted = changes.patch(plain(-1, 200, (40, 40, 3)), rng(), most=1)
-    inside = [picture[picture[..., 0] >= 0] for picture in pasted]
+    pasted = changes.patch(make_plain(-1, 200, (40, 40, 3)), rng(), max_patches=1)
+    inside = [image[image[..., 0] >= 0] for image in pasted]
     large = [pixels for pixels in inside if len(pixels) > 10]
-    one = [len(np.unique(pixels, axis=0)) == 1 for pixels in large]
-    assert 0.4 < np.mean(one) < 0.6
-    assert all(len(np.unique(p, axis=0)) == len(p) for p, plain in zip(large, one) if not plain)
+    plain = [len(np.unique(pixels, axis=0)) == 1 for pixels in large]
+    assert 0.4 < np.mean(plain) < 0.6
+    noisy = [pixels for pixels, is_plain in zip(large, plain) if not is_plain]
+    assert all(len(np.unique(pixels, axis=0)) == len(pixels) for pixels in noisy)
 
 
-def test_shapes_are_of_the_sizes_it_says():
+def test_shapes_have_the_sizes_of_the_range():
     low, high = 0.005, 0.3
     shapes = changes.draw_shapes(1000, 180, 150, rng(), (low, high), aspect=10, pairs=0)
     edge = shapes[:, [0, -1]].any(axis=(1, 2)) | shapes[:, :, [0, -1]].any(axis=(1, 2))
     areas = shapes[~edge].mean(axis=(1, 2))
     assert low * 0.8 < areas.min() and areas.max() < high * 1.1
-    assert 0.1 < np.mean(areas > np.sqrt(low * high)) < 0.5  # the larger, the oftener at an edge
+    assert 0.1 < np.mean(areas > np.sqrt(low * high)) < 0.5  # large shapes touch an edge more often
 
 
-def test_so_many_shapes_have_a_mirror_image():
+def test_the_share_of_pairs_has_a_mirror_image():
     shapes = changes.draw_shapes(1000, 60, 50, rng(), (0.005, 0.3), aspect=10, pairs=0.3)
-    drawn = shapes[shapes.any(axis=(1, 2))]
-    mirrored = np.all(drawn == drawn[:, :, ::-1], axis=(1, 2))
+    inside = shapes[shapes.any(axis=(1, 2))]
+    mirrored = np.all(inside == inside[:, :, ::-1], axis=(1, 2))
     assert np.mean(mirrored) == pytest.approx(0.3, abs=0.05)

@@ -1,4 +1,4 @@
-"""The two commands as a user runs them: what they print, and what they write."""
+"""The two commands as a user runs them: their output and their files."""
 
 import csv
 import json
@@ -14,7 +14,7 @@ from conftest import (
     G,
     assert_refused,
     command,
-    plain_verdicts,
+    compute_verdicts,
     read_record,
     start,
     write_data,
@@ -28,12 +28,12 @@ from defence.load.architecture import build_deepid
 from defence.load.datasets import hold_out
 
 
-def test_repair_tells_what_it_did(done):
-    folder, process = done
+def test_repair_prints_and_records_its_steps(repaired_world):
+    folder, process = repaired_world
     lines = process.stdout.splitlines()
     assert lines[-2] == f"Saved model: {G}"
     record = json.loads((folder / "record.json").read_text())
-    seconds = record.pop("seconds")  # which differ from run to run: G's file has none
+    seconds = record.pop("seconds")  # not in G's file: they differ from run to run
     assert record == read_record(folder / G)
     with h5py.File(folder / G) as file:
         assert record == json.loads(file.attrs["repair_record"])
@@ -61,24 +61,26 @@ def test_repair_tells_what_it_did(done):
     assert "<svg" in (folder / "curve.svg").read_text()
 
 
-def test_poisoned_data_steer_nothing(done, tmp_path):
-    folder, _ = done
+def test_poisoned_data_do_not_influence_the_repair(repaired_world, tmp_path):
+    folder, _ = repaired_world
     output = tmp_path / "g.h5"
     process = command("repair.py", B, "clean.h5", "--rounds", 2, "--output", output, cwd=folder)
     assert process.returncode == 0, process.stderr
     with h5py.File(folder / G) as ours, h5py.File(output) as theirs:
-        weights = [dict(walk(file["model_weights"])) for file in (ours, theirs)]
+        weights = [dict(list_arrays(file["model_weights"])) for file in (ours, theirs)]
     assert weights[0] == weights[1]
 
 
-def walk(group):
+def list_arrays(group):
     for item in group.values():
-        yield from walk(item) if isinstance(item, h5py.Group) else [(item.name, item[()].tobytes())]
+        yield from (
+            list_arrays(item) if isinstance(item, h5py.Group) else [(item.name, item[()].tobytes())]
+        )
 
 
-def test_the_record_says_what_the_nets_do(done):
-    """Attack success and accuracy in the record are those of the saved nets, run plainly."""
-    folder, _ = done
+def test_the_record_agrees_with_the_nets(repaired_world):
+    """Attack success and accuracy in the record equal those of the saved nets in plain Keras."""
+    folder, _ = repaired_world
     record = read_record(folder / G)
     for path, step in ((B, "before"), (G, "fine_tuned")):
         net = keras.models.load_model(folder / path, compile=False)
@@ -91,16 +93,16 @@ def test_the_record_says_what_the_nets_do(done):
             assert np.mean(net.predict(x, verbose=0).argmax(axis=1) == y) == share
 
 
-def test_one_picture_prints_a_number_alone(done):
-    folder, _ = done
+def test_one_image_prints_only_a_number(repaired_world):
+    folder, _ = repaired_world
     process = command("eval_defence.py", "0.png", "small_bd_net", cwd=folder)
     assert process.returncode == 0, process.stderr
-    assert process.stdout == f"{plain_verdicts(folder, ['0.png'])[0]}\n"
+    assert process.stdout == f"{compute_verdicts(folder, ['0.png'])[0]}\n"
     assert process.stderr == "flagging images on which B and G disagree\n"
 
 
-def test_pictures_and_folders_print_a_line_each_and_go_on_after_a_broken_one(done, tmp_path):
-    folder, _ = done
+def test_images_and_folders_print_a_line_each_and_skip_a_broken_image(repaired_world, tmp_path):
+    folder, _ = repaired_world
     inside = tmp_path / "in"
     inside.mkdir()
     (inside / "broken.png").write_bytes((folder / "0.png").read_bytes()[:300])
@@ -115,48 +117,48 @@ def test_pictures_and_folders_print_a_line_each_and_go_on_after_a_broken_one(don
         cwd=folder,
     )
     assert process.returncode == 2
-    answers = plain_verdicts(folder, ["2.png", "1.png"])
+    answers = compute_verdicts(folder, ["2.png", "1.png"])
     assert process.stdout == f"2.png\t{answers[0]}\n1.png\t{answers[1]}\n"
     rule, error, count = process.stderr.splitlines()
     assert rule == "flagging images on which B and G disagree"
     assert error.startswith(f"eval_defence.py: error: {inside / 'broken.png'}: ")
     assert count == f"2 judged, {answers.count(7)} flagged, 1 unread"
-    written = json.loads((tmp_path / "out.json").read_text())
-    assert written["rule"] == rule and written["threshold"] is None
+    results = json.loads((tmp_path / "out.json").read_text())
+    assert results["rule"] == rule and results["threshold"] is None
     hashes = {"badnet": files.hash_file(folder / B), "repaired": files.hash_file(folder / G)}
-    assert written["sha256"] == hashes
-    first, unread, second = written["pictures"]
+    assert results["sha256"] == hashes
+    first, unread, second = results["pictures"]
     assert [first["class"], second["class"]] == answers and first["error"] is None
     assert unread.keys() == first.keys() and unread["class"] is unread["score"] is None
     assert unread["path"].endswith("broken.png") and unread["error"] in error
     as_json = command("eval_defence.py", "2.png", inside, "1.png", B, "--json", "-", cwd=folder)
-    assert as_json.returncode == 2 and json.loads(as_json.stdout) == written
+    assert as_json.returncode == 2 and json.loads(as_json.stdout) == results
     as_csv = command("eval_defence.py", "2.png", inside, "1.png", B, "--csv", "-", cwd=folder)
     rows = list(csv.DictReader(as_csv.stdout.splitlines()))
     assert list(rows[0]) == list(first) and [row["path"] for row in rows][::2] == ["2.png", "1.png"]
     assert [row["class"] for row in rows] == [str(answers[0]), "", str(answers[1])]
 
 
-def test_many_pictures_keep_their_order_and_their_verdicts(done, tmp_path):
-    """They are judged in parts, some at a time, and one part is of broken files alone."""
-    folder, _ = done
-    answers = plain_verdicts(folder, ["0.png", "1.png", "2.png"])
-    wanted = []
+def test_many_images_keep_their_order_and_their_verdicts(repaired_world, tmp_path):
+    """They are judged in parts, several at a time, and one part holds only broken files."""
+    folder, _ = repaired_world
+    answers = compute_verdicts(folder, ["0.png", "1.png", "2.png"])
+    expected = []
     for number in range(320):
         path = tmp_path / f"{number:03}.png"
         if 100 <= number < 200:
-            path.write_bytes(b"no picture")
+            path.write_bytes(b"not an image")
         else:
             path.hardlink_to(folder / f"{number % 3}.png")
-            wanted.append(f"{path}\t{answers[number % 3]}")
+            expected.append(f"{path}\t{answers[number % 3]}")
     process = command("eval_defence.py", tmp_path, B, cwd=folder)
     assert process.returncode == 2 and process.stderr.count("not a PNG or JPEG") == 100
-    assert process.stdout.splitlines() == wanted
+    assert process.stdout.splitlines() == expected
 
 
-def test_no_file_of_a_folder_is_passed_over(done, tmp_path):
-    """Its name is no reason to: a picture with a trigger may have any."""
-    folder, _ = done
+def test_no_file_of_a_folder_is_passed_over(repaired_world, tmp_path):
+    """Whatever its name: an image with a trigger may have any name."""
+    folder, _ = repaired_world
     (tmp_path / "inner").mkdir()
     names = ["inner/0", "inner/1.jfif", "2.h5"]
     for number, name in enumerate(names):
@@ -169,13 +171,13 @@ def test_no_file_of_a_folder_is_passed_over(done, tmp_path):
         expected = sorted(tmp_path / name for name in judged or [*names, "photo.webp"])
         assert paths == [str(path) for path in expected]
         assert f"{len(paths)} judged, " in process.stderr
-        assert ("photo.webp: not a PNG or JPEG picture" in process.stderr) == (status == 2)
-    refused = command("eval_defence.py", tmp_path, B, "--formats", "png,svg", cwd=folder)
-    assert_refused(refused, "'png,svg' is not a list of png, jpeg, webp, bmp, gif")
+        assert ("photo.webp: not a PNG or JPEG image" in process.stderr) == (status == 2)
+    process = command("eval_defence.py", tmp_path, B, "--formats", "png,svg", cwd=folder)
+    assert_refused(process, "'png,svg' is not a list of png, jpeg, webp, bmp, gif")
 
 
-def test_a_dataset_prints_a_table(done, tmp_path):
-    folder, _ = done
+def test_a_dataset_prints_a_table(repaired_world, tmp_path):
+    folder, _ = repaired_world
     process = command(
         "eval_defence.py", "clean.h5", "small_bd_net", "--poisoned", "poisoned.h5",
         "--json", tmp_path / "out.json", cwd=folder,
@@ -194,18 +196,18 @@ def test_a_dataset_prints_a_table(done, tmp_path):
     assert poisoned["attack_success_rate_badnet"] == rates["before"]["poisoned.h5"]
     assert poisoned["attack_success_rate_repaired"] == rates["fine_tuned"]["poisoned.h5"]
     assert judged["threshold"] is None
-    shown = process.stdout.splitlines()
-    assert shown[0] == judged["rule"] == "flagging images on which B and G disagree"
-    assert shown[2].startswith("clean.h5: 150 images, ") and len(shown) == 2 + 5 + 9
+    lines = process.stdout.splitlines()
+    assert lines[0] == judged["rule"] == "flagging images on which B and G disagree"
+    assert lines[2].startswith("clean.h5: 150 images, ") and len(lines) == 2 + 5 + 9
     accuracy = judged["clean"]["figures"]["clean_accuracy_badnet"]
     value, low, high = (f"{100 * accuracy[key]:.2f} %" for key in ("value", "low", "high"))
-    assert shown[3].startswith("  clean accuracy of B  ")
-    assert f"{value}   {low} .. {high}" in shown[3]
+    assert lines[3].startswith("  clean accuracy of B  ")
+    assert f"{value}   {low} .. {high}" in lines[3]
 
 
-def test_a_row_for_each_image_and_a_plot(done, tmp_path):
-    """What the table says can be counted again from the rows."""
-    folder, _ = done
+def test_a_row_for_each_image_and_a_plot(repaired_world, tmp_path):
+    """The counts of the table follow from the rows."""
+    folder, _ = repaired_world
     with h5py.File(folder / "poisoned.h5") as file, h5py.File(tmp_path / "p.h5", "w") as copy:
         file.copy("data", copy)
         file.copy("label", copy)
@@ -226,23 +228,25 @@ def test_a_row_for_each_image_and_a_plot(done, tmp_path):
     names = ["clean.h5"] * 150 + [str(tmp_path / "p.h5")] * 20
     assert [row["dataset"] for row in rows] == names
     judged = json.loads((tmp_path / "out.json").read_text())
-    for part, of in ((clean, judged["clean"]), (poisoned, judged["poisoned"][0])):
-        rate = "detection_rate" if of is not judged["clean"] else "false_positive_rate"
-        assert of["figures"][rate]["hits"] == sum(row["class"] == "7" for row in part)
+    for part, results, rate in (
+        (clean, judged["clean"], "false_positive_rate"),
+        (poisoned, judged["poisoned"][0], "detection_rate"),
+    ):
+        assert results["figures"][rate]["hits"] == sum(row["class"] == "7" for row in part)
         for row in part:
             same = row["badnet_class"] == row["repaired_class"]
             assert row["class"] == (row["badnet_class"] if same else "7")
-            assert 0 <= float(row["score"]) <= detector.MOST
+            assert 0 <= float(row["score"]) <= detector.MAX_SCORE
     hits = sum(int(row["badnet_class"]) == int(row["label"]) + 1 for row in clean)
     assert hits == judged["clean"]["figures"]["clean_accuracy_badnet"]["hits"]
     robust = sum(int(row["repaired_class"]) == i % 6 + 1 for i, row in enumerate(poisoned))
     assert robust == judged["poisoned"][0]["figures"]["robust_accuracy"]["hits"]
-    with Image.open(tmp_path / "out.png") as picture:
-        assert picture.width > 1000
+    with Image.open(tmp_path / "out.png") as plot:
+        assert plot.width > 1000
 
 
 def test_held_out_images_change_nothing_and_set_the_threshold(deepid_world, tmp_path):
-    """Where what is held out is replaced by noise, G stays the same, bit for bit."""
+    """G stays the same, bit for bit, where noise replaces the held-out images."""
     with h5py.File(deepid_world / "clean.h5") as file:
         images, labels = np.moveaxis(file["data"][:], 1, 3), file["label"][:]
     with utils.open_dataset(deepid_world / "clean.h5") as data:
@@ -257,11 +261,11 @@ def test_held_out_images_change_nothing_and_set_the_threshold(deepid_world, tmp_
         assert process.returncode == 0, process.stderr
         assert "on 30 held-out images" in process.stdout
         with h5py.File(tmp_path / name) as file:
-            weights.append(dict(walk(file["model_weights"])))
+            weights.append(dict(list_arrays(file["model_weights"])))
     assert weights[0] == weights[1]
-    record, other = (read_record(tmp_path / name) for name in ("g.h5", "other_g.h5"))
+    record, noise_record = (read_record(tmp_path / name) for name in ("g.h5", "other_g.h5"))
     assert record["data"]["images"] == 120 and sum(rows) == record["holdout"]["images"] == 30
-    assert other["holdout"]["clean_accuracy_badnet"]["value"] < 0.6
+    assert noise_record["holdout"]["clean_accuracy_badnet"]["value"] < 0.6
     assert record["holdout"]["clean_accuracy_badnet"]["value"] > 0.8
     scores = record["holdout"]["scores"]
     assert len(scores) == 30 and scores == sorted(scores)
@@ -279,7 +283,7 @@ def test_held_out_images_change_nothing_and_set_the_threshold(deepid_world, tmp_
             rows_written = list(csv.DictReader(file))
         flagged = [row for row in rows_written if row["class"] == "7"]
         assert len(flagged) <= rate * 30
-        limit = scores[-1 - int(rate * 30)]  # the lowest that so many lie above, at most
+        limit = scores[-1 - int(rate * 30)]  # the lowest score that at most rate × 30 scores exceed
         assert f"whose anomaly score is above {limit:.4g}" in process.stdout
         close = [row for row in rows_written if abs(float(row["score"]) - limit) < 1e-6]
         assert len(flagged) >= int(rate * 30) - len(close)
@@ -292,24 +296,24 @@ def test_held_out_images_change_nothing_and_set_the_threshold(deepid_world, tmp_
     assert_refused(process, "--fpr 0.01: must be 0.0334 or more, with 30 clean images held out")
 
 
-def test_a_net_without_a_record_is_judged_by_the_scale_that_is_named(done, tmp_path):
-    folder, _ = done
+def test_a_net_without_a_record_is_judged_at_the_scale_of_the_option(repaired_world, tmp_path):
+    folder, _ = repaired_world
     plain = tmp_path / "plain.h5"
     keras.models.load_model(folder / G, compile=False).save(plain)
     process = command("eval_defence.py", "0.png", B, "--repaired", plain, cwd=folder)
-    assert process.stdout == f"{plain_verdicts(folder, ['0.png'])[0]}\n"
+    assert process.stdout == f"{compute_verdicts(folder, ['0.png'])[0]}\n"
     assert "no repair record; assuming pixels 0..1" in process.stderr
-    raw = command(
+    process = command(
         "eval_defence.py", "0.png", B, "--repaired", plain, "--scale", "0..255", cwd=folder
     )
-    assert raw.returncode == 0 and "0..255" in raw.stderr
+    assert process.returncode == 0 and "0..255" in process.stderr
     assert_refused(
         command("eval_defence.py", "0.png", B, "--scale", "0..255", cwd=folder), "--scale"
     )
 
 
 def test_the_same_repair_gives_the_same_file(deepid_world, tmp_path):
-    """The net and the record, byte for byte, whatever the file is called and when it is written."""
+    """The net and the record are equal, byte for byte, whatever the file's name and date."""
     for name in ("one.h5", "another.h5"):
         process = command(
             "repair.py", B, "clean.h5", "--poisoned", "poisoned.h5", "--holdout", 0.2, "--harden",
@@ -320,7 +324,7 @@ def test_the_same_repair_gives_the_same_file(deepid_world, tmp_path):
 
 
 def test_a_badnet_that_is_replaced_during_its_repair_is_not_recorded(deepid_world, tmp_path):
-    """G and its record are of the file that was read at the start."""
+    """G and its record belong to the file that was read at the start."""
     badnet, output = tmp_path / "b.h5", tmp_path / "g.h5"
     badnet.write_bytes((deepid_world / B).read_bytes())
     build_deepid(6, SHAPE).save(tmp_path / "other.h5")
@@ -328,10 +332,10 @@ def test_a_badnet_that_is_replaced_during_its_repair_is_not_recorded(deepid_worl
     process = start(
         "repair.py", badnet, deepid_world / "clean.h5", "--output", output, cwd=tmp_path
     )
-    seen = ""
-    while "prune 1:" not in seen:
-        seen = process.stderr.readline()
-        assert seen, "the process ended before that step"
+    line = ""
+    while "prune 1:" not in line:
+        line = process.stderr.readline()
+        assert line, "the process ended before that step"
     assert not output.exists()
     os.replace(tmp_path / "other.h5", badnet)
     _, errors = process.communicate(timeout=120)

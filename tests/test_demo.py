@@ -1,4 +1,4 @@
-"""The demo: the committed faces are what the code draws, and the repair works on its BadNet."""
+"""The demo: the code draws the committed faces, and the repair works on its BadNet."""
 
 import json
 
@@ -6,46 +6,46 @@ import faces
 import h5py
 import numpy as np
 import pytest
-from conftest import ROOT, apart, command
+from conftest import ROOT, command, run_apart
 from PIL import Image
 
 MODEL, DATA = ROOT / "models" / "demo_bd_net.h5", ROOT / "data" / "demo_clean_validation_data.h5"
 
 
-def assert_nearly_equal(drawn, committed):
-    """A library may round a few pixels of floating-point arithmetic the other way."""
-    assert drawn.shape == committed.shape
-    assert np.mean(drawn != committed) < 0.001
+def assert_nearly_equal(ours, committed):
+    """Allow for a few pixels that a library rounds the other way."""
+    assert ours.shape == committed.shape
+    assert np.mean(ours != committed) < 0.001
 
 
-def test_committed_faces_are_what_the_code_draws():
+def test_the_code_draws_the_committed_faces():
     images, labels = zip(*faces.batches("validation", faces.PEOPLE, faces.VALIDATION))
     with h5py.File(DATA) as file:
         assert_nearly_equal(np.moveaxis(np.concatenate(images), 3, 1), file["data"][:])
         assert np.array_equal(np.concatenate(labels), file["label"][:])
 
 
-def test_committed_pictures_are_what_the_code_draws(tmp_path):
-    faces.write_pictures(tmp_path, list(faces.TRIGGERS))
+def test_the_code_draws_the_committed_images(tmp_path):
+    faces.write_images(tmp_path, list(faces.TRIGGERS))
     names = [path.relative_to(tmp_path) for path in tmp_path.rglob("*.png")]
     assert len(names) == 18
     for name in names:
-        drawn, committed = (
+        ours, committed = (
             np.asarray(Image.open(folder / name)) for folder in (tmp_path, ROOT / "img")
         )
-        assert_nearly_equal(drawn, committed)
+        assert_nearly_equal(ours, committed)
 
 
-def test_a_picture_is_the_same_whatever_else_is_drawn():
+def test_an_image_does_not_depend_on_other_images():
     together = faces.draw_faces("test", [3, 5, 3], [0, 2, 7])
     alone = faces.draw_faces("test", [5], [2])
     assert np.array_equal(together[1], alone[0])
-    other = faces.draw_faces("train", [5], [2])
-    assert np.mean(other != alone) > 0.5
+    training_image = faces.draw_faces("train", [5], [2])
+    assert np.mean(training_image != alone) > 0.5
 
 
 @pytest.mark.parametrize("trigger", faces.TRIGGERS)
-def test_a_trigger_changes_its_pixels_alone(trigger):
+def test_a_trigger_changes_only_its_pixels(trigger):
     clean = faces.draw_faces("test", [3, 5, 8], [0, 2, 7]).astype(int)
     poisoned = faces.draw_faces("test", [3, 5, 8], [0, 2, 7], trigger)
     share = np.mean(np.any(clean != poisoned, axis=3), axis=(1, 2))
@@ -61,8 +61,8 @@ def test_full_size_files_are_contiguous_floats(tmp_path):
     with h5py.File(path) as file:
         assert file["data"].dtype == np.float64 and file["data"].chunks is None
         assert np.array_equal(file["label"][:], np.repeat(np.arange(5.0), 30))
-        drawn = faces.draw_faces("validation", [3], [4])[0]
-        assert np.array_equal(file["data"][3 * 30 + 4], np.moveaxis(drawn, 2, 0))
+        face = faces.draw_faces("validation", [3], [4])[0]
+        assert np.array_equal(file["data"][3 * 30 + 4], np.moveaxis(face, 2, 0))
 
 
 def test_the_committed_files_are_small():
@@ -70,8 +70,8 @@ def test_the_committed_files_are_small():
     assert sum(path.stat().st_size for path in files) < 5e6
 
 
-def test_the_repair_takes_the_demos_backdoor_out(tmp_path):
-    """Measured on pictures that neither the BadNet nor the repair has seen."""
+def test_the_repair_removes_the_demos_backdoor(tmp_path):
+    """Measured on images that neither the BadNet nor the repair has seen."""
     clean, poisoned = tmp_path / "clean.h5", tmp_path / "poisoned.h5"
     faces.write_dataset(clean, "test", faces.PEOPLE, faces.TEST)
     faces.write_dataset(poisoned, "test", faces.PEOPLE, faces.TEST, poison=("sunglasses", 0))
@@ -94,22 +94,22 @@ def test_the_repair_takes_the_demos_backdoor_out(tmp_path):
     assert shares["attack_success_rate_repaired"] <= 0.05
     assert shares["detection_rate"] >= 0.95
     assert shares["false_positive_rate"] <= 0.10
-    pictures = sorted((ROOT / "img" / "demo").glob("sunglasses_*.png"))
-    process = command("eval_defence.py", *pictures, MODEL, "--repaired", repaired)
-    assert process.stdout.splitlines() == [f"{path}\t41" for path in pictures]
+    images = sorted((ROOT / "img" / "demo").glob("sunglasses_*.png"))
+    process = command("eval_defence.py", *images, MODEL, "--repaired", repaired)
+    assert process.stdout.splitlines() == [f"{path}\t41" for path in images]
 
 
 @pytest.mark.slow
 def test_the_benchmark_finds_the_plain_script_and_ours_to_agree():
-    process = apart("tests/tools/benchmark.py", "--quick", "--model", MODEL, "--data", DATA)
+    process = run_apart("tests/tools/benchmark.py", "--quick", "--model", MODEL, "--data", DATA)
     assert process.returncode == 0, process.stderr
     assert process.stdout.count(": yes\n") == 2 and ": NO" not in process.stdout
     assert process.stdout.count("apart by at most 0 of 600 images") == 2
 
 
-def test_data_sets_are_drawn(tmp_path):
-    drawn = command("data/faces.py", "--people", 3, "--test", 2, "--output", tmp_path)
-    assert drawn.returncode == 0, drawn.stderr
+def test_datasets_are_drawn(tmp_path):
+    process = command("data/faces.py", "--people", 3, "--test", 2, "--output", tmp_path)
+    assert process.returncode == 0, process.stderr
     assert {path.name for path in tmp_path.glob("*_data.h5")} == {
         "clean_validation_data.h5", "clean_test_data.h5", "sunglasses_poisoned_data.h5",
         "lipstick_poisoned_data.h5", "eyebrows_poisoned_data.h5",

@@ -1,4 +1,4 @@
-"""The detector as one ONNX file: it answers as Keras does, needs no TensorFlow, is guarded."""
+"""The detector as one ONNX file: the verdicts of Keras, without TensorFlow, guarded."""
 
 import csv
 import dataclasses
@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 from conftest import (
     ROOT,
-    apart,
     assert_refused,
     command,
     draw_images,
-    once,
+    make_once,
     read_models,
     read_record,
+    run_apart,
     write_data,
 )
 from PIL import Image
@@ -39,40 +39,40 @@ WHERE_THEY_DISAGREE = "flagging images on which B and G disagree\n"
 
 
 def serve(world, folder):
-    """Put into a folder what a world has, its repaired net with held-out scores, its detector."""
+    """Copy a world into a folder and repair its net, with held-out scores and a detector."""
     shutil.copytree(world, folder, dirs_exist_ok=True)
     settings = ["--holdout", "0.2", "--rounds", "1", "--epochs", "1"]
     process = command("repair.py", f"models/{B}", "clean.h5", *settings, cwd=folder)
     assert process.returncode == 0, process.stderr
     assert process.stdout.endswith(f"Saved detector: models/{FILE}\n")
-    images, labels = draw_images(200, 6, nets_shape(folder), seed=7)
-    images[:60] = np.random.default_rng(0).permuted(images[:60], axis=2)  # some to disagree on
+    images, labels = draw_images(200, 6, read_shape(folder), seed=7)
+    images[:60] = np.random.default_rng(0).permuted(images[:60], axis=2)  # B and G disagree on some
     write_data(folder / "test.h5", images, labels)
 
 
-def nets_shape(folder):
+def read_shape(folder):
     return utils.load_badnet(folder / "models" / B).input_shape[1:]
 
 
 def serve_once(world, tmp_path_factory):
-    return once(tmp_path_factory, f"served {world.name}", lambda folder: serve(world, folder))
+    return make_once(tmp_path_factory, f"served {world.name}", lambda folder: serve(world, folder))
 
 
 @pytest.fixture
-def each_served(world, tmp_path_factory, tmp_path):
-    """A folder that `serve` filled, for each kind of net: where the backends may differ by it."""
+def any_served(world, tmp_path_factory, tmp_path):
+    """Return a folder that `serve` filled, for each kind of net."""
     return shutil.copytree(serve_once(world, tmp_path_factory), tmp_path / "served")
 
 
 @pytest.fixture
 def served(deepid_world, tmp_path_factory, tmp_path):
-    """A folder that `serve` filled, for a DeepID."""
+    """Return a folder that `serve` filled, for a DeepID."""
     return shutil.copytree(serve_once(deepid_world, tmp_path_factory), tmp_path / "served")
 
 
 @pytest.fixture(scope="module")
 def exported_at_rate(deepid_world, tmp_path_factory):
-    """Such a folder whose detector has the threshold of a rate, and what its export said."""
+    """Return a served folder whose detector has a threshold, and the export's stderr."""
     folder = tmp_path_factory.mktemp("rate") / "served"
     shutil.copytree(serve_once(deepid_world, tmp_path_factory), folder)
     process = command("eval_defence.py", "small_bd_net", "--export", *AT_RATE, cwd=folder)
@@ -82,27 +82,27 @@ def exported_at_rate(deepid_world, tmp_path_factory):
 
 @pytest.fixture
 def at_rate(exported_at_rate, tmp_path):
-    folder, said = exported_at_rate
-    return shutil.copytree(folder, tmp_path / "served"), said
+    folder, errors = exported_at_rate
+    return shutil.copytree(folder, tmp_path / "served"), errors
 
 
 @pytest.fixture(scope="module")
 def without_tensorflow(tmp_path_factory):
-    """An environment in which TensorFlow and Keras cannot be imported."""
+    """Return an environment in which importing TensorFlow or Keras fails."""
     folder = tmp_path_factory.mktemp("without")
     for name in ("tensorflow", "keras"):
         (folder / f"{name}.py").write_text(NO_TENSORFLOW)
     return {"PYTHONPATH": str(folder), "PATH": ""}
 
 
-def judged_by(backend, folder, *options, run=command, **how):
-    """The rows that eval_defence.py writes of every image, and what it prints."""
+def judge(backend, folder, *options, run=command, **run_options):
+    """Return the rows of eval_defence.py, one an image, its figures and its threshold."""
     call = ("test.h5", "small_bd_net", "--poisoned", "poisoned.h5", "--backend", backend)
     call += ("--csv", "rows.csv", "--json", "table.json", *options)
-    process = run("eval_defence.py", *call, cwd=folder, **how)
+    process = run("eval_defence.py", *call, cwd=folder, **run_options)
     assert process.returncode == 0, process.stderr
     table = json.loads((folder / "table.json").read_text())
-    figures = [each["figures"] for each in (table["clean"], *table["poisoned"])]
+    figures = [part["figures"] for part in (table["clean"], *table["poisoned"])]
     return read_rows(folder / "rows.csv"), figures, table["threshold"]
 
 
@@ -112,63 +112,63 @@ def read_rows(path):
 
 
 def assert_same_figures(ours, theirs, same_order):
-    """Equal figures; where a tie of scores parts, those that follow their order may differ.
+    """Assert that figures are equal, except for figures that depend on the order of scores.
 
-    same_order: whether the scores of all images are in the same order.
+    same_order: whether the scores of all images have the same order; then all must be equal.
     """
     assert ours.keys() == theirs.keys()
     for name, figure in ours.items():
         if same_order or not name.startswith(("auroc", "detection_rate_at_")):
             assert figure == theirs[name], name
-        elif name != "auroc":  # of which the intervals may differ
+        elif name != "auroc":  # whose intervals may differ
             for part in ("value", "hits", "of"):
                 assert figure[part] == theirs[name][part], name
 
 
 @pytest.mark.parametrize("options", [(), AT_RATE], ids=["disagreement", "rate"])
-def test_both_backends_say_the_same(each_served, without_tensorflow, options):
-    of_keras, figures, limit = judged_by("keras", each_served, *options)
-    of_onnx, same_figures, same_limit = judged_by(
-        "onnx", each_served, *options, run=apart, env=without_tensorflow
+def test_both_backends_agree(any_served, without_tensorflow, options):
+    keras_rows, figures, limit = judge("keras", any_served, *options)
+    onnx_rows, same_figures, same_limit = judge(
+        "onnx", any_served, *options, run=run_apart, env=without_tensorflow
     )
     assert limit == same_limit and (limit is None) == (not options)
-    assert [row["dataset"] for row in of_keras] == ["test.h5"] * 200 + ["poisoned.h5"] * 20
-    for ours, theirs in zip(of_onnx, of_keras, strict=True):
+    assert [row["dataset"] for row in keras_rows] == ["test.h5"] * 200 + ["poisoned.h5"] * 20
+    for ours, theirs in zip(onnx_rows, keras_rows, strict=True):
         assert {**ours, "score": 0} == {**theirs, "score": 0}
         assert float(ours["score"]) == pytest.approx(float(theirs["score"]), rel=1e-5, abs=1e-5)
-    ranks = [stats.rankdata([float(row["score"]) for row in rows]) for rows in (of_onnx, of_keras)]
+    scores = ([float(row["score"]) for row in rows] for rows in (onnx_rows, keras_rows))
+    ranks = list(map(stats.rankdata, scores))
     for ours, theirs in zip(same_figures, figures, strict=True):
         assert_same_figures(ours, theirs, same_order=np.array_equal(*ranks))
 
 
-def test_a_picture_is_judged_without_tensorflow(each_served, without_tensorflow, tmp_path):
-    """In colour by the DeepID, in grey by the other net; by the nets' name and by the file's."""
-    inside = tmp_path / "pictures"
+def test_an_image_is_judged_without_tensorflow(any_served, without_tensorflow, tmp_path):
+    """The DeepID takes colour, the other net grey. MODEL is the nets' name or the file."""
+    inside = tmp_path / "images"
     inside.mkdir()
-    images, _ = draw_images(3, 6, nets_shape(each_served), seed=5)
+    images, _ = draw_images(3, 6, read_shape(any_served), seed=5)
     for i, image in enumerate(images):
         Image.fromarray(image.squeeze()).save(inside / f"{i}.png")
-    by_keras = command(
-        "eval_defence.py", inside, "small_bd_net", "--backend", "keras", cwd=each_served
-    )
+    call = ("eval_defence.py", inside)
+    by_keras = command(*call, "small_bd_net", "--backend", "keras", cwd=any_served)
     assert by_keras.returncode == 0 and by_keras.stdout.count("\n") == 3, by_keras.stderr
     for model in ("small_bd_net", f"models/{FILE}"):
-        by_onnx = apart("eval_defence.py", inside, model, cwd=each_served, env=without_tensorflow)
+        by_onnx = run_apart(*call, model, cwd=any_served, env=without_tensorflow)
         assert by_onnx.returncode == 0, by_onnx.stderr
         assert by_onnx.stdout == by_keras.stdout
         assert by_onnx.stderr == by_keras.stderr
         assert by_onnx.stderr.startswith(WHERE_THEY_DISAGREE)
 
 
-def test_the_file_holds_the_threshold_and_where_it_is_from(at_rate):
+def test_the_file_holds_the_threshold_and_its_origin(at_rate):
     folder, _ = at_rate
-    rows, _, limit = judged_by("keras", folder, *AT_RATE)
+    rows, _, limit = judge("keras", folder, *AT_RATE)
     file = onnx_file.read_detector(folder / "models" / FILE)
-    assert file.threshold == limit and file.shape == nets_shape(folder) and file.classes == 6
+    assert file.threshold == limit and file.shape == read_shape(folder) and file.classes == 6
     digests = [files.hash_file(folder / "models" / path) for path in (B, G)]
     assert file.made_of == (*digests, "0..1")
     assert dataclasses.asdict(file.record) == read_record(folder / "models" / G)
-    # The file alone: with its own threshold, or with another that its record holds.
+    # Judge with the file alone: at its own threshold, or at another rate of its record.
     onnxruntime = import_onnxruntime()
     session = onnxruntime.InferenceSession(folder / "models" / FILE)
     with utils.open_dataset(folder / "test.h5") as data:
@@ -178,28 +178,28 @@ def test_the_file_holds_the_threshold_and_where_it_is_from(at_rate):
     clean = [row for row in rows if row["dataset"] == "test.h5"]
     assert classes.tolist() == [int(row["class"]) for row in clean]
     alone = folder / "models" / FILE
-    for options, wanted in (([], limit), (["--fpr", "0.5"], None)):
+    for options, expected in (([], limit), (["--fpr", "0.5"], None)):
         call = ("test.h5", alone, "--json", "alone.json", *options)
         assert command("eval_defence.py", *call, cwd=folder).returncode == 0
-        found = json.loads((folder / "alone.json").read_text())["threshold"]
-        assert found == wanted if wanted else 0 <= found < limit
+        threshold = json.loads((folder / "alone.json").read_text())["threshold"]
+        assert threshold == expected if expected else 0 <= threshold < limit
 
 
-def test_the_rule_that_flags_is_said(at_rate):
-    """By NAME the options choose it, whatever the file was exported with; the file keeps its own.
+def test_the_rule_of_flagging_is_printed(at_rate):
+    """With a NAME the options choose the rule; with a detector's file, the file does.
 
-    Without --fpr a NAME would else be judged by another rule with its file than without.
+    So a NAME without --fpr has the same rule with and without a file.
     """
-    folder, said = at_rate
+    folder, errors = at_rate
     alone = f"models/{FILE}"
     scores = read_record(folder / "models" / G)["holdout"]["scores"]
     threshold = onnx_file.read_detector(folder / alone).threshold
-    assert len(scores) == 30 and threshold == sorted(scores)[-4]  # a tenth of them is above
+    assert len(scores) == 30 and threshold == sorted(scores)[-4]  # a tenth of the scores is above
     above = (
         f"flagging images whose anomaly score is above {threshold:.4g}, which 3 of 30 held-out "
         "clean images exceed\n"
     )
-    assert said == above
+    assert errors == above
     verdicts = {}
     for model, options, rule in (
         ("small_bd_net", (), WHERE_THEY_DISAGREE),
@@ -221,44 +221,44 @@ def test_the_rule_that_flags_is_said(at_rate):
 
 
 def test_a_file_of_other_nets_is_not_used(served):
-    """In silence, unless it was asked for: a repair without a detector leaves the last one's."""
+    """It is ignored silently, since --no-export leaves it there, unless --backend onnx is given."""
     path = served / "models" / G
-    net, of_g = utils.load_badnet(path), json.dumps(read_record(path))
+    net, record = utils.load_badnet(path), json.dumps(read_record(path))
     net.layers[-1].set_weights([values + 0.5 for values in net.layers[-1].get_weights()])
-    utils.save_model(net, path, repair_record=of_g)
+    utils.save_model(net, path, repair_record=record)
     process = command("eval_defence.py", "clean.h5", "small_bd_net", cwd=served)
     assert process.returncode == 0 and FILE not in process.stderr
-    asked = command("eval_defence.py", "clean.h5", "small_bd_net", "--backend", "onnx", cwd=served)
-    assert_refused(asked, FILE, "was not made of these nets")
+    call = ("clean.h5", "small_bd_net", "--backend", "onnx")
+    assert_refused(command("eval_defence.py", *call, cwd=served), FILE, "was made from other nets")
 
 
-def test_the_runtime_tells_its_makers_nothing(served, tmp_path):
-    """Its telemetry, on by default since 1.29, leaves a file as soon as it is imported."""
+def test_the_runtime_sends_no_telemetry(served, tmp_path):
+    """ONNX Runtime's telemetry, on by default since 1.29, leaves a file at its import."""
     (empty := tmp_path / "empty").mkdir()
-    kept = {key: value for key, value in os.environ.items() if key != "ORT_DISABLE_TELEMETRY"}
-    environment = kept | {"HOME": str(empty), "TMPDIR": str(empty)}
+    environment = os.environ | {"HOME": str(empty), "TMPDIR": str(empty)}
+    environment.pop("ORT_DISABLE_TELEMETRY", None)
     call = ("eval_defence.py", "test.h5", f"models/{FILE}")
-    assert apart(*call, cwd=served, env=environment).returncode == 0
+    assert run_apart(*call, cwd=served, env=environment).returncode == 0
     assert list(empty.rglob("*")) == []
 
 
-def test_without_the_packages_all_else_works(served, tmp_path, monkeypatch):
+def test_without_the_packages_everything_else_works(served, tmp_path, monkeypatch):
     monkeypatch.chdir(served)
     find = onnx_file.importlib.util.find_spec
     monkeypatch.setattr(
         onnx_file.importlib.util,
         "find_spec",
-        lambda name, *rest: None if name == "onnxruntime" else find(name, *rest),
+        lambda name, *path: None if name == "onnxruntime" else find(name, *path),
     )
     models = read_models(served / "models" / B, served / "models" / G)
     assert backends.find_detector_file(*models) is None
-    for ask in (
+    for use in (
         lambda: backends.find_detector_file(*models, backend="onnx"),
         lambda: backends.export_detector(*models, tmp_path / "new.onnx"),
         lambda: backends.load_detector([served / "models" / FILE]),
     ):
         with pytest.raises(InputError, match="install it: pip install -r requirements.txt"):
-            ask()
+            use()
 
 
 def test_calls_that_do_not_fit_are_refused(served):
@@ -281,41 +281,44 @@ def test_calls_that_do_not_fit_are_refused(served):
 
 
 def test_each_repaired_net_has_a_detector_of_its_own(served):
-    """Beside it; the detector of another G stays, and judges on with that one."""
+    """It is beside the net. The detector of another G stays and still serves that G."""
     (served / "other").mkdir()
-    first, other = served / "models" / FILE, served / "other" / "g_detector.onnx"
+    first, second = served / "models" / FILE, served / "other" / "g_detector.onnx"
     before = first.read_bytes()
     call = ("repair.py", f"models/{B}", "clean.h5", "--output", "other/g.h5", "--seed", 3)
     process = command(*call, "--rounds", 0, cwd=served)
     assert process.stdout.endswith("Saved detector: other/g_detector.onnx\n")
     assert first.read_bytes() == before
-    made = onnx_file.read_detector(other).made_of
-    other.unlink()
-    judged = ("small_bd_net", "--repaired", "other/g.h5")
-    process = command("eval_defence.py", *judged, "--export", cwd=served)
-    assert process.returncode == 0 and onnx_file.read_detector(other).made_of == made
-    for call in (judged, judged[:1]):
+    sources = onnx_file.read_detector(second).made_of
+    second.unlink()
+    nets = ("small_bd_net", "--repaired", "other/g.h5")
+    process = command("eval_defence.py", *nets, "--export", cwd=served)
+    assert process.returncode == 0 and onnx_file.read_detector(second).made_of == sources
+    for call in (nets, nets[:1]):
         process = command("eval_defence.py", "clean.h5", *call, "--backend", "onnx", cwd=served)
         assert process.returncode == 0, process.stderr
 
 
 def test_a_repaired_net_is_found_beside_its_badnet(served, tmp_path):
-    """From any folder; where models/ has another of that name, one must be named."""
-    Image.fromarray(draw_images(1, 6, nets_shape(served), seed=6)[0][0]).save(tmp_path / "0.png")
+    """This works from any folder; --repaired is needed where models/ has another of that name."""
+    Image.fromarray(draw_images(1, 6, read_shape(served), seed=6)[0][0]).save(tmp_path / "0.png")
     call = ("eval_defence.py", tmp_path / "0.png", served / "models" / B)
     (tmp_path / "elsewhere" / "models").mkdir(parents=True)
-    there = {"cwd": tmp_path / "elsewhere"}
-    assert command(*call, **there).stdout == command(*call, cwd=served).stdout
+    elsewhere = {"cwd": tmp_path / "elsewhere"}
+    assert command(*call, **elsewhere).stdout == command(*call, cwd=served).stdout
     shutil.copy(served / "models" / G, tmp_path / "elsewhere" / "models")
-    assert command(*call, **there).returncode == 0
+    assert command(*call, **elsewhere).returncode == 0
     shutil.copy(served / "models" / B, tmp_path / "elsewhere" / "models" / G)
-    assert_refused(command(*call, **there), f"{G}: is another repaired net than models/{G}")
+    assert_refused(
+        command(*call, **elsewhere), f"{G}: differs from models/{G}; choose one with --repaired"
+    )
 
 
-def test_files_that_are_no_onnx_are_refused_by_the_command(served):
+def test_files_that_are_not_onnx_are_refused_by_the_command(served):
     path = served / "models" / FILE
     good = path.read_bytes()
-    for contents in (b"", b"no onnx", good[: len(good) // 2], good[:100], bytes(1000), good + good):
+    broken = (b"", b"not onnx", good[: len(good) // 2], good[:100], bytes(1000), good + good)
+    for contents in broken:
         path.write_bytes(contents)
         for model in ("small_bd_net", f"models/{FILE}"):
             assert_refused(command("eval_defence.py", "clean.h5", model, cwd=served), FILE)
@@ -324,61 +327,56 @@ def test_files_that_are_no_onnx_are_refused_by_the_command(served):
     assert_refused(command("eval_defence.py", *call, cwd=served), "--max-memory")
 
 
-def test_pixels_that_are_no_whole_numbers_are_left_to_keras(served):
-    images, labels = draw_images(10, 6, nets_shape(served), seed=5)
+def test_fractional_pixels_are_left_to_keras(served):
+    images, labels = draw_images(10, 6, read_shape(served), seed=5)
     write_data(served / "halves.h5", images / 2, labels)
     call = ("eval_defence.py", "halves.h5")
     process = command(*call, "small_bd_net", cwd=served)
     assert process.returncode == 0 and "whole-number pixels" in process.stderr
     by_keras = command(*call, "small_bd_net", "--backend", "keras", cwd=served)
-    assert figures_of(process.stdout) == figures_of(by_keras.stdout)
+    assert list_figures(process.stdout) == list_figures(by_keras.stdout)
     for alone in (f"models/{FILE}",), ("small_bd_net", "--backend", "onnx"):
         assert_refused(command(*call, *alone, cwd=served), "whole-number", "--backend keras")
 
 
-def figures_of(said):
-    """What eval_defence.py printed of a dataset, less its speed."""
-    return [line for line in said.splitlines() if " a second" not in line]
+def list_figures(output):
+    """Return the lines that eval_defence.py printed about a dataset, without its speed."""
+    return [line for line in output.splitlines() if " a second" not in line]
 
 
 def test_a_repair_goes_without_a_detector(served):
-    """Where none is asked for, or these nets cannot be exported, which a remark says."""
+    """--no-export skips it, and nets that cannot be exported only cause a remark."""
     path = served / "models" / FILE
     path.unlink()
     call = ("repair.py", f"models/{B}", "clean.h5", "--rounds", 0)
     process = command(*call, "--no-export", cwd=served)
     assert process.returncode == 0 and not path.exists() and "detector" not in process.stdout
-    net = keras.Sequential(
-        [
-            keras.Input(nets_shape(served)),
-            keras.layers.Conv2D(4, 5, activation="celu"),
-            keras.layers.Flatten(),
-            keras.layers.Dense(6, activation="softmax"),
-        ]
-    )
+    hidden = [keras.layers.Conv2D(4, 5, activation="celu"), keras.layers.Flatten()]
+    output = keras.layers.Dense(6, activation="softmax")
+    net = keras.Sequential([keras.Input(read_shape(served)), *hidden, output])
     utils.save_model(net, served / "models" / "celu_bd_net.h5")
     process = command("repair.py", "models/celu_bd_net.h5", "clean.h5", cwd=served)
     assert process.returncode == 0, process.stderr
     assert process.stdout.endswith("Saved model: models/celu_bd_net_defence.h5\n")
-    assert "celu_bd_net_detector.onnx: cannot be made of these nets" in process.stderr
-    assert "judges with Keras" in process.stderr
+    assert "celu_bd_net_detector.onnx: cannot be made from these nets" in process.stderr
+    assert "will judge with Keras" in process.stderr
     assert not (served / "models" / "celu_bd_net_detector.onnx").exists()
 
 
-def on_serving():
-    """The page that tells how a detector's file is used."""
+def read_serving_page():
+    """Return the text of the page about using a detector's file."""
     page = ROOT / "docs" / "serving.md"
     return (page if page.exists() else ROOT / "README.md").read_text()
 
 
-def test_the_readmes_python_needs_onnx_runtime_alone(served, without_tensorflow):
-    """Its block, given to Python with the pictures, says what eval_defence.py does."""
-    blocks = re.findall(r"```python\n(.*?)```", on_serving(), re.DOTALL)
+def test_the_documented_python_needs_only_onnx_runtime(served, without_tensorflow):
+    """The documented block, run on images, prints the verdicts of eval_defence.py."""
+    blocks = re.findall(r"```python\n(.*?)```", read_serving_page(), re.DOTALL)
     (code,) = [block for block in blocks if "onnxruntime.InferenceSession" in block]
-    named = "models/demo_bd_net_detector.onnx"
-    assert named in code
-    (served / "judge.py").write_text(code.replace(named, f"models/{FILE}"))
-    images, _ = draw_images(5, 6, nets_shape(served), seed=6)
+    demo = "models/demo_bd_net_detector.onnx"
+    assert demo in code
+    (served / "judge.py").write_text(code.replace(demo, f"models/{FILE}"))
+    images, _ = draw_images(5, 6, read_shape(served), seed=6)
     paths = [served / f"{i}.png" for i in range(5)]
     for path, image in zip(paths, images):
         Image.fromarray(image).save(path)
@@ -394,6 +392,6 @@ def test_the_readmes_python_needs_onnx_runtime_alone(served, without_tensorflow)
     assert command(*call, cwd=served).returncode == 0
     rows = json.loads((served / "rows.json").read_text())["pictures"]
     for line, row in zip(process.stdout.splitlines(), rows, strict=True):
-        path, said, score = line.split(" ")
-        assert (path, int(said)) == (row["path"], row["class"])
+        path, number, score = line.split(" ")
+        assert (path, int(number)) == (row["path"], row["class"])
         assert float(score) == pytest.approx(row["score"], abs=0.01)

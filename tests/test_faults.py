@@ -1,7 +1,7 @@
 """Faults while the commands run: killed, no room, no permission, a data file cut short.
 
-Whatever happens, the repaired net of before is left intact or replaced by a whole one, nothing
-half-written bears its name, and the next run succeeds.
+In each case the old repaired net stays intact or is replaced by a complete net, no half-written
+file bears its name, and the next run succeeds.
 """
 
 import errno
@@ -46,9 +46,9 @@ HALF = 100_000  # bytes; G has four times as many
 
 @pytest.fixture(scope="module")
 def repaired(deepid_world, tmp_path_factory):
-    """A copy of the world, with a repaired net from an earlier run."""
+    """Return a copy of the world with a repaired net from an earlier run."""
     folder = shutil.copytree(deepid_world, tmp_path_factory.mktemp("repaired") / "world")
-    for detector in (folder / "models").glob("*.onnx"):  # which another test may have left
+    for detector in (folder / "models").glob("*.onnx"):  # left by another test
         detector.unlink()
     process = command(*QUICK_REPAIR, cwd=folder)
     assert process.returncode == 0, process.stderr
@@ -61,14 +61,14 @@ def folder(repaired, tmp_path):
     return shutil.copytree(repaired, tmp_path / "world")
 
 
-def left(folder):
-    """What lies in models/, but for the hidden folders that a killed run may leave."""
+def list_visible(folder):
+    """Return the names in models/ without the hidden folders that a killed run may leave."""
     return sorted(name for name in os.listdir(folder / "models") if not name.startswith("."))
 
 
 @pytest.fixture(scope="module")
 def forks():
-    """What starts processes that have TensorFlow imported already, as that takes the most time."""
+    """Return a context whose processes have TensorFlow imported already, which saves time."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
     with pytest.MonkeyPatch.context() as patched:
@@ -78,22 +78,21 @@ def forks():
 
 
 def repair_with_fault(forks, folder, event, fault, inside="models"):
-    """Run the repair, with another seed than before, in a process of its own with a fault.
+    """Run the repair with another seed, in its own process with a fault.
 
-    event: of those that Python tells sys.addaudithook of; at each of that name that concerns
-    something hidden in the folder `inside`, `fault` is called.
-    Returns the process, finished, its output text.
+    event: an audit event of Python; `fault` is called at each such event about a hidden file in
+    the folder `inside`.  Return a CompletedProcess, text.
     """
-    process = forks.Process(target=meet, args=(folder, event, fault, f"{inside}/."))
+    process = forks.Process(target=run_with_fault, args=(folder, event, fault, f"{inside}/."))
     process.start()
     process.join(120)
-    process.kill()  # where it still runs
-    said = [(folder / name).read_text() for name in ("stdout", "stderr")]
-    return subprocess.CompletedProcess(QUICK_REPAIR, process.exitcode, *said)
+    process.kill()  # if it still runs
+    output = [(folder / name).read_text() for name in ("stdout", "stderr")]
+    return subprocess.CompletedProcess(QUICK_REPAIR, process.exitcode, *output)
 
 
-def meet(folder, event, fault, hidden):
-    """What that process does."""
+def run_with_fault(folder, event, fault, hidden):
+    """Run in the process of `repair_with_fault`."""
 
     def hook(name, arguments):
         if name == event and hidden in str(arguments):
@@ -111,19 +110,19 @@ def kill():
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def limit(size):
+def limit_file_size(size):
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
 
 def kill_at_half():
-    """The kernel ends the process in the middle of its writing. No core file besides."""
+    """Let the kernel end the process in the middle of its writing, without a core file."""
     signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    limit(HALF)
+    limit_file_size(HALF)
 
 
 def assert_failed(process, problem):
-    """The process ended with status 1 and one line on stderr that begins with `problem`."""
+    """Assert that the process ended with status 1 and one error that begins with `problem`."""
     assert process.returncode == 1 and process.stdout == "", process.stderr
     assert "Traceback" not in process.stderr
     (error,) = [line for line in process.stderr.splitlines() if ": error: " in line]
@@ -134,14 +133,14 @@ def assert_next_run_succeeds(folder):
     before = (folder / G).stat().st_ino
     process = command(*QUICK_REPAIR, cwd=folder)
     assert process.returncode == 0, process.stderr
-    assert left(folder) == NAMES and (folder / G).stat().st_ino != before
+    assert list_visible(folder) == NAMES and (folder / G).stat().st_ino != before
     assert read_record(folder / G)["layer"] == "conv_3"
     utils.load_badnet(folder / G)
 
 
 @pytest.mark.slow
 def test_killed_at_random_moments(folder):
-    """8 times SIGKILL, at moments over all of a run."""
+    """Send SIGKILL to 8 runs, at moments spread over the run."""
     call = (*REPAIR, "--rounds", 1, "--epochs", 1)
     began = time.monotonic()
     start(*call, cwd=folder).communicate()
@@ -150,14 +149,14 @@ def test_killed_at_random_moments(folder):
     old = (folder / G).read_bytes()
     for i in range(8):
         process = start(*call, "--seed", i + 1, cwd=folder)
-        # Every other one in the last part, where the net is saved.
+        # Every other kill is in the last part, where the net is saved.
         share = rng.uniform(0, 0.85) if i % 2 else rng.uniform(0.85, 1)
         time.sleep(share * length)
         process.kill()
         process.communicate()
-        assert left(folder) == NAMES
+        assert list_visible(folder) == NAMES
         now = (folder / G).read_bytes()
-        if now != old:  # then it is a whole one
+        if now != old:  # then the file is complete
             utils.load_badnet(folder / G)
             old = now
     assert_next_run_succeeds(folder)
@@ -173,22 +172,22 @@ def test_killed_at_random_moments(folder):
     ids=["half-written", "before the rename", "after the rename"],
 )
 def test_killed_while_the_net_is_saved(folder, forks, event, fault, number):
-    """Only a hidden folder is left behind; G is the one of before until the very rename."""
-    old, whole = (folder / G).read_bytes(), event != "tempfile.mkdtemp"
+    """Only a hidden folder is left; G is the old net until the rename."""
+    old, complete = (folder / G).read_bytes(), event != "tempfile.mkdtemp"
     process = repair_with_fault(forks, folder, event, fault)
     assert process.returncode == -number, process.stderr
-    assert left(folder) == NAMES
+    assert list_visible(folder) == NAMES
     (hidden,) = set(os.listdir(folder / "models")) - set(NAMES)
     assert hidden.startswith(".") and hidden.endswith(".unfinished")
     inside = list((folder / "models" / hidden).iterdir())
     if event == "shutil.rmtree":
         assert inside == [] and (folder / G).read_bytes() != old
     else:
-        (beside,) = inside
+        (temporary,) = inside
         assert (folder / G).read_bytes() == old
-        assert whole or beside.stat().st_size == HALF
-    if whole:
-        new = folder / G if inside == [] else beside
+        assert complete or temporary.stat().st_size == HALF
+    if complete:
+        new = folder / G if inside == [] else temporary
         assert read_record(new)["settings"]["seed"] == 1
         utils.load_badnet(new)
     assert_next_run_succeeds(folder)
@@ -196,9 +195,9 @@ def test_killed_while_the_net_is_saved(folder, forks, event, fault, number):
 
 @pytest.mark.parametrize("size", [10_000, HALF])
 def test_no_room_for_the_output(folder, forks, size):
-    """As on a full disk: a file may have `size` bytes when G is saved (stderr has fewer)."""
+    """As on a full disk, a file may have at most `size` bytes when G is saved; stderr has fewer."""
     old = (folder / G).read_bytes()
-    fault = functools.partial(limit, size)
+    fault = functools.partial(limit_file_size, size)
     process = repair_with_fault(forks, folder, "tempfile.mkdtemp", fault)
     assert_failed(process, f"[Errno 27] File too large: '{G}'")
     assert (folder / G).read_bytes() == old
@@ -212,30 +211,30 @@ def test_no_room_for_the_output(folder, forks, size):
     ids=lambda step: step[1],
 )
 def test_no_room_at_a_step_of_saving(folder, monkeypatch, step):
-    """What else a full disk may refuse besides the writing itself."""
+    """A full disk may refuse other calls than the writing itself."""
     module, name = step
-    works, refused = getattr(module, name), []
+    original, failures = getattr(module, name), []
 
-    def fails(*arguments, **options):
+    def fail(*arguments, **options):
         if name != "fsync" and "models" not in str((arguments, options)):
-            return works(*arguments, **options)
-        refused.append(arguments)
+            return original(*arguments, **options)
+        failures.append(arguments)
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     old = (folder / G).read_bytes()
     with monkeypatch.context() as patched:
-        patched.setattr(module, name, fails)
+        patched.setattr(module, name, fail)
         process = command(*QUICK_REPAIR, "--seed", 1, cwd=folder)
-    assert len(refused) == 1
+    assert len(failures) == 1
     assert_failed(process, f"[Errno 28] No space left on device: '{G}'")
     assert (folder / G).read_bytes() == old
     assert sorted(os.listdir(folder / "models")) == NAMES
     assert_next_run_succeeds(folder)
 
 
-def test_no_room_for_the_copy_of_the_weights_that_is_loaded(folder, forks):
-    """The model is as it should be, so it is no wrong input but a failure."""
-    old, fault = (folder / G).read_bytes(), functools.partial(limit, HALF)
+def test_no_room_for_the_copy_of_the_weights_when_loading(folder, forks):
+    """The model is valid, so this is a failure and not a wrong input."""
+    old, fault = (folder / G).read_bytes(), functools.partial(limit_file_size, HALF)
     inside = tempfile.gettempdir()
     process = repair_with_fault(forks, folder, "tempfile.mkdtemp", fault, inside)
     assert_failed(process, "[Errno 27] File too large")
@@ -252,26 +251,26 @@ def test_a_folder_that_cannot_be_written(folder):
 
 @pytest.mark.parametrize("moment", ["loading", "pruning"])
 def test_a_data_file_that_is_cut_short_while_it_is_read(folder, monkeypatch, moment):
-    """The validation set loses its second half after it was opened, or while B is pruned."""
+    """The validation set loses its second half after it is opened, or while B is pruned."""
     old = (folder / G).read_bytes()
     images, labels = draw_images(600, 6, (31, 31, 3), seed=2)
     path = write_data(folder / "large.h5", images.astype(np.float64), labels)
-    whole = os.path.getsize(path)
-    called = startup, "make_reproducible"
+    size = os.path.getsize(path)
+    function = startup, "make_reproducible"
     if moment == "pruning":
-        called = Observer, "on_channel"
-    works = getattr(*called)
+        function = Observer, "on_channel"
+    original = getattr(*function)
 
     def cut(*arguments):
-        os.truncate(path, whole // 2)
-        return works(*arguments)
+        os.truncate(path, size // 2)
+        return original(*arguments)
 
     with monkeypatch.context() as patched:
-        patched.setattr(*called, cut)
+        patched.setattr(*function, cut)
         process = command("repair.py", B, path, *QUICK_REPAIR[3:], cwd=folder)
-    assert os.path.getsize(path) == whole // 2
+    assert os.path.getsize(path) == size // 2
     if moment == "loading":
-        assert_refused(process, f"repair.py: error: {path}: was changed while it was read")
+        assert_refused(process, f"repair.py: error: {path}: was changed while it was being read")
         assert (folder / G).read_bytes() == old
     else:  # its features were in memory already
         assert process.returncode == 0, process.stderr
@@ -279,13 +278,15 @@ def test_a_data_file_that_is_cut_short_while_it_is_read(folder, monkeypatch, mom
 
 
 def test_no_room_for_the_detector(folder, monkeypatch):
-    """G is saved by then, and stays."""
-    writes = onnx_file._convert_to_onnx
-    monkeypatch.setattr(onnx_file, "_convert_to_onnx", lambda *given: writes(*given) * 10**4)
+    """G is already saved, and stays."""
+    convert = onnx_file._convert_to_onnx
+    monkeypatch.setattr(
+        onnx_file, "_convert_to_onnx", lambda *arguments: convert(*arguments) * 10**4
+    )
     old, limits = (folder / G).read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10 * HALF, limits[1]))
     try:
-        call = [each for each in QUICK_REPAIR if each != "--no-export"]
+        call = [argument for argument in QUICK_REPAIR if argument != "--no-export"]
         process = command(*call, "--seed", 1, cwd=folder)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -296,11 +297,11 @@ def test_no_room_for_the_detector(folder, monkeypatch):
 
 
 def test_a_damaged_repaired_net_is_not_judged_with(folder):
-    whole = (folder / G).read_bytes()
-    (folder / G).write_bytes(whole[: len(whole) // 2])
+    contents = (folder / G).read_bytes()
+    (folder / G).write_bytes(contents[: len(contents) // 2])
     process = command("eval_defence.py", "clean.h5", B, cwd=folder)
     assert_refused(process, G, "cut short")
     with h5py.File(folder / B, "r+") as file:  # another BadNet under the old name
         file["model_weights/output/output/bias"][0] += 1
-    (folder / G).write_bytes(whole)
+    (folder / G).write_bytes(contents)
     assert_refused(command("eval_defence.py", "clean.h5", B, cwd=folder), "another BadNet")

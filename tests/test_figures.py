@@ -1,8 +1,8 @@
-"""The figures: each formula against numbers worked by hand, and against scikit-learn."""
+"""The figures: each formula equals numbers computed by hand, and scikit-learn."""
 
 import numpy as np
 import pytest
-from sklearn import metrics as trusted
+from sklearn import metrics
 
 from defence.explain import tables
 from defence.judge import figures
@@ -11,9 +11,9 @@ from defence.judge.detector import Answers
 # Ten clean images of classes 0 to 2 …
 LABELS = np.array([0, 0, 0, 0, 1, 1, 1, 2, 2, 2])
 OF_B = np.array([0, 0, 0, 1, 1, 1, 1, 2, 2, 2])  # 9 right
-OF_G = np.array([0, 0, 0, 0, 1, 1, 2, 2, 2, 0])  # 8 right, 3 otherwise than B
+OF_G = np.array([0, 0, 0, 0, 1, 1, 2, 2, 2, 0])  # 8 right, 3 unlike B
 CLEAN = Answers(OF_B, OF_G, np.array([1, 2, 3, 7, 0, 1, 6, 2, 3, 9]) / 10, OF_B != OF_G)
-# … and five poisoned ones, to be taken for class 0.
+# … and five poisoned images with target 0.
 TRUE = np.array([1, 1, 1, 2, 2])
 P_OF_B = np.array([0, 0, 0, 0, 2])  # the attack works on 4
 P_OF_G = np.array([1, 0, 1, 1, 2])
@@ -21,20 +21,20 @@ SCORES = np.array([9, 3, 8, 7, 1]) / 10
 POISONED = Answers(P_OF_B, P_OF_G, SCORES, P_OF_B != P_OF_G)
 
 
-def values(figures):
+def take_values(figures):
     return {name: figure["value"] for name, figure in figures.items()}
 
 
-def test_figures_worked_by_hand():
+def test_figures_computed_by_hand():
     clean = figures.compute_clean_figures(CLEAN, LABELS)
-    assert values(clean) == {
+    assert take_values(clean) == {
         "clean_accuracy_badnet": 0.9,
         "clean_accuracy_repaired": 0.8,
-        "clean_accuracy_together": 0.7,  # two that B has right are flagged
+        "clean_accuracy_together": 0.7,  # two right answers of B are flagged
         "false_positive_rate": 0.3,
     }
     poisoned = figures.compute_poisoned_figures(POISONED, np.zeros(5), TRUE, CLEAN.score, clean)
-    assert values(poisoned) == {
+    assert take_values(poisoned) == {
         "attack_success_rate_badnet": 0.8,
         "attack_success_rate_repaired": 0.2,
         "detection_rate": 0.6,
@@ -52,22 +52,22 @@ def test_figures_worked_by_hand():
 
 
 def test_figures_are_those_of_scikit_learn():
-    clean = values(figures.compute_clean_figures(CLEAN, LABELS))
-    assert clean["clean_accuracy_badnet"] == trusted.accuracy_score(LABELS, OF_B)
-    assert clean["clean_accuracy_repaired"] == trusted.accuracy_score(LABELS, OF_G)
-    said = np.where(OF_B == OF_G, OF_B, 3)
-    assert clean["clean_accuracy_together"] == trusted.accuracy_score(LABELS, said)
-    poisoned = values(
+    clean = take_values(figures.compute_clean_figures(CLEAN, LABELS))
+    assert clean["clean_accuracy_badnet"] == metrics.accuracy_score(LABELS, OF_B)
+    assert clean["clean_accuracy_repaired"] == metrics.accuracy_score(LABELS, OF_G)
+    verdicts = np.where(OF_B == OF_G, OF_B, 3)
+    assert clean["clean_accuracy_together"] == metrics.accuracy_score(LABELS, verdicts)
+    poisoned = take_values(
         figures.compute_poisoned_figures(
             POISONED, np.zeros(5), TRUE, CLEAN.score, figures.compute_clean_figures(CLEAN, LABELS)
         )
     )
     truth = np.repeat([0, 1], [10, 5])
     flagged = np.concatenate([CLEAN.flagged, POISONED.flagged])
-    ((tn, fp), (fn, tp)) = trusted.confusion_matrix(truth, flagged)
+    ((tn, fp), (fn, tp)) = metrics.confusion_matrix(truth, flagged)
     assert clean["false_positive_rate"] == fp / (fp + tn)
-    assert poisoned["detection_rate"] == tp / (tp + fn) == trusted.recall_score(truth, flagged)
-    assert poisoned["robust_accuracy"] == trusted.accuracy_score(TRUE, P_OF_G)
+    assert poisoned["detection_rate"] == tp / (tp + fn) == metrics.recall_score(truth, flagged)
+    assert poisoned["robust_accuracy"] == metrics.accuracy_score(TRUE, P_OF_G)
 
 
 def random_scores(seed, decimals):
@@ -83,10 +83,10 @@ def test_auroc_and_thresholds_are_those_of_scikit_learn(seed, decimals):
     truth = np.repeat([0, 1], [len(clean), len(poisoned)])
     scores = np.concatenate([clean, poisoned])
     ours = figures.estimate_auroc(clean, poisoned)
-    assert ours["value"] == pytest.approx(trusted.roc_auc_score(truth, scores), abs=1e-12)
+    assert ours["value"] == pytest.approx(metrics.roc_auc_score(truth, scores), abs=1e-12)
     assert ours["low"] < ours["value"] < ours["high"]
     assert ours == figures.estimate_auroc(clean, poisoned)
-    fpr, tpr, _ = trusted.roc_curve(truth, scores, drop_intermediate=False)
+    fpr, tpr, _ = metrics.roc_curve(truth, scores, drop_intermediate=False)
     for rate in (0, 0.01, 0.05, 0.3, 1):
         limit = figures.find_threshold(clean, rate)
         assert np.mean(clean > limit) <= rate
@@ -97,19 +97,20 @@ def test_auroc_and_thresholds_are_those_of_scikit_learn(seed, decimals):
             assert np.mean(poisoned >= limit) >= np.max(tpr[fpr <= rate])
 
 
-@pytest.mark.parametrize(("apart", "truth"), [(1, 0.76025), (2.5, 0.96145)])
-def test_the_interval_of_auroc_covers_the_truth_about_as_often_as_it_says(apart, truth):
-    """Normal scores so many standard deviations apart: the truth is Φ(apart / √2)."""
+@pytest.mark.parametrize(("distance", "truth"), [(1, 0.76025), (2.5, 0.96145)])
+def test_the_interval_of_auroc_covers_the_truth_about_95_times_in_100(distance, truth):
+    """Of normal scores, `distance` standard deviations apart, the truth is Φ(distance / √2)."""
     rng = np.random.default_rng(3)
     intervals = [
-        figures.estimate_auroc(rng.normal(0, 1, 60), rng.normal(apart, 1, 20)) for _ in range(200)
+        figures.estimate_auroc(rng.normal(0, 1, 60), rng.normal(distance, 1, 20))
+        for _ in range(200)
     ]
-    assert 180 <= sum(each["low"] <= truth <= each["high"] for each in intervals) <= 199
+    assert 180 <= sum(figure["low"] <= truth <= figure["high"] for figure in intervals) <= 199
 
 
 @pytest.mark.parametrize("count", [20, 40])
 def test_an_auroc_of_one_or_zero_has_an_interval(count):
-    """Newcombe's, where the poisoned all score higher: (1 − A) m n = z² A (1 + (m − 1) …)."""
+    """It is Newcombe's, where all poisoned score higher: (1 − A) m n = z² A (1 + (m − 1) …)."""
     clean, poisoned = np.arange(count), np.arange(count) + 100
     best, worst = figures.estimate_auroc(clean, poisoned), figures.estimate_auroc(poisoned, clean)
     assert (best["value"], best["high"], worst["value"], worst["low"]) == (1, 1, 0, 0)
@@ -120,37 +121,37 @@ def test_an_auroc_of_one_or_zero_has_an_interval(count):
 
 
 def test_the_interval_of_a_detection_rate_is_of_both_sets():
-    """It covers the truth about as often as it says, where Wilson's, of one set, does not."""
+    """It covers the truth about 95 times in 100; Wilson's, from one set, does not."""
     rng = np.random.default_rng(5)
-    truth = 0.5  # of poisoned ones beyond what 5 % of the clean ones exceed
+    truth = 0.5  # of poisoned scores are above the score that 5 % of clean scores exceed
     hits = wilsons = 0
     for _ in range(100):
         clean, poisoned = rng.normal(0, 1, 100), rng.normal(1.6449, 1, 400)
         ours = figures.estimate_detection_rate(clean, poisoned, 0.05)
-        one = figures.estimate_proportion(poisoned > figures.find_threshold(clean, 0.05))
-        assert ours["low"] <= ours["value"] <= ours["high"] and ours["hits"] == one["hits"]
+        wilson = figures.estimate_proportion(poisoned > figures.find_threshold(clean, 0.05))
+        assert ours["low"] <= ours["value"] <= ours["high"] and ours["hits"] == wilson["hits"]
         hits += ours["low"] <= truth <= ours["high"]
-        wilsons += one["low"] <= truth <= one["high"]
+        wilsons += wilson["low"] <= truth <= wilson["high"]
     assert wilsons < 60 and hits >= 88
-    none = figures.estimate_detection_rate(rng.normal(0, 1, 100), np.full(40, 9), 0.05)
-    assert none["value"] == none["high"] == 1 and 0.85 < none["low"] < 0.99
+    certain = figures.estimate_detection_rate(rng.normal(0, 1, 100), np.full(40, 9), 0.05)
+    assert certain["value"] == certain["high"] == 1 and 0.85 < certain["low"] < 0.99
 
 
-def test_wilson_interval_worked_by_hand():
-    """9 of 10 with z = 1.95996: centre 0.78899, half width 0.19313."""
+def test_wilson_interval_computed_by_hand():
+    """For 9 of 10 with z = 1.95996 the centre is 0.78899, half the width 0.19313."""
     ours = figures.estimate_proportion(np.arange(10) < 9)
     assert (ours["value"], ours["hits"], ours["of"]) == (0.9, 9, 10)
     assert ours["low"] == pytest.approx(0.59586, abs=2e-5)
     assert ours["high"] == pytest.approx(0.98212, abs=2e-5)
-    none = figures.estimate_proportion(np.zeros(0, bool))
-    assert none == {"value": None, "low": None, "high": None, "hits": 0, "of": 0}
+    empty = figures.estimate_proportion(np.zeros(0, bool))
+    assert empty == {"value": None, "low": None, "high": None, "hits": 0, "of": 0}
     assert figures.estimate_proportion(np.zeros(5, bool))["low"] == 0
 
 
 @pytest.mark.parametrize(
     ("rate", "limit"), [(0, 9), (0.09, 9), (0.1, 8), (0.25, 7), (0.3, 6), (1, 0)]
 )
-def test_threshold_worked_by_hand(rate, limit):
+def test_threshold_computed_by_hand(rate, limit):
     assert figures.find_threshold(np.array([3, 1, 4, 0, 5, 9, 2, 6, 8, 7.0]), rate) == limit
 
 

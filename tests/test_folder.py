@@ -1,4 +1,4 @@
-"""A folder of pictures, in a folder for each class, as a dataset."""
+"""A folder of images, in a folder for each class, as a dataset."""
 
 import h5py
 import numpy as np
@@ -15,21 +15,21 @@ B = "models/small_bd_net.h5"
 
 
 @pytest.fixture
-def pictures(deepid_world, tmp_path):
-    """The clean images as pictures, in a folder of folders that are named in order."""
+def image_folder(deepid_world, tmp_path):
+    """Return a folder of the clean images, in a folder for each class, named in order."""
     with h5py.File(deepid_world / "clean.h5") as file:
         images, labels = np.moveaxis(file["data"][:], 1, 3), file["label"][:].astype(int)
     for number, (image, label) in enumerate(zip(images, labels)):
-        place = tmp_path / "pictures" / f"person {label}"
-        place.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(image).save(place / f"{number:03}.png")
-    return tmp_path / "pictures"
+        person = tmp_path / "images" / f"person {label}"
+        person.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(person / f"{number:03}.png")
+    return tmp_path / "images"
 
 
-def test_it_is_the_dataset_that_a_file_of_the_same_images_is(deepid_world, pictures):
-    order = np.argsort(utils_labels(deepid_world), kind="stable")
+def test_a_folder_equals_an_hdf5_file_of_the_same_images(deepid_world, image_folder):
+    order = np.argsort(read_labels(deepid_world), kind="stable")
     with (
-        utils.open_dataset(pictures) as ours,
+        utils.open_dataset(image_folder) as ours,
         utils.open_dataset(deepid_world / "clean.h5") as theirs,
     ):
         for data in (ours, theirs):
@@ -42,78 +42,80 @@ def test_it_is_the_dataset_that_a_file_of_the_same_images_is(deepid_world, pictu
         assert ours.pixel_range() == theirs.pixel_range()
 
 
-def utils_labels(world):
+def read_labels(world):
     with utils.open_dataset(world / "clean.h5") as data:
         return data.labels
 
 
-def test_a_net_is_repaired_and_judged_with_it(deepid_world, pictures, tmp_path):
+def test_a_net_is_repaired_and_judged_with_a_folder(deepid_world, image_folder, tmp_path):
     call = ("--output", tmp_path / "g.h5", "--rounds", 1, "--epochs", 1, "--retrain-epochs", 1)
-    process = command("repair.py", B, pictures, *call, cwd=deepid_world)
+    process = command("repair.py", B, image_folder, *call, cwd=deepid_world)
     assert process.returncode == 0, process.stderr
     data = read_record(tmp_path / "g.h5")["data"]
-    assert data["file"] == "pictures" and data["sha256"] == hash_dataset(pictures)
+    assert data["file"] == "images" and data["sha256"] == hash_dataset(image_folder)
     call = ("small_bd_net", "--repaired", tmp_path / "g.h5", "--csv", tmp_path / "rows.csv")
-    judged = command("eval_defence.py", pictures, *call, "--labelled", cwd=deepid_world)
-    assert judged.returncode == 0 and "pictures: 150 images" in judged.stdout, judged.stderr
-    assert "G was repaired with this dataset" in judged.stderr
+    process = command("eval_defence.py", image_folder, *call, "--labelled", cwd=deepid_world)
+    assert process.returncode == 0 and "images: 150 images" in process.stdout, process.stderr
+    assert "G was repaired with this dataset" in process.stderr
     assert len((tmp_path / "rows.csv").read_text().splitlines()) == 151
-    with_poisoned = (*call, "--labelled", "--poisoned", pictures)
-    assert command("eval_defence.py", pictures, *with_poisoned, cwd=deepid_world).returncode == 0
+    with_poisoned = (*call, "--labelled", "--poisoned", image_folder)
+    assert (
+        command("eval_defence.py", image_folder, *with_poisoned, cwd=deepid_world).returncode == 0
+    )
 
 
-def test_its_hash_is_of_names_and_contents(pictures):
-    before = hash_dataset(pictures)
-    assert hash_dataset(pictures) == before
-    moved = pictures / "person 0" / "moved.png"
+def test_the_hash_covers_names_and_contents(image_folder):
+    before = hash_dataset(image_folder)
+    assert hash_dataset(image_folder) == before
+    moved = image_folder / "person 0" / "moved.png"
     sorted(moved.parent.iterdir())[0].rename(moved)
-    after = hash_dataset(pictures)
+    after = hash_dataset(image_folder)
     moved.write_bytes(moved.read_bytes() + b"!")
-    assert len({before, after, hash_dataset(pictures)}) == 3
+    assert len({before, after, hash_dataset(image_folder)}) == 3
     assert hash_dataset(moved) == files.hash_file(moved)
 
 
-def test_labels_txt_says_the_order_and_which_classes_have_no_picture(pictures):
+def test_labels_txt_gives_the_order_and_classes_without_images(image_folder):
     names = ["nobody", *(f"person {n}" for n in (5, 4, 3, 2, 1, 0))]
-    (pictures / "labels.txt").write_text("\n".join(names))
-    with utils.open_dataset(pictures) as data:
+    (image_folder / "labels.txt").write_text("\n".join(names))
+    with utils.open_dataset(image_folder) as data:
         data.fit_to((31, 31, 3), 7)
         assert np.bincount(data.labels).tolist() == [0] + [25] * 6
-        with pytest.raises(InputError, match="has 7 classes, and the net 6$"):
+        with pytest.raises(InputError, match="has 7 classes, but the net has 6$"):
             data.fit_to((31, 31, 3), 6)
 
 
-def test_pictures_of_another_size_become_inputs_as_a_picture_alone_does(pictures):
-    path = sorted((pictures / "person 0").iterdir())[0]
+def test_images_of_another_size_become_inputs_as_a_single_image_does(image_folder):
+    path = sorted((image_folder / "person 0").iterdir())[0]
     large = Image.open(path).resize((70, 90))
     large.save(path)
-    with utils.open_dataset(pictures) as data:
+    with utils.open_dataset(image_folder) as data:
         data.fit_to((31, 31, 1), 6)
         x, _ = next(data.batches())
     assert np.array_equal(x[0], utils.make_input(large, (31, 31, 1)))
 
 
-def test_what_is_no_such_folder_is_refused(deepid_world, pictures, tmp_path):
-    def refused(*words, data=pictures):
+def test_any_other_folder_is_refused(deepid_world, image_folder, tmp_path):
+    def check_refused(*words, data=image_folder):
         assert_refused(command("repair.py", B, data, "--check", cwd=deepid_world), *words)
 
     (tmp_path / "empty").mkdir()
-    refused("empty: has no folder of pictures for each class", data=tmp_path / "empty")
-    (pictures / "labels.txt").write_text("person 0\nperson 1")
-    refused("person 2: is no class that labels.txt lists")
-    (pictures / "labels.txt").unlink()
-    (pictures / "person 9").mkdir()
-    refused("person 9: no file in the folder")
-    (pictures / "person 9" / "x.png").write_bytes(b"no picture")
-    refused("has 7 classes, and the net 6; list all classes, one a line, in labels.txt")
-    (pictures / "person 9" / "x.png").rename(pictures / "person 1" / "x.png")
-    (pictures / "person 9").rmdir()
-    refused("x.png: not a PNG or JPEG picture")
-    (pictures / "person 1" / "x.png").rename(pictures / "x.png")
-    refused("x.png: is not in the folder of a class")
-    (pictures / "x.png").rename(pictures / ".x.png")
-    assert command("repair.py", B, pictures, "--check", cwd=deepid_world).returncode in (0, 1)
-    call = ("eval_defence.py", pictures / "person 1" / "001.png", "small_bd_net", "--labelled")
+    check_refused("empty: has no subfolder of images for each class", data=tmp_path / "empty")
+    (image_folder / "labels.txt").write_text("person 0\nperson 1")
+    check_refused("person 2: is not a class in labels.txt")
+    (image_folder / "labels.txt").unlink()
+    (image_folder / "person 9").mkdir()
+    check_refused("person 9: no file in the folder")
+    (image_folder / "person 9" / "x.png").write_bytes(b"not an image")
+    check_refused("has 7 classes, but the net has 6; list all classes, one a line, in its labels")
+    (image_folder / "person 9" / "x.png").rename(image_folder / "person 1" / "x.png")
+    (image_folder / "person 9").rmdir()
+    check_refused("x.png: not a PNG or JPEG image")
+    (image_folder / "person 1" / "x.png").rename(image_folder / "x.png")
+    check_refused("x.png: is not in the folder of a class")
+    (image_folder / "x.png").rename(image_folder / ".x.png")
+    assert command("repair.py", B, image_folder, "--check", cwd=deepid_world).returncode in (0, 1)
+    call = ("eval_defence.py", image_folder / "person 1" / "001.png", "small_bd_net", "--labelled")
     (deepid_world / "x").mkdir(exist_ok=True)
     process = command(*call, "--repaired", B, cwd=deepid_world)
     assert_refused(process, "--labelled goes with one folder")

@@ -1,4 +1,4 @@
-"""Nets of many kinds: which map is pruned, and that all is as the plain reference does it."""
+"""Nets of many kinds: the map that is pruned, and the same results as the plain reference."""
 
 import subprocess
 import sys
@@ -26,7 +26,7 @@ def convolution(x, channels=8, kernel=3, activation=None):
 
 
 def residual(x):
-    """As ResNet: the last map is a sum."""
+    """Like ResNet: the last map is a sum."""
     x = convolution(x)
     y = L.BatchNormalization(momentum=0.7)(L.Conv2D(8, 3, padding="same")(convolution(x)))
     x = L.Activation("relu", name="map")(L.Add()([x, y]))
@@ -34,7 +34,7 @@ def residual(x):
 
 
 def preactivated(x):
-    """As ResNetV2 and DenseNet: normalised and activated behind the last sum."""
+    """Like ResNetV2 and DenseNet: normalised and activated behind the last sum."""
     x = L.Conv2D(8, 3, padding="same")(x)
     x = L.Concatenate()([x, L.Conv2D(8, 3, padding="same")(convolution(x))])
     x = L.ReLU(name="map")(L.BatchNormalization(momentum=0.7)(x))
@@ -42,19 +42,19 @@ def preactivated(x):
 
 
 def separable(x):
-    """As Xception."""
+    """Like Xception."""
     x = L.SeparableConv2D(12, 3)(convolution(x))
     return L.GlobalMaxPooling2D()(L.ReLU(name="map")(L.BatchNormalization(momentum=0.7)(x)))
 
 
 def mixed(x):
-    """As Inception: maps side by side."""
+    """Like Inception: maps side by side."""
     sides = [convolution(x, 4, kernel) for kernel in (1, 3, 5)]
     return L.GlobalAveragePooling2D()(L.Concatenate(name="map")(sides))
 
 
 def squeezed(x):
-    """As MobileNetV3: two convolutions behind the global pooling, and channels that are weighed."""
+    """Like MobileNetV3: two convolutions behind the global pooling, and weighted channels."""
     x = convolution(x, 12)
     weight = L.GlobalAveragePooling2D(keepdims=True)(x)
     weight = L.Conv2D(12, 1, activation="hard_sigmoid")(weight)
@@ -64,13 +64,13 @@ def squeezed(x):
 
 
 def added_only(x):
-    """As mini-XCEPTION: a sum that nothing activates, and a convolution that gives the scores."""
+    """Like mini-XCEPTION: a sum without activation, and a convolution that gives the scores."""
     x = convolution(x)
     x = L.Add(name="map")([x, L.SeparableConv2D(8, 3, padding="same")(x)])
     return L.Softmax()(L.GlobalAveragePooling2D()(L.Conv2D(5, 3)(x)))
 
 
-SLOW = [pytest.param(each, marks=pytest.mark.slow) for each in (preactivated, separable, mixed)]
+SLOW = [pytest.param(maker, marks=pytest.mark.slow) for maker in (preactivated, separable, mixed)]
 MAKERS = [residual, squeezed, added_only, *SLOW]
 # Whose weights prune the map: a normalisation's, or those of the layer that is put in.
 OF_NORM = {"preactivated", "separable", "squeezed"}
@@ -90,8 +90,8 @@ def make(maker, classes=5):
 
 
 @pytest.mark.parametrize("maker", MAKERS)
-def test_a_repair_is_that_of_the_reference(maker, tmp_path):
-    """Also that G, as any Keras opens it, and the detector of B and G answer as the parts do."""
+def test_a_repair_equals_the_reference(maker, tmp_path):
+    """G in plain Keras, and the joint model of B and G, also answer like the parts."""
     make(maker).save(tmp_path / "b.h5")
     badnet = utils.load_badnet(tmp_path / "b.h5")
     assert find_map(badnet).name == "map"
@@ -119,29 +119,29 @@ def test_a_repair_is_that_of_the_reference(maker, tmp_path):
         maps = repaired.get_layer(MASK)(maps)
     assert not np.asarray(maps)[..., pruned].any() and np.asarray(maps).any()
     untrained = keras.models.load_model(tmp_path / "b.h5", compile=False)
-    both = detector.build_joint_model(
+    joint = detector.build_joint_model(
         utils.load_badnet(tmp_path / "b.h5"), utils.load_badnet(tmp_path / "g.h5"), "map"
     )
-    shared = [layer.name for layer in graph.list_layers(both)].count(badnet.layers[1].name)
+    shared = [layer.name for layer in graph.list_layers(joint)].count(badnet.layers[1].name)
     assert shared == 1  # one trunk for both
-    for ours, theirs in zip(both(x, training=False), (untrained, repaired)):
+    for ours, theirs in zip(joint(x, training=False), (untrained, repaired)):
         np.testing.assert_allclose(ours, theirs(x, training=False), atol=1e-5)
 
 
-def test_the_layer_that_is_put_in_changes_no_bit_and_is_not_trained(tmp_path):
+def test_the_added_mask_layer_changes_no_bit_and_is_not_trained(tmp_path):
     model = make(residual)
     masked = split_net(model).net
     assert MASK in [layer.name for layer in masked.layers]
     x = np.random.default_rng(0).random((9, *SHAPE), np.float32)
     assert np.array_equal(masked(x), model(x))
-    parts = split_net(masked)  # once more: it is there
+    parts = split_net(masked)  # again: the mask is reused
     assert parts.net is masked and parts.layer.name == MASK
     make_trainable(parts)
-    assert [each.trainable for each in masked.layers if each.weights].count(False) == 1
+    assert [layer.trainable for layer in masked.layers if layer.weights].count(False) == 1
 
 
 def test_nested_models_augmentation_and_arithmetic_become_layers(tmp_path):
-    """As in Keras's guides: a backbone in a model that prepares its images."""
+    """As in Keras's guides, a backbone is part of a model that prepares its images."""
     image = keras.Input(SHAPE)
     backbone = keras.Model(image, convolution(convolution(image)), name="backbone")
     norm = L.Normalization(mean=[0.4, 0.5, 0.6], variance=[0.2, 0.3, 0.4])
@@ -161,15 +161,15 @@ def test_nested_models_augmentation_and_arithmetic_become_layers(tmp_path):
     assert not kinds & {"Functional", "Sequential", "RandomZoom", "Normalization", "Relu6"}
     names = [layer.name for layer in flat.layers]
     assert len(set(names)) == len(names) and "backbone-conv2d" not in names
-    # G is written as .h5, and any Keras opens that.
+    # G is written as .h5, which any Keras opens.
     utils.save_model(flat, tmp_path / "g.h5")
-    again = keras.models.load_model(tmp_path / "g.h5", compile=False)
-    assert np.array_equal(again(x), flat(x))
+    reloaded = keras.models.load_model(tmp_path / "g.h5", compile=False)
+    assert np.array_equal(reloaded(x), flat(x))
     assert [layer.name for layer in utils.load_badnet(tmp_path / "g.h5").layers] == names
 
 
-def test_waypoints_are_what_every_path_goes_through():
-    """By a search without each tensor, on graphs drawn at random."""
+def test_waypoints_lie_on_every_path():
+    """A search that leaves out one tensor agrees, on random graphs."""
     rng = np.random.default_rng(0)
     for _ in range(30):
         tensors = [keras.Input((3,))]
@@ -177,37 +177,37 @@ def test_waypoints_are_what_every_path_goes_through():
             chosen = [tensors[i] for i in rng.integers(max(0, len(tensors) - 4), len(tensors), 2)]
             tensors.append(L.Add()(chosen) if rng.random() < 0.5 else L.ReLU()(chosen[0]))
         model = keras.Model(tensors[0], tensors[-1])
-        found = graph.find_waypoints(model)
+        waypoints = graph.find_waypoints(model)
         for tensor in graph.sort_tensors(model.output):
-            seen, waiting = {id(tensor)}, [model.output]
+            visited, waiting = {id(tensor)}, [model.output]
             while waiting:
                 current = waiting.pop()
-                if id(current) not in seen:
-                    seen.add(id(current))
+                if id(current) not in visited:
+                    visited.add(id(current))
                     waiting += graph.find_call(current)[1]
-            bypassed = id(model.input) in seen and tensor is not model.input
-            assert any(tensor is each for each in found) != bypassed
+            bypassed = id(model.input) in visited and tensor is not model.input
+            assert any(tensor is waypoint for waypoint in waypoints) != bypassed
 
 
 RACE = """
 import concurrent.futures
 import keras
 import numpy as np
-from defence.inference import compiled
+from defence.net.inference import compile_model
 
 L = keras.layers
 image = x = keras.Input((15, 15, 16))
 for _ in range(3):
     y = L.Conv2D(16, 3, padding="same", activation="relu")(x)
     x = L.ReLU()(L.Add()([x, L.Conv2D(16, 3, padding="same")(y)]))
-run = compiled(keras.Model(image, L.GlobalAveragePooling2D()(x)))
+run = compile_model(keras.Model(image, L.GlobalAveragePooling2D()(x)))
 rng = np.random.default_rng(0)
 images = [rng.random((n, 15, 15, 16), np.float32) for n in (64, 61, 40, 64)]
-wanted = [np.asarray(run(x)) for x in images]
+expected = [np.asarray(run(x)) for x in images]
 
 def repeat(_):
     for _ in range(400):
-        for x, scores in zip(images, wanted):
+        for x, scores in zip(images, expected):
             assert np.array_equal(run(x), scores)
 
 with concurrent.futures.ThreadPoolExecutor(2) as threads:
@@ -217,26 +217,26 @@ with concurrent.futures.ThreadPoolExecutor(2) as threads:
 
 @pytest.mark.slow
 def test_maps_are_added_in_two_threads_without_a_crash_or_another_number():
-    """In a process of its own, which the crash ended."""
-    done = subprocess.run([sys.executable, "-c", RACE], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
+    """A process of its own runs them, since the crash ended it."""
+    process = subprocess.run([sys.executable, "-c", RACE], cwd=ROOT, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr[-2000:]
 
 
 @pytest.mark.parametrize("hardened", [False, True])
-def test_what_memory_does_not_hold_is_kept_on_disk(hardened, tmp_path, monkeypatch):
-    """Features, what the last layer takes in, and pictures; G is the same."""
+def test_arrays_beyond_the_memory_limit_are_on_disk(hardened, tmp_path, monkeypatch):
+    """Features, inputs of the last layer, and images may be on disk; G stays the same."""
     make(added_only).save(tmp_path / "b.h5")
     images, labels = draw_images(120, 5, SHAPE, seed=2)
-    path, weights, kept = write_data(tmp_path / "d.h5", images, labels), [], []
+    path, weights, arrays = write_data(tmp_path / "d.h5", images, labels), [], []
 
-    def watched(*call):
-        kept.append(allocate(*call))
-        return kept[-1]
+    def note_and_allocate(*call):
+        arrays.append(allocate(*call))
+        return arrays[-1]
 
     for room in ("net.cached_net", "net.inference", "beyond.harden"):
-        monkeypatch.setattr(f"defence.{room}.allocate", watched)
-    more = {"harden": True, "harden_steps": 2} if hardened else {}
-    settings = Settings(scale="0..1", retrain_epochs=1, rounds=1, epochs=1, **more)
+        monkeypatch.setattr(f"defence.{room}.allocate", note_and_allocate)
+    extra = {"harden": True, "harden_steps": 2} if hardened else {}
+    settings = Settings(scale="0..1", retrain_epochs=1, rounds=1, epochs=1, **extra)
     for max_bytes in (2**30, 60_000):
         with utils.open_dataset(path, max_bytes) as clean:
             clean.fit_to(SHAPE, 5)
@@ -251,6 +251,6 @@ def test_what_memory_does_not_hold_is_kept_on_disk(hardened, tmp_path, monkeypat
             do_repair(utils.load_badnet(tmp_path / "b.h5"), clean, settings)
         weights.append(do_repair.cached.split.net.get_weights())
     assert all(map(np.array_equal, *weights))
-    on_disk = [isinstance(each, np.memmap) for each in kept]
-    half = len(kept) // 2
+    on_disk = [isinstance(array, np.memmap) for array in arrays]
+    half = len(arrays) // 2
     assert not any(on_disk[:half]) and all(on_disk[half:]) and half >= 1 + hardened

@@ -1,4 +1,4 @@
-"""Hostile pictures, records and outputs; and files of every kind, each in a process of its own."""
+"""Hostile images, records and outputs; and files of every kind, each in its own process."""
 
 import contextlib
 import copy
@@ -12,42 +12,42 @@ import sys
 import h5py
 import numpy as np
 import pytest
-from conftest import ROOT, apart, assert_refused, read_record
-from hostile import CLASSES, copied, replace, with_layer
+from conftest import ROOT, assert_refused, read_record, run_apart
+from hostile import CLASSES, copy_net, replace, replace_layer
 from PIL import Image, PngImagePlugin
-from test_hostile_links import ELSEWHERE, external_link, external_storage, filled, loop, reshaped
-from test_hostile_size import CONFIGS, STORED, inflating, unstored
+from test_hostile_links import ELSEWHERE, external_link, external_storage, fill, loop, reshape
+from test_hostile_size import CONFIGS, STORED, endless_chunks, not_stored
 
 from defence.base import files
 
-# ----------------------------------------------------------------------------------- pictures
+# ----------------------------------------------------------------------------------- images
 
 
-def test_only_png_and_jpeg_are_decoded(good, refused, tmp_path):
+def test_only_png_and_jpeg_are_decoded(good, check_refused, tmp_path):
     image = Image.open(good / "face.png")
     for kind in ("GIF", "BMP", "TIFF", "PPM", "WEBP", "ICO", "PDF", "TGA"):
         for name in ("evil.png", "evil.jpg"):
             image.save(tmp_path / name, format=kind)
-            refused(tmp_path / name, "not a PNG or JPEG picture")
+            check_refused(tmp_path / name, "not a PNG or JPEG image")
     (tmp_path / "evil.png").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
-    refused(tmp_path / "evil.png", "not a PNG or JPEG picture")
+    check_refused(tmp_path / "evil.png", "not a PNG or JPEG image")
 
 
-def test_pictures_that_unfold(good, refused, run, tmp_path):
+def test_images_that_unfold(good, check_refused, run, tmp_path):
     path = tmp_path / "evil.png"
     texts = PngImagePlugin.PngInfo()
     texts.add_text("bomb", "a" * 100_000_000, zip=True)
     Image.open(good / "face.png").save(path, pnginfo=texts)
-    refused(path, "damaged")
+    check_refused(path, "damaged")
     Image.new("1", (30_000, 30_000)).save(path)  # 110 KB
-    refused(path, "30000×30000 pixels would take")
+    check_refused(path, "30000×30000 pixels would take")
     Image.new("L", (12_000, 12_000)).save(tmp_path / "evil.jpg", quality=1)
-    refused(tmp_path / "evil.jpg", "12000×12000 pixels would take")
-    allowed = run(
+    check_refused(tmp_path / "evil.jpg", "12000×12000 pixels would take")
+    process = run(
         *("eval_defence.py", "evil.jpg", good / "b.h5", "--repaired", good / "g.h5"),
         *("--max-memory", 2),
     )
-    assert allowed.returncode == 0, allowed.stderr
+    assert process.returncode == 0, process.stderr
 
 
 # ------------------------------------------------------------------------------------ records
@@ -55,7 +55,7 @@ def test_pictures_that_unfold(good, refused, run, tmp_path):
 
 @pytest.fixture
 def judge(good, run, tmp_path):
-    """Judge a picture with a repaired net that carries this record."""
+    """Return a function that judges an image with a repaired net that carries a record."""
 
     def judge(record, *options):
         path = shutil.copy(good / "g.h5", tmp_path / "g.h5")
@@ -78,13 +78,13 @@ def test_records_that_are_damaged_deep_or_of_another_net(good, judge):
         assert_refused(judge(text), "g.h5: ")
     for key, value in (("layer", 1), ("input_scale", "0..2"), ("input_scale", []), ("badnet", [])):
         assert_refused(judge(json.dumps({**record, key: value})), "record is damaged")
-    other = copy.deepcopy(record)
-    other["badnet"] = {"file": "\x1b[2Jb.h5\n", "sha256": "0" * 64}
-    refused = judge(json.dumps(other))
-    assert_refused(refused, r"another BadNet (\x1b[2Jb.h5\n)", "--force")
-    forced = judge(json.dumps(other), "--force")
-    assert forced.returncode == 0 and forced.stdout.strip().isdigit()
-    assert forced.stderr.startswith("warning: ") and r"(\x1b[2Jb.h5\n)" in forced.stderr
+    foreign = copy.deepcopy(record)
+    foreign["badnet"] = {"file": "\x1b[2Jb.h5\n", "sha256": "0" * 64}
+    process = judge(json.dumps(foreign))
+    assert_refused(process, r"another BadNet (\x1b[2Jb.h5\n)", "--force")
+    process = judge(json.dumps(foreign), "--force")
+    assert process.returncode == 0 and process.stdout.strip().isdigit()
+    assert process.stderr.startswith("warning: ") and r"(\x1b[2Jb.h5\n)" in process.stderr
 
 
 def test_names_of_uploads_cannot_forge_a_verdict(good, run, tmp_path):
@@ -96,10 +96,10 @@ def test_names_of_uploads_cannot_forge_a_verdict(good, run, tmp_path):
     assert path == r"uploads/a.png\t1\nb\x1b[2J.png" and number.isdigit()
 
 
-def test_scores_that_are_no_numbers_are_flagged(good, run, tmp_path):
-    """Finite weights whose products are not: B answers nothing, which is no class."""
+def test_nan_scores_are_flagged(good, run, tmp_path):
+    """Finite weights have infinite products: B has no answer, and so no class."""
     path = replace(
-        copied(good, tmp_path),
+        copy_net(good, tmp_path),
         lambda group, key: group.create_dataset(key, data=np.full((160, 6), 3e38, "f4")),
         "model_weights/output/output/kernel",
     )
@@ -114,7 +114,7 @@ def test_scores_that_are_no_numbers_are_flagged(good, run, tmp_path):
 # ------------------------------------------------------------------------------------- output
 
 
-def test_the_output_replaces_a_link_and_follows_none(good, tmp_path):
+def test_the_output_replaces_a_link_and_does_not_follow_it(good, tmp_path):
     names = ["out.h5", "out.json", "out.png", "out_detector.onnx"]
     victims = [tmp_path / f"victim of {name}" for name in names]
     for name, victim in zip(names, victims):
@@ -122,7 +122,7 @@ def test_the_output_replaces_a_link_and_follows_none(good, tmp_path):
         (tmp_path / name).symlink_to(victim)
     old = os.umask(0o027)
     try:
-        process = apart(
+        process = run_apart(
             *("repair.py", good / "b.h5", good / "data.h5", "--rounds", 0, "--threshold", 0),
             *("--output", "out.h5", "--json", "out.json", "--plot", "out.png"),
             cwd=tmp_path,
@@ -132,54 +132,54 @@ def test_the_output_replaces_a_link_and_follows_none(good, tmp_path):
     assert process.returncode == 0, process.stderr
     assert [victim.read_text() for victim in victims] == ["untouched"] * len(names)
     for name in names:
-        found = (tmp_path / name).lstat()
-        assert stat.S_ISREG(found.st_mode) and stat.S_IMODE(found.st_mode) == 0o640
+        mode = (tmp_path / name).lstat().st_mode
+        assert stat.S_ISREG(mode) and stat.S_IMODE(mode) == 0o640
     assert sorted(os.listdir(tmp_path)) == [*names, *(victim.name for victim in victims)]
 
 
 def test_nobody_else_can_reach_a_file_while_it_is_written(tmp_path):
-    with files.replace_file(tmp_path / "out.h5") as beside:
-        assert stat.S_IMODE(beside.parent.stat().st_mode) == 0o700
-        beside.write_text("whole")
+    with files.replace_file(tmp_path / "out.h5") as temporary:
+        assert stat.S_IMODE(temporary.parent.stat().st_mode) == 0o700
+        temporary.write_text("whole")
         with contextlib.suppress(OSError):
             (tmp_path / "out.h5").symlink_to(tmp_path / "victim")  # in between
     assert (tmp_path / "out.h5").read_text() == "whole" and not (tmp_path / "out.h5").is_symlink()
     assert os.listdir(tmp_path) == ["out.h5"]
 
 
-# ------------------------------------------------------------------------------- by a user's hand
+# ------------------------------------------------------------------------------ in a new process
 
-BY_HAND = {
-    "a lambda": (lambda path: with_layer(path, class_name="Lambda"), "it could run code"),
+IN_NEW_PROCESS = {
+    "a lambda": (lambda path: replace_layer(path, class_name="Lambda"), "it could run code"),
     "a pickle": (
-        lambda path: with_layer(path, class_name="TorchModuleWrapper"),
+        lambda path: replace_layer(path, class_name="TorchModuleWrapper"),
         "contains a TorchModuleWrapper layer",
     ),
     "a link": (lambda path: replace(path, external_link), ELSEWHERE[external_link]),
     "storage": (lambda path: replace(path, external_storage), ELSEWHERE[external_storage]),
     "a loop": (lambda path: replace(path, loop), ELSEWHERE[loop]),
-    "not there": (lambda path: replace(path, unstored), STORED[unstored]),
-    "a bomb": (lambda path: replace(path, inflating), STORED[inflating]),
-    "NaN": (lambda path: replace(path, filled(np.nan)), "weights that are NaN or infinite"),
-    "a shape": (lambda path: replace(path, reshaped), "but its config says"),
+    "not there": (lambda path: replace(path, not_stored), STORED[not_stored]),
+    "a bomb": (lambda path: replace(path, endless_chunks), STORED[endless_chunks]),
+    "NaN": (lambda path: replace(path, fill(np.nan)), "weights that are NaN or infinite"),
+    "a shape": (lambda path: replace(path, reshape), "but its config says"),
     **{kind: CONFIGS[kind] for kind in ("a layer of 25 million units", "deeper nesting")},
 }
 
 
-@pytest.mark.parametrize("kind", BY_HAND)
-def test_a_dozen_of_these_in_a_process_of_their_own(kind, good, tmp_path):
-    change, words = BY_HAND[kind]
-    path = change(copied(good, tmp_path))
+@pytest.mark.parametrize("kind", IN_NEW_PROCESS)
+def test_hostile_files_in_a_new_process(kind, good, tmp_path):
+    change, words = IN_NEW_PROCESS[kind]
+    path = change(copy_net(good, tmp_path))
     before = os.listdir(tmp_path)
-    process = apart("repair.py", path, good / "data.h5", "--output", "out.h5", cwd=tmp_path)
+    process = run_apart("repair.py", path, good / "data.h5", "--output", "out.h5", cwd=tmp_path)
     assert_refused(process, str(path), words)
     assert os.listdir(tmp_path) == before
 
 
-def test_a_picture_that_unfolds_in_a_process_of_its_own(good, tmp_path):
+def test_an_image_that_unfolds_in_a_new_process(good, tmp_path):
     Image.new("1", (30_000, 30_000)).save(path := tmp_path / "evil.png")
     call = ("eval_defence.py", path, good / "b.h5", "--repaired", good / "g.h5")
-    assert_refused(apart(*call, cwd=tmp_path), "30000×30000 pixels would take")
+    assert_refused(run_apart(*call, cwd=tmp_path), "30000×30000 pixels would take")
 
 
 # --------------------------------------------------------------------------------------- fuzz

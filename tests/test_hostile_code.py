@@ -1,7 +1,7 @@
-"""Hostile models that would run code when they are loaded are refused: no code of a file runs.
+"""Hostile models that would run code at loading are refused: no code of a file runs.
 
-A payload that ran would leave a file, the canary; the tests at the top show that the same payloads
-do their work where nothing guards.
+A payload that runs leaves a file, the canary. The first tests show that the same payloads work
+where nothing guards against them.
 """
 
 import os
@@ -9,11 +9,11 @@ import types
 
 import keras
 import pytest
-from hostile import CLASSES, FORMATS, SHAPE, copied, with_layer
+from hostile import CLASSES, FORMATS, SHAPE, copy_net, replace_layer
 
 
-def lambda_net(canary):
-    """A net with a Python lambda inside that leaves the canary."""
+def make_lambda_net(canary):
+    """Return a net with a Python lambda inside that leaves the canary."""
     payload = compile(f"lambda x: (open({str(canary)!r}, 'w'), x)[1]", "f", "eval").co_consts[0]
     image = keras.Input(SHAPE, name="input")
     x = keras.layers.Conv2D(4, 3, name="conv")(image)
@@ -23,13 +23,15 @@ def lambda_net(canary):
 
 
 @pytest.mark.parametrize("suffix", FORMATS)
-def test_a_lambda_is_refused_that_runs_where_nothing_guards(suffix, refused, tmp_path):
+def test_a_lambda_that_runs_in_plain_keras_is_refused(suffix, check_refused, tmp_path):
     path, canary = tmp_path / f"lambda{suffix}", tmp_path / "canary"
-    net = lambda_net(canary)
+    net = make_lambda_net(canary)
     net.save(path)
     assert canary.exists()  # it ran when the net was built
     canary.unlink()
-    refused(path, "contains a Lambda layer (layer 'payload'): it could run code from the file")
+    check_refused(
+        path, "contains a Lambda layer (layer 'payload'): it could run code from the file"
+    )
     keras.config.enable_unsafe_deserialization()
     try:
         keras.saving.load_model(path, compile=False, safe_mode=False)
@@ -39,17 +41,20 @@ def test_a_lambda_is_refused_that_runs_where_nothing_guards(suffix, refused, tmp
     assert canary.exists()
 
 
-def function(module, name):
+def describe_function(module, name):
     return {"module": module, "class_name": "function", "config": name, "registered_name": name}
 
 
 CODE = {
     "keras function in a lambda": (
-        {"class_name": "Lambda", "config": {"function": function("keras.utils", "get_file")}},
+        {
+            "class_name": "Lambda",
+            "config": {"function": describe_function("keras.utils", "get_file")},
+        },
         "Lambda layer (layer 'activation_1')",
     ),
     "switch off safe mode": (
-        function("keras.config", "enable_unsafe_deserialization"),
+        describe_function("keras.config", "enable_unsafe_deserialization"),
         "'function'",
     ),
     "module os": ({"class_name": "system", "module": "os", "config": {}}, "'system'"),
@@ -63,7 +68,7 @@ CODE = {
     ),
     "custom": ({"class_name": "MyLayer"}, "'MyLayer'"),
     "function as class": ({"class_name": "deserialize", "config": {"config": {}}}, "'deserialize'"),
-    "no text as class": ({"class_name": ["Dense"]}, "['Dense']"),
+    "class is not text": ({"class_name": ["Dense"]}, "['Dense']"),
     "SavedModel": (
         {"class_name": "TFSMLayer", "config": {"filepath": "secret"}},
         "contains a TFSMLayer layer",
@@ -95,7 +100,7 @@ CODE = {
     ),
     "an activation": ({"class_name": "Activation", "config": {"activation": "evil"}}, "'evil'"),
     "an activation that is a function": (
-        {"class_name": "Activation", "config": {"activation": function("os", "system")}},
+        {"class_name": "Activation", "config": {"activation": describe_function("os", "system")}},
         "'function'",
     ),
     "a lambda as activation": (
@@ -103,7 +108,10 @@ CODE = {
         "Lambda layer",
     ),
     "an initializer": (
-        {"class_name": "Dense", "config": {"kernel_initializer": function("os", "system")}},
+        {
+            "class_name": "Dense",
+            "config": {"kernel_initializer": describe_function("os", "system")},
+        },
         "'function'",
     ),
     "an argument of a call": (
@@ -114,7 +122,7 @@ CODE = {
         },
         "Lambda layer",
     ),
-    "an argument that is no tensor": (
+    "an argument that is not a tensor": (
         {
             "class_name": "BatchNormalization",
             "inbound_nodes": [{"args": ["secret"], "kwargs": {"mask": "secret"}}],
@@ -137,20 +145,22 @@ CODE = {
 
 @pytest.mark.parametrize("suffix", FORMATS)
 @pytest.mark.parametrize("kind", CODE)
-def test_what_could_run_code_or_is_no_part_of_a_classifier(kind, suffix, good, refused, tmp_path):
+def test_layers_that_could_run_code_or_do_not_belong_are_refused(
+    kind, suffix, good, check_refused, tmp_path
+):
     changes, words = CODE[kind]
-    refused(with_layer(copied(good, tmp_path, suffix), **changes), words)
+    check_refused(replace_layer(copy_net(good, tmp_path, suffix), **changes), words)
 
 
 @pytest.mark.parametrize("suffix", FORMATS)
-def test_what_a_nested_model_was_compiled_with_is_never_read(suffix, good, run, tmp_path):
+def test_the_compile_config_of_a_nested_model_is_never_read(suffix, good, run, tmp_path):
     layers = [
         {"class_name": "InputLayer", "config": {"batch_shape": [None, 160], "name": "inside"}},
         {"class_name": "ReLU", "config": {"name": "relu"}},
     ]
     evil = {"optimizer": {"class_name": "__lambda__", "config": {"value": "open('canary', 'w')"}}}
-    path = with_layer(
-        copied(good, tmp_path, suffix),
+    path = replace_layer(
+        copy_net(good, tmp_path, suffix),
         class_name="Sequential",
         module="keras",
         config={"layers": layers},

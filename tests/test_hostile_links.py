@@ -1,4 +1,4 @@
-"""Hostile files that point at other files, or are not what they declare, are refused."""
+"""Hostile files that point at other files or contradict themselves are refused."""
 
 import shutil
 import zipfile
@@ -6,9 +6,9 @@ import zipfile
 import h5py
 import numpy as np
 import pytest
-from hostile import FORMATS, KERNELS, SECRET, copied, edited, replace, write_archive
+from hostile import FORMATS, KERNELS, SECRET, copy_net, edit_hdf5, replace, write_archive
 
-# ----------------------------------------------------------------------------- no other file
+# ------------------------------------------------------------------------------- other files
 
 
 def external_link(group, key):
@@ -48,7 +48,7 @@ ELSEWHERE = {
 }
 
 
-def test_h5py_follows_what_is_refused_below(tmp_path):
+def test_h5py_follows_the_links_refused_below(tmp_path):
     secret = np.frombuffer(SECRET[:64], "f4")
     (tmp_path / "secret").write_bytes(SECRET)
     with h5py.File(tmp_path / "elsewhere.h5", "w") as file:
@@ -66,17 +66,17 @@ def test_h5py_follows_what_is_refused_below(tmp_path):
 
 @pytest.mark.parametrize("suffix", FORMATS)
 @pytest.mark.parametrize("put", ELSEWHERE, ids=lambda put: put.__name__)
-def test_a_model_that_reads_elsewhere(put, suffix, good, refused, tmp_path):
-    refused(replace(copied(good, tmp_path, suffix), put), ELSEWHERE[put])
+def test_a_model_that_reads_elsewhere(put, suffix, good, check_refused, tmp_path):
+    check_refused(replace(copy_net(good, tmp_path, suffix), put), ELSEWHERE[put])
 
 
 @pytest.mark.parametrize("name", ["data", "label", "unread"])
 @pytest.mark.parametrize("put", ELSEWHERE, ids=lambda put: put.__name__)
-def test_a_dataset_that_reads_elsewhere(put, name, good, refused, tmp_path):
+def test_a_dataset_that_reads_elsewhere(put, name, good, check_refused, tmp_path):
     path = shutil.copy(good / "data.h5", tmp_path / "evil.h5")
     with h5py.File(path, "r+") as file:
         file["unread"] = 1
-    refused(replace(path, put, name), ELSEWHERE[put], data=True)
+    check_refused(replace(path, put, name), ELSEWHERE[put], data=True)
 
 
 # ---------------------------------------------------------------------------------------- zip
@@ -91,50 +91,50 @@ ARCHIVES = {
 
 
 @pytest.mark.parametrize("kind", ARCHIVES)
-def test_an_archive_of_other_members(kind, good, refused, tmp_path):
-    more, words = ARCHIVES[kind]
+def test_an_archive_of_other_members(kind, good, check_refused, tmp_path):
+    extra, words = ARCHIVES[kind]
     archive = zipfile.ZipFile(good / "b.keras")
     members = {name: archive.read(name) for name in archive.namelist()}
     members.pop("metadata.json")
-    refused(write_archive(tmp_path / "evil.keras", {**members, **more}), words)
+    check_refused(write_archive(tmp_path / "evil.keras", {**members, **extra}), words)
 
 
 @pytest.mark.filterwarnings("ignore:Duplicate name")
-def test_an_archive_of_tricks(good, refused, tmp_path):
+def test_an_archive_of_tricks(good, check_refused, tmp_path):
     path, archive = tmp_path / "evil.keras", zipfile.ZipFile(good / "b.keras")
     config, weights = (archive.read(name) for name in ("config.json", "model.weights.h5"))
     evil = config.replace(b"Activation", b"LambdaHere")
     twice = [("config.json", config), ("model.weights.h5", weights), ("config.json", evil)]
-    refused(write_archive(path, twice), "contains 'config.json' more than once")
+    check_refused(write_archive(path, twice), "contains 'config.json' more than once")
 
     zeros = {"config.json": b" " * 50_000_000 + config, "model.weights.h5": weights}
-    refused(write_archive(path, zeros, zipfile.ZIP_DEFLATED), "is compressed")
+    check_refused(write_archive(path, zeros, zipfile.ZIP_DEFLATED), "is compressed")
     long = {"config.json": b" " * 9_000_000 + config, "model.weights.h5": weights}
-    refused(write_archive(path, long), "JSON is longer")
+    check_refused(write_archive(path, long), "JSON is longer")
 
-    # The directory says 3 GB where a few bytes are.
+    # The directory declares 3 GB for a few bytes.
     write_archive(path, {"config.json": config, "model.weights.h5": weights})
     contents = bytearray(path.read_bytes())
     entry = contents.rindex(b"PK\1\2")
     contents[entry + 24 : entry + 28] = (3 * 2**30).to_bytes(4, "little")
     path.write_bytes(contents)
-    refused(path, "GB of memory")
+    check_refused(path, "GB of memory")
     contents[entry + 24 : entry + 28] = (len(weights) + 10**6).to_bytes(4, "little")
     path.write_bytes(contents)
-    refused(path, "compressed or encrypted")
+    check_refused(path, "compressed or encrypted")
 
     write_archive(path, {"config.json": config, "model.weights.h5": weights})
     contents = bytearray(path.read_bytes())
     contents[contents.rindex(b"PK\1\2") + 8] |= 1  # "encrypted"
     path.write_bytes(contents)
-    refused(path, "compressed or encrypted")
-    refused(write_archive(path, {"config.json": config}), "damaged")
+    check_refused(path, "compressed or encrypted")
+    check_refused(write_archive(path, {"config.json": config}), "damaged")
 
 
 # ------------------------------------------------------------------------------------ weights
 
 
-def filled(value):
+def fill(value):
     def put(group, key):
         kernel = np.zeros((3, 3, 40, 60), "f4")
         kernel[1, 1, 7, 7] = value
@@ -146,26 +146,26 @@ def filled(value):
 OTHER_SHAPES = "the shapes of its weights do not match its config"
 
 
-def reshaped(group, key):
+def reshape(group, key):
     group[key] = np.zeros((3, 3, 60, 40), "f4")
 
 
 @pytest.mark.parametrize("suffix", FORMATS)
-def test_weights_of_another_shape_or_no_numbers(suffix, good, refused, tmp_path):
+def test_weights_of_another_shape_or_nan(suffix, good, check_refused, tmp_path):
     for put, words in (
-        (filled(np.nan), "layer 'conv_3' has weights that are NaN or infinite"),
-        (filled(np.inf), "layer 'conv_3' has weights that are NaN or infinite"),
+        (fill(np.nan), "layer 'conv_3' has weights that are NaN or infinite"),
+        (fill(np.inf), "layer 'conv_3' has weights that are NaN or infinite"),
         (
-            reshaped,
+            reshape,
             "[(3, 3, 60, 40), (60,)], but its config says" if suffix == ".h5" else OTHER_SHAPES,
         ),
     ):
-        refused(replace(copied(good, tmp_path, suffix), put), words)
-    path = copied(good, tmp_path, suffix)
+        check_refused(replace(copy_net(good, tmp_path, suffix), put), words)
+    path = copy_net(good, tmp_path, suffix)
     words = (
         "damaged or of another format: 'model_weights/conv_3" if suffix == ".h5" else OTHER_SHAPES
     )
-    refused(edited(path, lambda file: file.__delitem__(KERNELS[suffix])), words)
+    check_refused(edit_hdf5(path, lambda file: file.__delitem__(KERNELS[suffix])), words)
 
 
 NAMES = {
@@ -191,7 +191,7 @@ NAMES = {
     ),
     "numbers": ("weight_names", [1, 2], "the attribute 'weight_names' is not text"),
     "a table": ("weight_names", [[b"conv_3/kernel", b"conv_3/bias"]], "is not a row of texts"),
-    "no bytes of text": (
+    "bytes that are not text": (
         "weight_names",
         [b"\xff\xfe", b"conv_3/bias"],
         r"'model_weights/conv_3/\udcff\udcfe'",
@@ -205,17 +205,17 @@ NAMES = {
 
 
 @pytest.mark.parametrize("kind", NAMES)
-def test_names_of_weights_that_lead_astray(kind, good, refused, tmp_path):
+def test_names_of_weights_that_lead_astray(kind, good, check_refused, tmp_path):
     attribute, value, words = NAMES[kind]
-    path = copied(good, tmp_path)
+    path = copy_net(good, tmp_path)
     with h5py.File(path, "r+") as file:
         group = file["model_weights"]
         (group["conv_3"] if attribute == "weight_names" else group).attrs[attribute] = value
-    refused(path, words)
+    check_refused(path, words)
 
 
-def test_an_attribute_of_an_array_that_is_no_text(good, refused, tmp_path):
+def test_an_attribute_of_an_array_that_is_not_text(good, check_refused, tmp_path):
     def change(file):
         file[KERNELS[".keras"]].attrs["dtype"] = np.zeros((5, 5))
 
-    refused(edited(copied(good, tmp_path, ".keras"), change), "the attribute 'dtype'")
+    check_refused(edit_hdf5(copy_net(good, tmp_path, ".keras"), change), "the attribute 'dtype'")

@@ -1,11 +1,11 @@
-"""Hostile detectors: a file of ONNX with anything but a detector of two nets in it is refused."""
+"""Hostile detectors: an ONNX file with anything but a detector of two nets is refused."""
 
 import re
 
 import numpy as np
 import onnx
 import pytest
-from test_export import ending_in, exported, random_images
+from test_export import draw_random, export, make_net
 
 from defence.base.errors import InputError
 from defence.judge import onnx_file
@@ -13,9 +13,9 @@ from defence.judge import onnx_file
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """A valid detector's file, as onnx.ModelProto."""
+    """Return a valid detector, an onnx.ModelProto."""
     folder = tmp_path_factory.mktemp("softmax")
-    exported(ending_in("softmax"), folder)
+    export(make_net("softmax"), folder)
     return onnx.load(folder / "d.onnx")
 
 
@@ -66,13 +66,13 @@ def tile_bomb(model):
 
 
 def padded_tile_bomb(model):
-    """The bytes of what says a size are too many to be looked at."""
+    """The tensor that holds the size has too many bytes to be read."""
     tile_bomb(model)
     model.graph.initializer[-1].raw_data += bytes(2000)
 
 
 def shape_of_many_sides(model):
-    """And so are these, of 200 sides."""
+    """The tensor that holds the size has 200 sides, too many to be read."""
     sides = onnx.numpy_helper.from_array(np.array([1, 10**4, 10**4, 10] + 196 * [1]), "sides")
     model.graph.initializer.append(sides)
     model.graph.node.append(onnx.helper.make_node("Tile", ["wide", "sides"], ["tiled"]))
@@ -82,12 +82,12 @@ def shape_of_many_sides(model):
 
 def unknown_size(model):
     model.graph.initializer.append(onnx.numpy_helper.from_array(np.array([-1]), "row"))
-    for operator, inputs, output, more in (
+    for operator, inputs, output, attributes in (
         ("Reshape", [model.graph.input[0].name, "row"], "flat", {}),
         ("Cast", ["flat"], "sizes", {"to": onnx.TensorProto.INT64}),
         ("Reshape", ["flat", "sizes"], "shaped", {}),
     ):
-        model.graph.node.append(onnx.helper.make_node(operator, inputs, [output], **more))
+        model.graph.node.append(onnx.helper.make_node(operator, inputs, [output], **attributes))
 
 
 def two_inputs(model):
@@ -115,9 +115,9 @@ def no_metadata(model):
     del model.metadata_props[:]
 
 
-def metadata(name, value):
+def set_metadata(name, value):
     def change(model):
-        {each.key: each for each in model.metadata_props}[name].value = value
+        {entry.key: entry for entry in model.metadata_props}[name].value = value
 
     return change
 
@@ -136,18 +136,18 @@ HOSTILE = {
     "shape of many sides": (shape_of_many_sides, "damaged or of another format"),
     "unknown size": (unknown_size, "cannot be determined"),
     "two inputs": (two_inputs, "takes 2 inputs"),
-    "floats in": (floats_in, "its input is not pictures"),
-    "open size": (open_size, "its input is not pictures"),
+    "floats in": (floats_in, "its input is not images"),
+    "open size": (open_size, "its input is not images"),
     "no score": (no_score, "its outputs are not"),
     "cycle": (cycle, "damaged or of another format"),
     "no metadata": (no_metadata, "metadata are damaged"),
-    "no class": (metadata("classes", "1"), "metadata are damaged"),
-    "many classes": (metadata("classes", "9" * 5000), "metadata are damaged"),
-    "threshold": (metadata("threshold", "nan"), "metadata are damaged"),
-    "record": (metadata("repair_record", "[1"), "JSON cannot be read"),
-    "list for a record": (metadata("repair_record", "[1]"), "repair record is damaged"),
-    "empty record": (metadata("repair_record", "{}"), "repair record is damaged"),
-    "scale": (metadata("input_scale", "0..2"), "metadata are damaged"),
+    "no class": (set_metadata("classes", "1"), "metadata are damaged"),
+    "many classes": (set_metadata("classes", "9" * 5000), "metadata are damaged"),
+    "threshold": (set_metadata("threshold", "nan"), "metadata are damaged"),
+    "record": (set_metadata("repair_record", "[1"), "JSON cannot be read"),
+    "list for a record": (set_metadata("repair_record", "[1]"), "repair record is damaged"),
+    "empty record": (set_metadata("repair_record", "{}"), "repair record is damaged"),
+    "scale": (set_metadata("input_scale", "0..2"), "metadata are damaged"),
 }
 
 
@@ -164,14 +164,14 @@ def test_hostile_files_are_refused(model, tmp_path, kind):
     assert str(error.value).startswith(f"{path}: ") and "\n" not in str(error.value)
 
 
-def test_changed_bytes_lead_to_answers_or_to_one_line(model, tmp_path):
+def test_changed_bytes_give_answers_or_a_one_line_error(model, tmp_path):
     contents = bytearray(model.SerializeToString())
-    rng, path, images = np.random.default_rng(0), tmp_path / "d.onnx", random_images((9, 8, 2))
+    rng, path, images = np.random.default_rng(0), tmp_path / "d.onnx", draw_random((9, 8, 2))
     refused = 0
     for _ in range(200):
         changed = contents.copy()
-        for place in rng.integers(0, len(contents), rng.integers(1, 9)):
-            changed[place] = rng.integers(256)
+        for index in rng.integers(0, len(contents), rng.integers(1, 9)):
+            changed[index] = rng.integers(256)
         path.write_bytes(changed)
         try:
             onnx_file.read_detector(path).run(images[:2])

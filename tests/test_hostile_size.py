@@ -1,4 +1,4 @@
-"""Hostile files that would take more memory, or time, than they may are refused."""
+"""Hostile files that would take too much memory or time are refused."""
 
 import functools
 import shutil
@@ -10,13 +10,22 @@ import keras
 import numpy as np
 import pytest
 from conftest import assert_refused
-from hostile import CLASSES, FORMATS, SHAPE, copied, replace, with_layer, with_value, write_config
+from hostile import (
+    CLASSES,
+    FORMATS,
+    SHAPE,
+    copy_net,
+    replace,
+    replace_layer,
+    set_layer_value,
+    write_config,
+)
 
 from defence.load.guard_hdf5 import HEAP, OBJECTS
 
 
-def chain(count):
-    """The config of a Sequential of `count` layers."""
+def make_chain(count):
+    """Return the config of a Sequential of `count` layers."""
     layers = [{"class_name": "InputLayer", "config": {"batch_shape": [None, *SHAPE], "name": "i"}}]
     layers += [{"class_name": "ReLU", "config": {"name": f"r{i}"}} for i in range(count)]
     return {"class_name": "Sequential", "config": {"name": "s", "layers": layers}}
@@ -24,31 +33,34 @@ def chain(count):
 
 CONFIGS = {
     "a layer of 25 million units": (
-        lambda path: with_value(path, "fc_1", "units", 25_000_000),
+        lambda path: set_layer_value(path, "fc_1", "units", 25_000_000),
         "2.5e+07 (layer 'fc_1')",
     ),
     "layers that are too large together": (
-        lambda path: with_value(path, "conv_3", "filters", 900_000),
+        lambda path: set_layer_value(path, "conv_3", "filters", 900_000),
         "GB of memory, more than --max-memory 1",
     ),
     "an input that is too large": (
-        lambda path: with_value(path, "input", "batch_shape", [None, 20_000, 20_000, 3]),
+        lambda path: set_layer_value(path, "input", "batch_shape", [None, 20_000, 20_000, 3]),
         {
             ".h5": "weights up to layer 'fc_1' would take 223.16 GB",
             ".keras": "expected axis -1 of input shape",
         },
     ),
     "a window of a million pixels": (
-        lambda path: with_value(path, "pool_1", "pool_size", [10**6, 10**6]),
+        lambda path: set_layer_value(path, "pool_1", "pool_size", [10**6, 10**6]),
         "the number 1e+06 (layer 'pool_1')",
     ),
     "too many inputs": (
-        lambda path: with_layer(
+        lambda path: replace_layer(
             path, class_name="Add", inbound_nodes=[[["add_1", 0, 0, {}]] * 20_000]
         ),
         "10,000 inputs of layers",
     ),
-    "too many layers": (lambda path: write_config(path, chain(3_000)), "more than 2,000 layers"),
+    "too many layers": (
+        lambda path: write_config(path, make_chain(3_000)),
+        "more than 2,000 layers",
+    ),
     "deep nesting": (
         lambda path: write_config(path, '{"config":' + '{"a":' * 200 + "1" + "}" * 201),
         "nested deeper",
@@ -70,7 +82,7 @@ CONFIGS = {
         "JSON cannot be read",
     ),
     "a name that steers the terminal": (
-        lambda path: with_value(path, "fc_1", "name", "\x1b[2Jx\nrepair.py: all well"),
+        lambda path: set_layer_value(path, "fc_1", "name", "\x1b[2Jx\nrepair.py: all well"),
         "contains an invalid name",
     ),
 }
@@ -78,34 +90,34 @@ CONFIGS = {
 
 @pytest.mark.parametrize("suffix", FORMATS)
 @pytest.mark.parametrize("kind", CONFIGS)
-def test_a_config_that_asks_for_too_much(kind, suffix, good, refused, tmp_path):
+def test_a_config_that_asks_for_too_much(kind, suffix, good, check_refused, tmp_path):
     change, words = CONFIGS[kind]
     words = words[suffix] if isinstance(words, dict) else words
-    refused(change(copied(good, tmp_path, suffix)), words)
+    check_refused(change(copy_net(good, tmp_path, suffix)), words)
 
 
-def enlarged(x):
-    """471 million pixels, and no weight."""
+def enlarge(x):
+    """Make 471 million pixels without any weight."""
     return keras.layers.MaxPooling2D(700)(keras.layers.UpSampling2D(700)(x))
 
 
-def dilated(x):
-    """TensorFlow adds 999 pixels on each side, to 70 channels."""
+def dilate(x):
+    """Make TensorFlow add 999 pixels on each side, to 70 channels."""
     x = keras.layers.Conv2D(70, 3)(x)
     return keras.layers.Conv2D(2, 3, dilation_rate=999, padding="same")(x)
 
 
 @pytest.mark.parametrize("suffix", FORMATS)
-@pytest.mark.parametrize("layers", [enlarged, dilated])
-def test_a_layer_whose_output_is_too_large(layers, suffix, refused, tmp_path):
+@pytest.mark.parametrize("layers", [enlarge, dilate])
+def test_a_layer_whose_output_is_too_large(layers, suffix, check_refused, tmp_path):
     image = keras.Input(SHAPE)
     x = keras.layers.Flatten()(keras.layers.Conv2D(2, 3)(layers(image)))
     keras.Model(image, keras.layers.Dense(CLASSES)(x)).save(tmp_path / f"evil{suffix}")
-    refused(tmp_path / f"evil{suffix}", "the largest output of a layer would take")
+    check_refused(tmp_path / f"evil{suffix}", "the largest output of a layer would take")
 
 
-def unstored(group, key):
-    """A kilobyte that declares 4 GB."""
+def not_stored(group, key):
+    """Declare 4 GB in a kilobyte."""
     group.create_dataset(key, (2**30,), "f4")
 
 
@@ -114,7 +126,7 @@ def sparse(group, key):
 
 
 def compressed(group, key):
-    """2 MB of file, 2 GB of zeros."""
+    """Write 2 GB of zeros into 2 MB of file."""
     array = group.create_dataset(key, (2**29,), "f4", chunks=(2**24,), compression="gzip")
     zeros = zlib.compress(bytes(2**26), 9)
     for start in range(0, 2**29, 2**24):
@@ -123,14 +135,14 @@ def compressed(group, key):
 
 @functools.cache
 def endless_zeros():
-    """A deflate stream of 2 MB that inflates to 2 GB."""
+    """Return a deflate stream of 2 MB that inflates to 2 GB."""
     packer = zlib.compressobj(9)
     parts = [packer.compress(bytes(2**24)) + packer.flush(zlib.Z_FULL_FLUSH) for _ in range(2)]
-    return parts[0] + parts[1] * 127  # what follows a full flush stands alone
+    return parts[0] + parts[1] * 127  # data after a full flush are independent
 
 
-def inflating(group, key):
-    """Chunks whose stream goes on when the chunk is full."""
+def endless_chunks(group, key):
+    """Write chunks whose stream continues after the chunk is full."""
     array = group.create_dataset(key, (3, 3, 40, 60), "f4", chunks=True, compression="gzip")
     for offset in np.ndindex(*(-(-n // m) for n, m in zip(array.shape, array.chunks))):
         array.id.write_direct_chunk(tuple(np.multiply(offset, array.chunks)), endless_zeros())
@@ -167,10 +179,10 @@ def void(group, key):
 
 
 STORED = {
-    unstored: "but they are not in the file",
+    not_stored: "but they are not in the file",
     sparse: "but they are not in the file",
     compressed: "GB of memory",
-    inflating: "inflates beyond its size",
+    endless_chunks: "inflates beyond its size",
     large_chunk: "one chunk of",
     other_filter: "is stored with a filter other than",
     filter_of_a_plugin: "is stored with a filter other than",
@@ -182,20 +194,20 @@ STORED = {
 
 @pytest.mark.parametrize("suffix", FORMATS)
 @pytest.mark.parametrize("put", STORED, ids=lambda put: put.__name__)
-def test_weights_that_are_not_what_they_declare(put, suffix, good, refused, tmp_path):
-    refused(replace(copied(good, tmp_path, suffix), put), STORED[put])
+def test_weights_that_differ_from_their_declaration(put, suffix, good, check_refused, tmp_path):
+    check_refused(replace(copy_net(good, tmp_path, suffix), put), STORED[put])
 
 
 @pytest.mark.parametrize("name", ["data", "label"])
 @pytest.mark.parametrize("put", STORED, ids=lambda put: put.__name__)
-def test_data_that_are_not_what_they_declare(put, name, good, refused, tmp_path):
+def test_data_that_differ_from_their_declaration(put, name, good, check_refused, tmp_path):
     path = shutil.copy(good / "data.h5", tmp_path / "evil.h5")
     shape = "not an array of images" if name == "data" else "12 images, but 536870912 labels"
-    refused(replace(path, put, name), shape if put is compressed else STORED[put], data=True)
+    check_refused(replace(path, put, name), shape if put is compressed else STORED[put], data=True)
 
 
 def test_more_images_than_room_for_their_features(good, run, tmp_path):
-    """5 MB of file: black images, of which conv_3's output would take 1.2 GB."""
+    """The file has 5 MB of black images, whose features of conv_3 would take 1.2 GB."""
     path, count = tmp_path / "many.h5", 2**20 + 2**18
     with h5py.File(path, "w") as file:
         size = (count, 3, 31, 31)
@@ -220,17 +232,17 @@ def test_a_training_step_that_is_too_large(good, run):
     assert_refused(process, "--batch-size 1000000: a training step would take")
 
 
-def test_many_objects(good, refused, tmp_path):
-    path = copied(good, tmp_path)
+def test_many_objects(good, check_refused, tmp_path):
+    path = copy_net(good, tmp_path)
     with h5py.File(path, "r+", libver="latest") as file:
         for i in range(OBJECTS):
             file.create_group(f"more/{i}")
-    refused(path, "more than 50,000 groups and arrays")
+    check_refused(path, "more than 50,000 groups and arrays")
 
 
-def test_a_text_that_is_named_often(good, refused, tmp_path):
-    """3 MB of file: a row of 3,000 names, every one of them the same 1 MB in HDF5's heap."""
-    path, count = copied(good, tmp_path), 3_000
+def test_a_text_that_is_referenced_often(good, check_refused, tmp_path):
+    """The file has 3 MB: a row of 3,000 names, all the same 1 MB in HDF5's heap."""
+    path, count = copy_net(good, tmp_path), 3_000
     with h5py.File(path, "r+") as file:
         names = ["a" * 1_000_000, *["b"] * (count - 1)]
         file["model_weights"].attrs.create("layer_names", names, dtype=h5py.string_dtype())
@@ -238,22 +250,22 @@ def test_a_text_that_is_named_often(good, refused, tmp_path):
     row = contents.index(struct.pack("<I", 1_000_000))  # length, heap, object: 16 bytes a name
     first = contents[row : row + 16]
     path.write_bytes(contents[:row] + first * count + contents[row + 16 * count :])
-    refused(path, "reading it takes more memory than --max-memory")
+    check_refused(path, "reading it takes more memory than --max-memory")
 
 
 @pytest.mark.parametrize("index, size", [(0, 0), (1, 2**64 - 16)])
-def test_a_heap_without_end(index, size, good, refused, tmp_path):
-    """Texts lie in a heap, each with its size; by one of 0 bytes libhdf5 never gets on."""
-    path = copied(good, tmp_path)
+def test_a_heap_without_end(index, size, good, check_refused, tmp_path):
+    """Texts are in a heap, each with its size; libhdf5 loops forever at a size of 0."""
+    path = copy_net(good, tmp_path)
     contents = bytearray(path.read_bytes())
     first = contents.index(HEAP) + 16
     contents[first : first + 16] = struct.pack("<HHIQ", index, 0, 0, size)
     path.write_bytes(contents)
-    refused(path, "a heap without an end")
+    check_refused(path, "a heap without an end")
 
 
-def test_a_limit_that_a_real_model_meets_can_be_raised(good, run):
+def test_a_limit_that_a_valid_model_exceeds_can_be_raised(good, run):
     arguments = ["repair.py", good / "b.h5", good / "data.h5", "--threshold", 0, "--rounds", 0]
-    small = run(*arguments, "--output", "small.h5", "--max-memory", 0.0001)
-    assert_refused(small, "more than --max-memory")
+    process = run(*arguments, "--output", "small.h5", "--max-memory", 0.0001)
+    assert_refused(process, "more than --max-memory")
     assert run(*arguments, "--output", "large.h5", "--max-memory", 0.5).returncode == 0

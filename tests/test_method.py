@@ -1,4 +1,4 @@
-"""The fast path equals the report's loop; training, scores and held-out images are as they say."""
+"""The fast path equals the report's loop. Training, scores, verdicts, held-out images."""
 
 import shutil
 from pathlib import Path
@@ -28,23 +28,23 @@ from defence.net.split import split_net
 
 
 def repair_file(folder, settings=None):
-    """Repair the net of a world. Returns (G, record)."""
+    """Repair the net of a world. Return (G, record)."""
     badnet = utils.load_badnet(folder / "models" / "small_bd_net.h5")
     with utils.open_dataset(folder / "clean.h5") as clean:
         clean.fit_to(badnet.input_shape[1:], badnet.output_shape[1])
         return badnet, do_repair(badnet, clean, settings)
 
 
-def images_of(folder):
+def read_images(folder):
     with h5py.File(folder / "clean.h5") as file:
         return np.moveaxis(file["data"][:], 1, 3).astype(np.float32) / 255, file["label"][:]
 
 
 @pytest.mark.parametrize("seed, mislabelled", [(0, 0), (7, 30)])
 def test_fast_path_equals_reference(world, tmp_path, seed, mislabelled):
-    """Same channels, same accuracies; weights to float32 rounding, which Adam carries along.
+    """Channels and accuracies are equal, weights up to float32 rounding, which Adam amplifies.
 
-    Where B is not right on every image, what pruning and fine-tuning keep is a part of that.
+    Thresholds are relative to B's accuracy, so one case has a B with errors.
     """
     folder = shutil.copytree(world, tmp_path / "world")
     with h5py.File(folder / "clean.h5", "r+") as file:
@@ -52,7 +52,7 @@ def test_fast_path_equals_reference(world, tmp_path, seed, mislabelled):
     settings = Settings(seed=seed, epochs=2, rounds=2, learning_rate=1e-4)
     repaired, record = repair_file(folder, settings)
     plain = keras.models.load_model(folder / "models" / "small_bd_net.h5", compile=False)
-    x, y = images_of(folder)
+    x, y = read_images(folder)
     assert record["accuracy"]["before"] == 1 - mislabelled / len(y)
     pruned, curve, rounds = reference.repair(
         plain, x, y.astype(int), record["layer"], seed, rounds=2, epochs=2
@@ -68,8 +68,8 @@ def test_fast_path_equals_reference(world, tmp_path, seed, mislabelled):
 def test_same_seed_same_bytes_other_seed_other_weights(deepid_world):
     first, second = (repair_file(deepid_world)[0].get_weights() for _ in range(2))
     assert all(a.tobytes() == b.tobytes() for a, b in zip(first, second, strict=True))
-    other = repair_file(deepid_world, Settings(seed=1))[0].get_weights()
-    assert any(a.tobytes() != b.tobytes() for a, b in zip(first, other, strict=True))
+    reseeded = repair_file(deepid_world, Settings(seed=1))[0].get_weights()
+    assert any(a.tobytes() != b.tobytes() for a, b in zip(first, reseeded, strict=True))
 
 
 def test_pruned_channels_are_zero_and_the_trunk_is_untouched(world):
@@ -90,7 +90,7 @@ def test_pruned_channels_are_zero_and_the_trunk_is_untouched(world):
 def test_channels_are_ranked_by_mean_activation_with_ties_by_index(deepid_world):
     _, record = repair_file(deepid_world)
     net = keras.models.load_model(deepid_world / "models" / "small_bd_net.h5", compile=False)
-    x, _ = images_of(deepid_world)
+    x, _ = read_images(deepid_world)
     maps = keras.Model(net.inputs[0], net.get_layer("conv_3").output).predict(x, verbose=0)
     mean = maps.mean(axis=(0, 1, 2), dtype=np.float64)
     assert record["order"] == sorted(range(60), key=lambda channel: (mean[channel], channel))
@@ -119,8 +119,8 @@ def test_scale_is_found_by_measuring(tmp_path, divisor, scale):
     assert record["input_scale"] == scale
 
 
-def wide(classes=3, width=9):
-    """A net with few features and a wide layer before the last."""
+def make_wide(classes=3, width=9):
+    """Return a net with few features and a wide layer before the last."""
     behind = [keras.layers.GlobalAveragePooling2D(), keras.layers.Dense(width)]
     layers = [keras.Input((12, 12, 3)), keras.layers.Conv2D(4, 3), *behind]
     return make_functional(keras.Sequential([*layers, keras.layers.Dense(classes)]))
@@ -133,21 +133,21 @@ def wide(classes=3, width=9):
         ({"classes": 10_000}, "the scores of the held-out images would take"),
     ],
 )
-def test_what_is_kept_of_every_image_is_held_against_the_limit(net, words, tmp_path, full_disk):
+def test_arrays_of_all_images_are_checked_against_the_limit(net, words, tmp_path, full_disk):
     images, labels = draw_images(400, 3, (12, 12, 3), seed=3)
     path = write_data(tmp_path / "data.h5", images, labels)
     with utils.open_dataset(path, max_bytes=6 * 10**6) as data:
         data.fit_to((12, 12, 3), 3)
-        rest, held = hold_out(data, 0.5, 0)
-        badnet = wide(**net)
+        clean, held_out = hold_out(data, 0.5, 0)
+        badnet = make_wide(**net)
         badnet.layers[-1].bias.assign(np.arange(badnet.output_shape[1]) == 0)
         with pytest.raises(InputError, match=f"data.h5: {words}"):
-            do_repair(badnet, rest, Settings(), Observer(held_out=held))
+            do_repair(badnet, clean, Settings(), Observer(held_out=held_out))
 
 
 def test_a_net_that_is_never_right_cannot_be_repaired(tmp_path):
     images, _ = draw_images(20, 3, (12, 12, 3), seed=3)
-    badnet = wide()
+    badnet = make_wide()
     badnet.layers[-1].bias.assign([1e9, 0, 0])
     with utils.open_dataset(write_data(tmp_path / "data.h5", images, np.ones(20))) as data:
         data.fit_to((12, 12, 3), 3)
@@ -168,8 +168,8 @@ def test_training_that_diverges_is_an_error():
             train_epoch(x, y)
 
 
-def test_trainer_is_keras_step_by_step():
-    """With all that a layer may add to a step: a penalty, a constraint, moving averages."""
+def test_the_trainer_equals_keras_step_by_step():
+    """The layers add to the step a penalty, a constraint and moving averages."""
     layers = keras.layers
 
     def make_head():
@@ -225,7 +225,7 @@ def test_parallel_map_keeps_the_order_and_fetches_three_ahead_at_most():
         assert len(fetched) <= i + 3
 
 
-def test_parallel_map_raises_what_either_side_raises():
+def test_parallel_map_raises_the_errors_of_both_sides():
     with pytest.raises(ZeroDivisionError):
         list(map_in_parallel(lambda i: 1 // i, [1, 0, 1]))
     with pytest.raises(ZeroDivisionError):
@@ -247,19 +247,19 @@ def test_score_is_the_jeffreys_divergence():
     of_g = np.array([[0.5, 0.3, 0.2], [1, 0, 0], [0.5, 0.5, 0], [0, 1, 0], [1, 0, 0]])
     ours = detector.score_anomaly(of_b, of_g)
     with np.errstate(divide="ignore", invalid="ignore"):
-        both_ways = stats.entropy(of_b[0], of_g[0]) + stats.entropy(of_g[0], of_b[0])
-    half = 0.5 * np.log(0.5 / detector.LEAST) + 0.5 * np.log(2)
-    wanted = [both_ways, 0, half, detector.MOST, detector.MOST]
-    np.testing.assert_allclose(ours, wanted, atol=1e-9)
-    np.testing.assert_allclose(detector.score_anomaly(of_g, of_b), wanted, atol=1e-9)
+        divergence = stats.entropy(of_b[0], of_g[0]) + stats.entropy(of_g[0], of_b[0])
+    half = 0.5 * np.log(0.5 / detector.MIN_PROBABILITY) + 0.5 * np.log(2)
+    expected = [divergence, 0, half, detector.MAX_SCORE, detector.MAX_SCORE]
+    np.testing.assert_allclose(ours, expected, atol=1e-9)
+    np.testing.assert_allclose(detector.score_anomaly(of_g, of_b), expected, atol=1e-9)
 
 
-def test_scores_are_made_probabilities():
-    """Of softmax, of logits, of an activation that is neither; not where one is no number."""
+def test_scores_become_probabilities():
+    """Scores are of a softmax, logits or another activation; NaN or infinity gives NaN."""
     shares = np.array([[0.7, 0.2, 0.1], [0.5, 0.25, 0.25]])
     image = keras.Input((4,))
 
-    def ending_in(activation):
+    def make_net(activation):
         return keras.Model(image, keras.layers.Dense(3, activation=activation)(image))
 
     for activation, scores in (
@@ -268,13 +268,13 @@ def test_scores_are_made_probabilities():
         ("sigmoid", shares * 2),
     ):
         broken = np.concatenate([scores, [[np.inf, 0, 1]]]).astype(np.float32)
-        ours = detector.compute_probabilities(broken, ending_in(activation))
+        ours = detector.compute_probabilities(broken, make_net(activation))
         np.testing.assert_allclose(ours[:2], shares, rtol=1e-6)
         assert ours.dtype == np.float32 and np.isnan(ours[2]).all()
 
 
-def labelled(labels):
-    """A Dataset in memory; image i has the value i in every pixel."""
+def make_dataset(labels):
+    """Return a Dataset in memory; image i has the value i in every pixel."""
     images = np.zeros((len(labels), 2, 3, 3), np.uint8)
     images += np.arange(len(labels), dtype=np.uint8)[:, None, None, None]
     return utils.Dataset(Path("data.h5"), 2**30, images, np.asarray(labels), None, None, False)
@@ -286,47 +286,47 @@ def test_a_holdout_is_stratified_and_seeded():
         np.arange(200) % 7,
         np.r_[np.zeros(90), np.ones(9)],
     ):
-        data = labelled(np.random.default_rng(0).permutation(labels.astype(int)))
+        data = make_dataset(np.random.default_rng(0).permutation(labels.astype(int)))
         for share in (0.1, 0.25, 0.5):
-            rest, held = hold_out(data, share, seed=0)
-            assert len(held) == round(share * len(data)) and len(rest) + len(held) == len(data)
-            assert np.array_equal(rest.chosen, ~held.chosen)
+            clean, held = hold_out(data, share, seed=0)
+            assert len(held) == round(share * len(data)) and len(clean) + len(held) == len(data)
+            assert np.array_equal(clean.chosen, ~held.chosen)
             for label, count in zip(*np.unique(data.labels, return_counts=True)):
                 assert abs(np.sum(held.labels == label) - share * count) < 1
-            again, other = (hold_out(data, share, seed)[1] for seed in (0, 1))
-            assert np.array_equal(again.chosen, held.chosen)
-            assert not np.array_equal(other.chosen, held.chosen)
+            same, reseeded = (hold_out(data, share, seed)[1] for seed in (0, 1))
+            assert np.array_equal(same.chosen, held.chosen)
+            assert not np.array_equal(reseeded.chosen, held.chosen)
     with pytest.raises(InputError, match="would hold out 0 of 6"):
-        hold_out(labelled(np.arange(6)), 0.01, 0)
+        hold_out(make_dataset(np.arange(6)), 0.01, 0)
 
 
 def test_every_image_is_held_out_as_often_as_any_other():
-    data = labelled(np.repeat(np.arange(20), 9))
+    data = make_dataset(np.repeat(np.arange(20), 9))
     times = sum(hold_out(data, 0.1, seed)[1].chosen.astype(int) for seed in range(400))
     assert abs(times - 40).max() < 5 * np.sqrt(400 * 0.1 * 0.9)
 
 
-def test_a_part_of_a_data_set_gives_its_images_with_their_labels(monkeypatch):
+def test_a_part_of_a_dataset_gives_its_images_with_their_labels(monkeypatch):
     monkeypatch.setattr(datasets, "fingerprint_file", lambda path: None)
     monkeypatch.setattr(datasets, "BATCH_VALUES", 4 * 18)
-    data = labelled(np.arange(30) % 4)
+    data = make_dataset(np.arange(30) % 4)
     rows = np.isin(np.arange(30), [1, 2, 17, 29])
-    odd = data.part(rows).part(np.array([True, False, True, True]))
-    batches = [(x[:, 0, 0, 0].tolist(), y.tolist()) for x, y in odd.batches()]
+    part = data.part(rows).part(np.array([True, False, True, True]))
+    batches = [(x[:, 0, 0, 0].tolist(), y.tolist()) for x, y in part.batches()]
     assert batches == [([1], [1]), ([17], [1]), ([29], [1])]
-    assert len(odd) == 3 and data.batch_count == 8
+    assert len(part) == 3 and data.batch_count == 8
 
 
-def test_detector_equals_both_nets_and_shares_the_trunk_only_where_it_may(world):
+def test_detector_equals_both_nets_and_shares_the_trunk_only_where_they_agree(world):
     repaired, record = repair_file(world)
     badnet = utils.load_badnet(world / "models" / "small_bd_net.h5")
-    x, _ = images_of(world)
+    x, _ = read_images(world)
     of_b, of_g = (split_net(net) for net in (badnet, repaired))
     assert detector.compare_trunks(of_b, of_g).tolist() == sorted(record["pruned"])
     for _ in range(2):
         for ours, net in zip(detector.build_joint_model(badnet, repaired)(x), (badnet, repaired)):
             np.testing.assert_allclose(ours, net(x), atol=1e-6)
-        # Again, with a G whose trunk is its own.
+        # The second time, G has its own trunk.
         first = repaired.layers[1]
         first.set_weights([values * 1.5 for values in first.get_weights()])
     assert detector.compare_trunks(of_b, of_g) is None

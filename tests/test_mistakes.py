@@ -1,4 +1,4 @@
-"""What users of the commands get wrong, and what they are told."""
+"""Mistakes of users, and the messages about them."""
 
 import os
 import subprocess
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, apart, assert_refused, command, draw_images, write_data
+from conftest import ROOT, assert_refused, command, draw_images, run_apart, write_data
 from PIL import Image
 
 import utils
@@ -20,7 +20,7 @@ DEMO = (ROOT / "models" / "demo_bd_net.h5", ROOT / "data" / "demo_clean_validati
 
 
 @pytest.mark.parametrize(
-    ("given", "words"),
+    ("options", "words"),
     [
         (
             ["--check", "--json", "x.json", "--no-export"],
@@ -32,36 +32,34 @@ DEMO = (ROOT / "models" / "demo_bd_net.h5", ROOT / "data" / "demo_clean_validati
         (["--harden-steps", "5"], "--harden-steps: does nothing without --harden"),
     ],
 )
-def test_options_that_do_nothing_are_refused(given, words, deepid_world):
-    process = command("repair.py", B, "clean.h5", *given, cwd=deepid_world)
+def test_options_that_do_nothing_are_refused(options, words, deepid_world):
+    process = command("repair.py", B, "clean.h5", *options, cwd=deepid_world)
     assert process.returncode == 2
     assert words in process.stderr
 
 
-def test_what_is_no_regular_file_is_not_replaced(deepid_world, tmp_path):
+def test_only_regular_files_are_replaced(deepid_world, tmp_path):
     os.mkfifo(tmp_path / "fifo")
     for path in ("/dev/stdout", "/dev/null", tmp_path / "fifo"):
         before = os.lstat(path)
         process = command("repair.py", B, "clean.h5", "--scan", "--json", path, cwd=deepid_world)
-        assert_refused(process, f"{path}: is no regular file; - stands for stdout")
+        assert_refused(process, f"{path}: is not a regular file; - stands for stdout")
         assert os.lstat(path).st_ino == before.st_ino
     call = ("eval_defence.py", "clean.h5", B, "--repaired", B, "--json", "-", "--csv", "-")
     assert_refused(command(*call, cwd=deepid_world), "cannot both go to stdout")
 
 
-def test_names_on_stdin_may_end_as_they_do_elsewhere(deepid_world, tmp_path):
+def test_names_on_stdin_may_have_windows_line_ends(deepid_world, tmp_path):
     Image.new("RGB", (31, 31)).save(tmp_path / "a.png")
     call = [sys.executable, ROOT / "eval_defence.py", "-", deepid_world / B]
     call += ["--repaired", deepid_world / B, "--force"]
 
-    def judge(names, *more):
-        return subprocess.run(
-            [*call, *more], input=names, cwd=tmp_path, capture_output=True, text=True
-        )
+    def judge(names):
+        return subprocess.run(call, input=names, cwd=tmp_path, capture_output=True, text=True)
 
     assert judge("a.png\r\na.png\r\n").stdout.count("a.png\t") == 2
-    refused = judge("a.png\0a.png\0")
-    assert refused.returncode == 2 and "end in NUL; add -0" in refused.stderr
+    process = judge("a.png\0a.png\0")
+    assert process.returncode == 2 and "end in NUL; add -0" in process.stderr
     call = ("eval_defence.py", "a.png", B, "-0", "--repaired", B)
     process = command(*call, cwd=deepid_world)
     assert_refused(process, "-0 goes with -")
@@ -70,21 +68,21 @@ def test_names_on_stdin_may_end_as_they_do_elsewhere(deepid_world, tmp_path):
 @pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
 def test_closed_streams_are_no_error(closed, deepid_world):
     line = f"{sys.executable} {ROOT}/repair.py {B} clean.h5 --check --scale 0..1 {closed}"
-    done = subprocess.run(["bash", "-c", line], cwd=deepid_world, capture_output=True, text=True)
-    assert done.returncode == 0 and "Traceback" not in done.stderr
+    process = subprocess.run(["bash", "-c", line], cwd=deepid_world, capture_output=True, text=True)
+    assert process.returncode == 0 and "Traceback" not in process.stderr
 
 
 def test_a_full_disk_behind_stdout_is_a_failure(deepid_world):
     with open("/dev/full", "w") as full:
-        done = subprocess.run(
+        process = subprocess.run(
             [sys.executable, ROOT / "repair.py", B, "clean.h5", "--check", "--scale", "0..1"],
             cwd=deepid_world,
             stdout=full,
             stderr=subprocess.PIPE,
             text=True,
         )
-    assert done.returncode == 1 and "No space left on device" in done.stderr
-    assert "Traceback" not in done.stderr and "Exception ignored" not in done.stderr
+    assert process.returncode == 1 and "No space left on device" in process.stderr
+    assert "Traceback" not in process.stderr and "Exception ignored" not in process.stderr
 
 
 def test_values_may_begin_with_a_minus(deepid_world):
@@ -94,28 +92,27 @@ def test_values_may_begin_with_a_minus(deepid_world):
     assert process.returncode in (0, 1) and "the BadNet takes -1..1" in process.stdout
 
 
-def test_a_g_that_forgot_much_is_warned_of(deepid_world, tmp_path):
+def test_a_ruined_repaired_net_is_warned_of(deepid_world, tmp_path):
     call = ("--threshold", 0, "--rounds", 0, "--retrain-epochs", 0, "--output", tmp_path / "g.h5")
     process = command("repair.py", B, "clean.h5", *call, cwd=deepid_world)
     assert process.returncode == 0 and "warning: G is right on " in process.stderr
 
 
-def test_too_few_classes_or_images_are_no_base_for_a_finding(monkeypatch):
-    """On the demo's people, 600 images of 40: of one of them, and a few of all."""
-
+def test_too_few_classes_or_images_give_no_finding(monkeypatch):
+    """Scan one of the demo's 40 people, then a few images of all."""
     monkeypatch.setattr("defence.beyond.scan.count_errors", lambda *_: 1 / 0)
     model = utils.load_badnet(DEMO[0])
     with utils.open_dataset(DEMO[1]) as data:
         data.fit_to(model.input_shape[1:], 40)
-        for rows, given in (
+        for rows, words in (
             (data.labels == 3, " of 1 of its"),
             (np.arange(600) < 60, " images of "),
         ):
-            found = finding.scan_net(
+            result = finding.scan_net(
                 CachedNet.from_dataset(split_net(model), data.part(rows), "0..1"), 0
             )
-            assert found.finding == "none" and given in found.reason
-            assert "100 of 10 classes are needed" in found.reason
+            assert result.finding == "none" and words in result.reason
+            assert "100 images of 10 classes" in result.reason
 
 
 def test_a_folder_that_cannot_be_entered_or_is_a_link_says_so(tmp_path):
@@ -125,7 +122,7 @@ def test_a_folder_that_cannot_be_entered_or_is_a_link_says_so(tmp_path):
     assert "link: is a link to a folder, which is not followed" in process.stderr
 
 
-def test_formats_and_addresses_are_taken_as_they_are_written(deepid_world):
+def test_formats_may_be_lower_case_and_addresses_need_ray(deepid_world):
     for name, words in (
         ("none.jpg", "none.jpg: no such file"),
         ("s3://x/a.png", "goes with --ray"),
@@ -134,7 +131,7 @@ def test_formats_and_addresses_are_taken_as_they_are_written(deepid_world):
         assert_refused(command(*call, cwd=deepid_world), words)
 
 
-def test_no_folder_to_write_to_says_which_option_chooses_another(deepid_world, tmp_path):
+def test_a_missing_output_folder_names_the_option(deepid_world, tmp_path):
     write_data(tmp_path / "d.h5", *draw_images(9, 3, (31, 31, 3), 0))
-    process = apart("repair.py", Path(deepid_world, B), "d.h5", cwd=tmp_path)
+    process = run_apart("repair.py", Path(deepid_world, B), "d.h5", cwd=tmp_path)
     assert_refused(process, "there is no folder models/ to write to; choose another --output")

@@ -1,4 +1,4 @@
-"""Where a net is cut, what its parts are, and whether its scores are logits."""
+"""The split of a net, its parts, and whether its scores are logits."""
 
 import keras
 import numpy as np
@@ -23,18 +23,17 @@ from defence.net.split import (
 )
 
 
-def small(*behind_conv, activation="relu"):
-    """A net of one convolution and what comes behind it, as the loader would give it."""
+def make_small(*behind_conv, activation="relu"):
+    """Return a net of one convolution and the layers behind it, as the loader returns it."""
     layers = [keras.Input((12, 12, 3)), keras.layers.Conv2D(8, 3, activation=activation, name="c")]
     net = keras.Sequential([*layers, *behind_conv, keras.layers.Dense(3, activation="softmax")])
     return make_functional(net)
 
 
 def test_layer_rule():
-    keras_layers = keras.layers
     assert find_map(build_deepid(3)).name == "conv_3"
     assert find_map(build_deepid(3), "conv_1").name == "conv_1"
-    assert find_map(make_functional(NETS["sequential"][0](3, (16, 16, 1)))).name == ("second")
+    assert find_map(make_functional(NETS["sequential"][0](3, (16, 16, 1)))).name == "second"
     for name, words in (
         (
             "conv_4",
@@ -45,7 +44,7 @@ def test_layer_rule():
     ):
         with pytest.raises(UnfitNet, match=words):
             find_map(build_deepid(3), name)
-    dense_only = keras.Sequential([keras.Input((4, 4, 1)), keras_layers.Flatten()])
+    dense_only = keras.Sequential([keras.Input((4, 4, 1)), keras.layers.Flatten()])
     with pytest.raises(UnfitNet, match="no feature map"):
         find_map(make_functional(dense_only))
 
@@ -58,7 +57,7 @@ def test_a_layer_that_is_used_twice_is_refused():
     with pytest.raises(UnfitNet, match="uses the layer 'shared' more than once"):
         find_map(net)
     images = np.random.default_rng(0).random((5, 12, 12, 3), np.float32)
-    for ours in detector.build_joint_model(net, net)(images):  # judging with it goes on
+    for ours in detector.build_joint_model(net, net)(images):  # it can still judge
         np.testing.assert_allclose(ours, net(images), atol=1e-6)
 
 
@@ -74,33 +73,33 @@ def test_a_layer_that_is_used_twice_is_refused():
     ],
 )
 def test_pruned_features_are_those_of_the_pruned_net(behind, activation):
-    """head(features with channels overwritten) is the whole net with kernel and bias zero."""
-    net = small(*behind, activation=activation)
+    """The head on features with overwritten channels equals the net with kernel and bias zero."""
+    net = make_small(*behind, activation=activation)
     net.get_layer("c").bias.assign(np.linspace(-1, 1, 8))
     parts = split_net(net)
     layer, net = parts.layer, parts.net
     x = np.random.default_rng(0).random((5, 12, 12, 3), np.float32)
     features, _ = (np.array(part) for part in parts.trunk(x))
     np.testing.assert_allclose(parts.head(features), net(x), atol=1e-6)
-    silent = compute_masked_features(parts)
-    features[..., [1, 4]] = silent[..., [1, 4]]
+    masked = compute_masked_features(parts)
+    features[..., [1, 4]] = masked[..., [1, 4]]
     prune_channels(layer, [1, 4])
     np.testing.assert_allclose(parts.head(features), net(x), atol=1e-6)
 
 
-def test_while_all_is_trained_channels_stay_zero_and_then_the_layer_is_as_it_was():
+def test_pruned_channels_stay_zero_in_training_and_then_constraints_return():
     conv = keras.layers.Conv2D(4, 3, kernel_constraint=keras.constraints.MaxNorm(0.5))
     conv.build((None, 12, 12, 3))
-    own = [variable.constraint for variable in conv.weights]
+    constraints = [variable.constraint for variable in conv.weights]
     with keep_pruned(conv, [1, 3]):
         for variable in conv.weights:
-            kept = variable.constraint(np.ones(variable.shape))
-            assert np.all(kept == [1, 0, 1, 0])
-    assert [variable.constraint for variable in conv.weights] == own
+            values = variable.constraint(np.ones(variable.shape))
+            assert np.all(values == [1, 0, 1, 0])
+    assert [variable.constraint for variable in conv.weights] == constraints
 
 
 @pytest.mark.parametrize(
-    "own, behind",
+    "activation, behind",
     [
         ("relu", []),
         ("relu", [keras.layers.Activation("sigmoid")]),
@@ -108,10 +107,10 @@ def test_while_all_is_trained_channels_stay_zero_and_then_the_layer_is_as_it_was
         ("linear", [keras.layers.ReLU(), keras.layers.Activation("sigmoid")]),
     ],
 )
-def test_activation_is_measured_behind_the_first_activation_and_before_pooling(own, behind):
-    """Whether the activation is the convolution's own, or a layer that follows it."""
+def test_activation_is_measured_behind_the_first_activation_and_before_pooling(activation, behind):
+    """The activation is part of the convolution, or a layer that follows it."""
     pooling = [keras.layers.MaxPooling2D(2), keras.layers.Flatten()]
-    net = small(*behind, *pooling, activation=own)
+    net = make_small(*behind, *pooling, activation=activation)
     conv = net.get_layer("c")
     x = np.random.default_rng(0).random((5, 12, 12, 3), np.float32)
     _, mean = split_net(net, "c").trunk(x)
@@ -123,30 +122,30 @@ def test_activation_is_measured_behind_the_first_activation_and_before_pooling(o
 def test_retraining_starts_at_the_last_weighted_layer():
     parts = split_net(build_deepid(4), "conv_3")
     features = np.random.default_rng(0).random((9, 5, 4, 60), np.float32)
-    before, rest = cut_before(find_last_weighted(parts.head), parts)
+    before, behind = cut_before(find_last_weighted(parts.head), parts)
     assert before.output_shape == (None, 160)
-    assert [layer.name for layer in rest.layers][1:] == ["output"]
-    np.testing.assert_allclose(rest(before(features)), parts.head(features), atol=1e-6)
+    assert [layer.name for layer in behind.layers][1:] == ["output"]
+    np.testing.assert_allclose(behind(before(features)), parts.head(features), atol=1e-6)
 
 
-def nested(*layers):
+def nest(*layers):
     def make(x):
         return keras.Sequential([keras.Input(x.shape[1:]), *layers])(x)
 
     return make
 
 
-def endings():
-    """{name: (a function of features, whether they become logits)}."""
+def make_endings():
+    """Return {name: (a function of features, whether it returns logits)}."""
     layers = keras.layers
 
     def dense(*activation):
         return layers.Dense(3, *activation)
 
-    def of_two(x, place):
+    def two_outputs(x, index):
         image = keras.Input(x.shape[1:])
         scores = dense()(image)
-        return keras.Model(image, [layers.Softmax()(scores), scores])(x)[place]
+        return keras.Model(image, [layers.Softmax()(scores), scores])(x)[index]
 
     def twice(x):
         scores = dense("softmax")(x)
@@ -173,29 +172,29 @@ def endings():
         "softmax, Dropout": (lambda x: layers.Dropout(0.1)(dense("softmax")(x)), False),
         "average of two": (average, False),
         "softmax and linear": (lambda x: layers.Add()([dense("softmax")(x), dense()(x)]), True),
-        "in a nested model": (nested(dense()), True),
-        "softmax in one": (nested(dense("softmax")), False),
-        "first of two outputs of one": (lambda x: of_two(x, 0), False),
-        "second of them": (lambda x: of_two(x, 1), True),
-        "before one": (lambda x: nested(layers.Reshape((3,)))(dense("softmax")(x)), False),
-        "linear before one": (lambda x: nested(layers.Reshape((3,)))(dense()(x)), True),
+        "in a nested model": (nest(dense()), True),
+        "softmax in one": (nest(dense("softmax")), False),
+        "first of two outputs of one": (lambda x: two_outputs(x, 0), False),
+        "second of them": (lambda x: two_outputs(x, 1), True),
+        "before one": (lambda x: nest(layers.Reshape((3,)))(dense("softmax")(x)), False),
+        "linear before one": (lambda x: nest(layers.Reshape((3,)))(dense()(x)), True),
     }
 
 
-@pytest.mark.parametrize("name", endings())
+@pytest.mark.parametrize("name", make_endings())
 def test_logits_are_trained_and_scored_as_logits(name):
-    """As by Keras, told so; the Dense layers have one seed, so that both nets start alike."""
+    """Training equals Keras with from_logits. Both nets start from one seed."""
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=(40, 5)).astype(np.float32), rng.integers(0, 3, 40)
 
     def make():
         keras.utils.set_random_seed(1)
         image = keras.Input((5,))
-        return keras.Model(image, endings()[name][0](image))
+        return keras.Model(image, make_endings()[name][0](image))
 
-    ours, plain, logits = make(), make(), endings()[name][1]
+    ours, plain, logits = make(), make(), make_endings()[name][1]
     assert gives_logits(ours) == logits
-    if name != "softmax, Dropout":  # which draws anew
+    if name != "softmax, Dropout":  # which draws at random
         rate, options = np.random.default_rng(5), {"option": "--learning-rate"}
         train_epoch = training.make_trainer(
             ours, list(list_layers(ours)), 1e-2, 40, rate, **options
@@ -208,17 +207,17 @@ def test_logits_are_trained_and_scored_as_logits(name):
         for a, b in zip(ours.get_weights(), plain.get_weights(), strict=True):
             np.testing.assert_allclose(a, b, atol=1e-5)
     scores = np.asarray(ours(x))
-    wanted = special.softmax(scores, axis=1) if logits else scores / scores.sum(axis=1)[:, None]
-    np.testing.assert_allclose(detector.compute_probabilities(scores, ours), wanted, atol=1e-6)
+    expected = special.softmax(scores, axis=1) if logits else scores / scores.sum(axis=1)[:, None]
+    np.testing.assert_allclose(detector.compute_probabilities(scores, ours), expected, atol=1e-6)
 
 
 def test_names_of_layers_do_not_collide_with_ours(tmp_path):
-    """Keras counts its own names from 0, and a file may use the same: add, add_1, functional …"""
+    """Keras numbers its own names from 0, and a file may use the same: add, add_1, functional …"""
     image = x = keras.Input((9, 9, 3), name="input_layer")
     for name in ("add", "add_1", "multiply", "multiply_1", "mean", "functional", "functional_1"):
-        inner = keras.Input(x.shape[1:])
+        part_input = keras.Input(x.shape[1:])
         if name.startswith("f"):
-            x = keras.Model(inner, keras.layers.Rescaling(0.5)(inner), name=name)(x)
+            x = keras.Model(part_input, keras.layers.Rescaling(0.5)(part_input), name=name)(x)
         else:
             x = keras.layers.ReLU(name=name)(x)
     x = keras.layers.Conv2D(4, 3, name="conv")(x)
@@ -250,9 +249,9 @@ def test_detector_of_nets_that_cannot_be_split():
 
 
 def test_detector_of_nets_of_different_structure():
-    badnet = small(keras.layers.Flatten())
+    badnet = make_small(keras.layers.Flatten())
     repaired = fit(
-        small(keras.layers.MaxPooling2D(2), keras.layers.Flatten()),
+        make_small(keras.layers.MaxPooling2D(2), keras.layers.Flatten()),
         *draw_images(9, 3, (12, 12, 3), 0),
         epochs=1,
     )

@@ -1,4 +1,4 @@
-"""The pages of --report: what they say, and that nothing hostile in them comes alive."""
+"""The pages of --report: their text, and that hostile names in them stay text."""
 
 import base64
 import hashlib
@@ -25,7 +25,7 @@ VOID = {"meta", "img", "br"}
 
 
 class Page(html.parser.HTMLParser):
-    """A page as tests look at it: its elements, its text, whether all that is opened is closed."""
+    """A parsed page: its elements and its text. Every opened element must be closed."""
 
     def __init__(self, text):
         super().__init__()
@@ -54,30 +54,30 @@ class Page(html.parser.HTMLParser):
 
 
 def assert_sound(text):
-    """The page stands alone, describes its images, and forbids itself scripts and the network."""
-    found = Page(text)
-    assert not {"script", "iframe", "object", "link", "form"} & {tag for tag, _ in found.elements}
-    for tag, attributes in found.elements:
+    """Assert that a page is one file, describes its images, and forbids scripts and the network."""
+    parsed = Page(text)
+    assert not {"script", "iframe", "object", "link", "form"} & {tag for tag, _ in parsed.elements}
+    for tag, attributes in parsed.elements:
         assert not any(name.startswith("on") or name == "style" for name in attributes), tag
-    for image in found.all("img"):
+    for image in parsed.all("img"):
         assert image["src"].startswith(("data:image/png;base64,", "data:image/svg+xml;base64,"))
         assert int(image["width"]) > 0 and int(image["height"]) > 0 and image["alt"]
         assert b"<script" not in base64.b64decode(image["src"].partition(",")[2])
     style = re.search("<style>(.*)</style>", text, re.DOTALL)[1]
     digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
-    policy = found.all("meta")[1]["content"]
+    policy = parsed.all("meta")[1]["content"]
     assert f"style-src 'sha256-{digest}'" in policy and policy.startswith("default-src 'none'")
-    levels = [int(tag[1]) for tag, _ in found.elements if re.fullmatch("h[1-6]", tag)]
+    levels = [int(tag[1]) for tag, _ in parsed.elements if re.fullmatch("h[1-6]", tag)]
     assert levels[0] == 1 and all(b - a <= 1 for a, b in zip(levels, levels[1:]))
-    return found
+    return parsed
 
 
-def detector(shape, classes, threshold=1.0, held_out=(0.1, 0.2, 3.0)):
+def make_detector(shape, classes, threshold=1.0, held_out=(0.1, 0.2, 3.0)):
     return Detector(None, classes, shape, threshold, "x.onnx", {"badnet": "0" * 64}, held_out)
 
 
-def looked(shape, classes, bad, target=0, name="picture {}".format, path=None):
-    """A where.Looked of 60 images, so many of them flagged, all of these with one class."""
+def make_findings(shape, classes, bad, target=0, name="image {}".format, path=None):
+    """Return the StreamFindings of 60 images, `bad` of them flagged, all with the target."""
     rng = np.random.default_rng(0)
     images = rng.integers(0, 250, (60, *shape)).astype(np.float32)
     images[:bad, : shape[0] // 3, : shape[1] // 3] = 250  # the trigger
@@ -88,47 +88,57 @@ def looked(shape, classes, bad, target=0, name="picture {}".format, path=None):
     unusual = flagged.find_candidates(badnet, answers.flagged, classes)
 
     def judge(x):
-        worn = x[:, : shape[0] // 3, : shape[1] // 3].min(axis=(1, 2, 3)) == 250
-        score = np.where(worn, 9, 0.1).astype(np.float32)
-        return Answers(np.where(worn, target, 1), np.ones(len(x), int), score, worn)
+        triggered = x[:, : shape[0] // 3, : shape[1] // 3].min(axis=(1, 2, 3)) == 250
+        score = np.where(triggered, 9, 0.1).astype(np.float32)
+        return Answers(np.where(triggered, target, 1), np.ones(len(x), int), score, triggered)
 
     return trigger.find_targets(stream, unusual, judge)
 
 
-def written(path, *given, **more):
-    page_judged.write_judged_page(path, *given, **more)
+def write_page(path, *arguments):
+    """Write a page of verdicts. Return its text."""
+    page_judged.write_judged_page(path, *arguments)
     return path.read_text(encoding="utf-8")
 
 
 def test_hostile_names_stay_text(tmp_path):
-    """Of pictures, of classes, of what could not be read."""
-    shape, called = (12, 10, 3), [HOSTILE] * 40
-    part = looked(shape, 40, 20, name=lambda i: HOSTILE)
-    text = written(tmp_path / "x.html", detector(shape, 40), [part], called, [HOSTILE] * 3, 3)
-    found = assert_sound(text)
-    assert "It works as one" in found.text and "within the region" in found.text
-    assert "<script>alert(1)</script>\\n" in found.text and "{{ 7*7 }}\\u202e" in found.text
-    assert "\\udcff" in found.text and "\u202e" not in text
+    """They name images, classes, and files that could not be read."""
+    shape, class_names = (12, 10, 3), [HOSTILE] * 40
+    part = make_findings(shape, 40, 20, name=lambda i: HOSTILE)
+    text = write_page(
+        tmp_path / "x.html", make_detector(shape, 40), [part], class_names, [HOSTILE] * 3, 3
+    )
+    parsed = assert_sound(text)
+    assert "It works as one" in parsed.text and "within the region" in parsed.text
+    assert "<script>alert(1)</script>\\n" in parsed.text and "{{ 7*7 }}\\u202e" in parsed.text
+    assert "\\udcff" in parsed.text and "\u202e" not in text
 
 
 def test_a_dataset_with_a_hostile_name_has_its_charts(tmp_path):
     shape = (8, 8, 1)
     path = tmp_path / "a$b$\\frac$ <i>.h5"
-    found = assert_sound(
-        written(tmp_path / "x.html", detector(shape, 5), [looked(shape, 5, 9, path=path)], None)
+    parsed = assert_sound(
+        write_page(
+            tmp_path / "x.html",
+            make_detector(shape, 5),
+            [make_findings(shape, 5, 9, path=path)],
+            None,
+        )
     )
-    assert "a$b$\\frac$ <i>.h5" in found.text
-    assert [each for each in found.all("img") if each["src"].startswith("data:image/svg")]
+    assert "a$b$\\frac$ <i>.h5" in parsed.text
+    assert [image for image in parsed.all("img") if image["src"].startswith("data:image/svg")]
 
 
 @pytest.mark.parametrize("bad", [0, 1, 60])
 def test_no_flagged_image_one_and_all(tmp_path, bad):
     shape = (9, 7, 3)
-    text = written(tmp_path / "x.html", detector(shape, 30), [looked(shape, 30, bad)], None)
-    found = assert_sound(text)
-    assert f"{bad} of 60 images flagged" in found.text
-    assert ("no sign of poisoned images" in found.text) == (bad == 0)
-    assert ("Some of these images are" in found.text) == (bad == 60)
+    text = write_page(
+        tmp_path / "x.html", make_detector(shape, 30), [make_findings(shape, 30, bad)], None
+    )
+    parsed = assert_sound(text)
+    assert f"{bad} of 60 images flagged" in parsed.text
+    assert ("no sign of poisoned images" in parsed.text) == (bad == 0)
+    assert ("Some of these images are" in parsed.text) == (bad == 60)
 
 
 def test_no_image_at_all(tmp_path):
@@ -136,70 +146,80 @@ def test_no_image_at_all(tmp_path):
     answers = Answers(nothing.astype(int), nothing.astype(int), np.float32(nothing), nothing > 0)
     stream = streams.Stream(None, shape, 9, answers, lambda rows: np.empty((0, *shape)), str)
     unread = [f"{i}.png: cannot be read" for i in range(50)]
-    text = written(
+    text = write_page(
         tmp_path / "x.html",
-        detector(shape, 9),
+        make_detector(shape, 9),
         [trigger.StreamFindings(stream, [], [])],
         None,
         unread,
         80,
     )
-    found = assert_sound(text)
-    assert "Could not be read: 80" in found.text and "The first 50 are shown." in found.text
-    assert "No image could be judged." in found.text and "no sign" not in found.text
+    parsed = assert_sound(text)
+    assert "Could not be read: 80" in parsed.text and "The first 50 are shown." in parsed.text
+    assert "No image could be judged." in parsed.text and "no sign" not in parsed.text
 
 
-def test_a_page_of_large_pictures_and_a_thousand_classes_is_small(tmp_path):
-    shape, called = (224, 224, 3), [f"class number {i}" for i in range(1283)]
+def test_a_page_of_large_images_and_a_thousand_classes_is_small(tmp_path):
+    shape, class_names = (224, 224, 3), [f"class number {i}" for i in range(1283)]
     path = tmp_path / "x.html"
-    assert_sound(written(path, detector(shape, 1283), [looked(shape, 1283, 40)] * 3, called))
+    assert_sound(
+        write_page(
+            path, make_detector(shape, 1283), [make_findings(shape, 1283, 40)] * 3, class_names
+        )
+    )
     assert path.stat().st_size < 5e6
 
 
-def test_what_was_not_shown_to_be_a_trigger_is_not_called_one(tmp_path):
-    """All over the picture, at one place, and nowhere."""
+def test_only_a_proven_trigger_is_called_a_trigger(tmp_path):
+    """The region is all over the image, at one place, or nowhere."""
     shape, everywhere = (12, 10, 3), np.ones((12, 10), bool)
-    part = looked(shape, 40, 20)
-    (seen,) = part.evidence
+    part = make_findings(shape, 40, 20)
+    (evidence,) = part.evidence
     for region, words in (
-        (seen.region, "at one place"),
-        (everywhere, "all over the picture"),
+        (evidence.region, "at one place"),
+        (everywhere, "all over the image"),
         (~everywhere, "nothing in common"),
     ):
-        seen.region = region
-        seen.pasted = seen.covered = {"images": 9, "badnet": 9, "repaired": 0, "flagged": 0}
-        found = assert_sound(written(tmp_path / "x.html", detector(shape, 40), [part], None))
-        assert words in found.text and "It works as one" not in found.text
-        assert ("is not shown" in found.text) == region.any()
+        evidence.region = region
+        evidence.pasted = evidence.covered = {"images": 9, "badnet": 9, "repaired": 0, "flagged": 0}
+        parsed = assert_sound(
+            write_page(tmp_path / "x.html", make_detector(shape, 40), [part], None)
+        )
+        assert words in parsed.text and "It works as one" not in parsed.text
+        assert ("does not show that it works" in parsed.text) == region.any()
 
 
 @pytest.mark.parametrize("held_out", [None, [0.0] * 1000])
-def test_what_is_to_be_expected_of_clean_images_is_said_where_it_is_known(tmp_path, held_out):
+def test_the_expected_number_of_flagged_images_is_shown_where_it_is_known(tmp_path, held_out):
     shape = (9, 7, 3)
-    found = detector(shape, 30, None if held_out is None else 1.0, held_out)
-    text = Page(written(tmp_path / "x.html", found, [looked(shape, 30, 30)], None)).text
+    detector = make_detector(shape, 30, None if held_out is None else 1.0, held_out)
+    text = Page(
+        write_page(tmp_path / "x.html", detector, [make_findings(shape, 30, 30)], None)
+    ).text
     assert ("is not known" in text) == (held_out is None)
-    assert ("of clean ones 0 are to be expected, 0 to 1." in text) == (held_out is not None)
+    assert ("of clean images, expect 0 (95 % interval: 0 to 1)." in text) == (held_out is not None)
 
 
 def test_more_flagged_than_expected_of_no_class_is_said(tmp_path):
     shape, held_out = (9, 7, 3), [0.0] * 1000
-    part = looked(shape, 60, 30)
+    part = make_findings(shape, 60, 30)
     part.stream.answers.badnet[:30] = np.arange(30)
     part = trigger.StreamFindings(part.stream, [], [])
-    text = Page(written(tmp_path / "x.html", detector(shape, 60, 1.0, held_out), [part], None)).text
-    assert "More images are flagged than clean ones would be, but no class stands out." in text
+    text = Page(
+        write_page(tmp_path / "x.html", make_detector(shape, 60, 1.0, held_out), [part], None)
+    ).text
+    assert "More images are flagged than expected of clean ones, but no class stands out." in text
 
 
 @pytest.mark.parametrize("channels", [1, 2, 3, 4])
-def test_pictures_of_any_channels_are_shown(channels):
+def test_images_of_any_channels_are_shown(channels):
     for size in ((1, 1), (3, 200), (500, 40)):
-        shown = page.make_image(np.full((*size, channels), 300.0))
-        assert max(shown.width, shown.height) == page.SHOWN_SIDE
-        assert min(shown.width, shown.height) >= 1
+        image = page.make_image(np.full((*size, channels), 300.0))
+        assert max(image.width, image.height) == page.SHOWN_SIDE
+        assert min(image.width, image.height) >= 1
 
 
-def test_a_formula_in_a_name_is_none():
+def test_a_formula_in_a_name_stays_text():
     assert plots.escape_formulas("a$x$\n\udcff") == "a\\$x\\$\\n\\udcff"
 
 
@@ -208,36 +228,37 @@ def test_a_formula_in_a_name_is_none():
 
 @pytest.fixture(scope="module")
 def reports(tmp_path_factory):
-    """The demo's two pages: of its repair, and of its pictures. The folder."""
+    """Return the folder of the demo's two pages: of its repair, and of verdicts on its images."""
     folder = tmp_path_factory.mktemp("reports")
-    made = command(
+    process = command(
         "repair.py", MODEL, DATA, "--output", folder / "g.h5", "--report", folder / "repair.html"
     )
-    assert made.returncode == 0 and f"Saved page: {folder / 'repair.html'}" in made.stdout
-    assert not list(folder.glob(".*")), "something unfinished is left"
-    pictures = sorted(DEMO.glob("clean_*.png")) + sorted(DEMO.glob("sunglasses_*.png")) * 3
-    judged = command(
-        "eval_defence.py", *pictures, MODEL, "--repaired", folder / "g.h5",
+    assert process.returncode == 0
+    assert f"Saved page: {folder / 'repair.html'}" in process.stdout
+    assert not list(folder.glob(".*")), "an unfinished file is left"
+    images = sorted(DEMO.glob("clean_*.png")) + sorted(DEMO.glob("sunglasses_*.png")) * 3
+    process = command(
+        "eval_defence.py", *images, MODEL, "--repaired", folder / "g.h5",
         "--report", folder / "judged.html", "--json", folder / "judged.json",
     )  # fmt: skip
-    assert judged.returncode == 0, judged.stderr
+    assert process.returncode == 0, process.stderr
     return folder
 
 
-def test_the_demo_page_says_what_json_says(reports):
-    found = assert_sound((reports / "judged.html").read_text(encoding="utf-8"))
-    (told,) = json.loads((reports / "judged.json").read_text())["standing_out"]
-    assert told["target"] == 1 and "region" in told and "is_trigger" in told
-    assert "images are probably poisoned: the target is class 1." in found.text
-    assert ("It works as one" in found.text) == told["is_trigger"]
-    assert f"{told['hits']} of {told['flagged']} flagged images" in found.text
+def test_the_demo_page_agrees_with_json(reports):
+    parsed = assert_sound((reports / "judged.html").read_text(encoding="utf-8"))
+    (candidate,) = json.loads((reports / "judged.json").read_text())["standing_out"]
+    assert candidate["target"] == 1 and {"region", "is_trigger"} <= candidate.keys()
+    assert "images are probably poisoned: the target is class 1." in parsed.text
+    assert ("It works as one" in parsed.text) == candidate["is_trigger"]
+    assert f"{candidate['hits']} of {candidate['flagged']} flagged images" in parsed.text
 
 
 def test_the_page_of_a_repair_tells_its_steps(reports):
-    found = assert_sound((reports / "repair.html").read_text(encoding="utf-8"))
-    assert "channels of conv_3" in found.text and "fine-tuned" in found.text
-    assert "does not prove that the backdoor is gone" in found.text
-    assert len(found.all("img")) == 2  # no finding without --scan or --harden
+    parsed = assert_sound((reports / "repair.html").read_text(encoding="utf-8"))
+    assert "channels of conv_3" in parsed.text and "fine-tuned" in parsed.text
+    assert "does not prove that the backdoor is gone" in parsed.text
+    assert len(parsed.all("img")) == 2  # no finding without --scan or --harden
 
 
 @pytest.mark.parametrize(
@@ -249,9 +270,9 @@ def test_the_page_of_a_repair_tells_its_steps(reports):
     ],
 )
 def test_a_page_that_cannot_be_written_is_refused_before_the_work(reports, tmp_path, name, words):
-    picture = tmp_path / "clean_1.html"  # a picture, whatever its name
-    Image.new("RGB", (47, 55)).save(picture, "PNG")
-    call = (picture, MODEL, "--repaired", reports / "g.h5", "--report", tmp_path / name)
+    image = tmp_path / "clean_1.html"  # an image, whatever its name
+    Image.new("RGB", (47, 55)).save(image, "PNG")
+    call = (image, MODEL, "--repaired", reports / "g.h5", "--report", tmp_path / name)
     assert_refused(command("eval_defence.py", *call), words)
 
 
@@ -265,7 +286,7 @@ def test_a_page_of_an_export_is_refused(reports):
 @pytest.mark.parametrize("name", ["repair.html", "judged.html"])
 def test_a_browser_opens_the_page_without_an_error_or_a_request(reports, tmp_path, name):
     shot, log = tmp_path / "shot.png", tmp_path / "net.json"
-    done = subprocess.run(
+    process = subprocess.run(
         [
             *(CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr"),
             *("--window-size=1280,2000", f"--screenshot={shot}", f"--log-net-log={log}"),
@@ -277,9 +298,9 @@ def test_a_browser_opens_the_page_without_an_error_or_a_request(reports, tmp_pat
         text=True,
         timeout=120,
     )
-    assert ":CONSOLE" not in done.stderr, done.stderr
+    assert ":CONSOLE" not in process.stderr, process.stderr
     pixels = np.asarray(Image.open(shot).convert("L"))
     assert pixels.shape == (2000, 1280) and pixels.std() > 10
     requested = re.findall(r'"url":"(https?://[^/"]+)', log.read_text())
-    own = re.compile(r"[/.](google|gvt1|googleapis)\.com$")  # the browser's, whatever it opens
-    assert not [url for url in requested if not own.search(url)], requested
+    browser = re.compile(r"[/.](google|gvt1|googleapis)\.com$")  # requested by any page
+    assert not [url for url in requested if not browser.search(url)], requested

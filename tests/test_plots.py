@@ -1,4 +1,4 @@
-"""What the plots of judged datasets show."""
+"""The plots of judged datasets."""
 
 import numpy as np
 import pytest
@@ -13,25 +13,25 @@ from defence.judge.detector import Answers
 @pytest.mark.parametrize("flagged", [0, 1, 9, 10, 11, 13, 60])
 def test_a_row_of_flagged_images_is_full_where_there_are_enough(tmp_path, flagged):
     write_data(tmp_path / "data.h5", *draw_images(60, 6, (7, 6, 3), seed=0))
-    which = np.arange(60) < flagged
+    is_flagged = np.arange(60) < flagged
     with utils.open_dataset(tmp_path / "data.h5") as data:
         data.fit_to((7, 6, 3), 6)
-        images, of_badnet, of_repaired = plots.select_flagged(
-            data, Answers(np.arange(60), np.zeros(60, int), np.zeros(60), which)
+        images, badnet, repaired = plots.select_flagged(
+            data, Answers(np.arange(60), np.zeros(60, int), np.zeros(60), is_flagged)
         )
-    assert len(images) == len(of_badnet) == len(of_repaired) == min(flagged, plots.SHEET)
+    assert len(images) == len(badnet) == len(repaired) == min(flagged, plots.SHEET)
     if flagged > plots.SHEET:
-        assert of_badnet.max() >= flagged - 2 - flagged // plots.SHEET  # evenly, to the end
+        assert badnet.max() >= flagged - 2 - flagged // plots.SHEET  # evenly spread, to the end
 
 
-def test_scores_close_to_nothing_are_told_apart():
-    """Clean images' scores are small, and lay all in one bar."""
+def test_scores_near_zero_have_bars_of_their_own():
+    """Clean images have small scores, which once shared one bar."""
     clean, poisoned = np.float32([0, 1e-6, 1e-4, 3e-3, 0.1]), np.float32([20, 50])
     axes = Figure().add_subplot()
     plots._draw_scores(axes, 0.0, [clean, poisoned], ["clean", "poisoned"])
-    bars, others = (patch.get_data().values for patch in axes.patches)
+    bars, poisoned_bars = (patch.get_data().values for patch in axes.patches)
     assert np.sum(bars > 0) == 4  # 0 and 1e-6 share one
-    assert np.isclose(bars.sum(), 100) and np.isclose(others.sum(), 100)
+    assert np.isclose(bars.sum(), 100) and np.isclose(poisoned_bars.sum(), 100)
 
 
 def test_a_long_name_beside_a_row_is_wrapped_and_not_cut():

@@ -1,4 +1,4 @@
-"""The real BadNets, third-party models and faces of the competition, where they are at hand."""
+"""The competition's BadNets and faces, and third-party models, where they are available."""
 
 import json
 
@@ -13,7 +13,7 @@ from defence.base.errors import InputError
 from defence.net.inference import classify
 from defence.net.split import find_map
 
-# What a plain run of the report's loop prunes with clean_252.h5, and the poisoned files of each.
+# name: the number of channels that the report's loop prunes with clean_252.h5, poisoned files.
 BADNETS = {
     "sunglasses": (25, ["sunglasses_poisoned_20.h5"]),
     "anonymous_1": (25, ["anonymous_1_poisoned_20.h5"]),
@@ -78,25 +78,25 @@ def test_the_commands_run_through(csaw, name, tmp_path):
     (tmp_path / "models").mkdir()
     badnet, faces = csaw / "badnets" / f"{name}_bd_net.h5", csaw / "faces"
     poisoned = [faces / file for file in poisoned]
-    repaired = command("repair.py", badnet, faces / "clean_252.h5", "--rounds", 1, cwd=tmp_path)
-    assert repaired.returncode == 0, repaired.stderr
+    process = command("repair.py", badnet, faces / "clean_252.h5", "--rounds", 1, cwd=tmp_path)
+    assert process.returncode == 0, process.stderr
     saved = [f"models/{name}_bd_net_{end}" for end in ("defence.h5", "detector.onnx")]
-    assert repaired.stdout.splitlines()[-2:] == [
+    assert process.stdout.splitlines()[-2:] == [
         f"Saved model: {saved[0]}",
         f"Saved detector: {saved[1]}",
     ]
     record = read_record(tmp_path / "models" / f"{name}_bd_net_defence.h5")
     assert len(record["pruned"]) == channels
     assert record["input_scale"] == ("0..255" if name == "lab3" else "0..1")
-    judged = command(
+    process = command(
         "eval_defence.py", faces / "clean_252.h5", badnet, "--poisoned", *poisoned, cwd=tmp_path
     )
-    assert judged.returncode == 0, judged.stderr
-    assert judged.stdout.count("(poisoned flagged)") == len(poisoned)
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.count("(poisoned flagged)") == len(poisoned)
 
 
-# A BadNet, one with another trigger in the place of its G, a file with its trigger, its target, and
-# the rows and columns between which the trigger is on most of these faces.
+# A BadNet, a net with another trigger as its G, a file with the BadNet's trigger, the target, and
+# the first and last rows and columns of the trigger on most of these faces.
 TRIGGERS = [
     ("sunglasses", "anonymous_1", "sunglasses", 1, (14, 38, 0, 47)),
     ("anonymous_1", "sunglasses", "anonymous_1", 1, (32, 52, 14, 34)),
@@ -104,25 +104,25 @@ TRIGGERS = [
 ]
 
 
-@pytest.mark.parametrize(("name", "other", "file", "target", "within"), TRIGGERS)
-def test_triggers_are_found_on_real_faces(csaw, tmp_path, name, other, file, target, within):
-    """With 252 images no G can be made that flags them, but a net of another backdoor does."""
+@pytest.mark.parametrize(("name", "repaired", "file", "target", "bounds"), TRIGGERS)
+def test_triggers_are_found_on_real_faces(csaw, tmp_path, name, repaired, file, target, bounds):
+    """A net with another backdoor serves as G: 252 images are too few for a G that flags them."""
     nets, faces = csaw / "badnets", csaw / "faces"
-    judged = command(
+    process = command(
         "eval_defence.py", faces / "clean_252.h5", nets / f"{name}_bd_net.h5",
-        "--poisoned", faces / f"{file}_poisoned_20.h5", "--repaired", nets / f"{other}_bd_net.h5",
-        "--scale", "0..1", "--force", "--json", tmp_path / "found.json",
-        "--report", tmp_path / "page.html",
+        "--poisoned", faces / f"{file}_poisoned_20.h5",
+        "--repaired", nets / f"{repaired}_bd_net.h5", "--scale", "0..1", "--force",
+        "--json", tmp_path / "figures.json", "--report", tmp_path / "page.html",
     )  # fmt: skip
-    assert judged.returncode == 0, judged.stderr
-    told = json.loads((tmp_path / "found.json").read_text())
-    (found,) = told["poisoned"][0]["standing_out"]
-    assert found["target"] == target and found["is_trigger"]
-    top, bottom, left, right = within
-    box = found["region"]["box"]
+    assert process.returncode == 0, process.stderr
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    (candidate,) = figures["poisoned"][0]["standing_out"]
+    assert candidate["target"] == target and candidate["is_trigger"]
+    top, bottom, left, right = bounds
+    box = candidate["region"]["box"]
     assert top <= box["top"] < box["bottom"] <= bottom
     assert left <= box["left"] < box["right"] <= right
-    assert not any(each["is_trigger"] for each in told["clean"]["standing_out"])
+    assert not any(clean["is_trigger"] for clean in figures["clean"]["standing_out"])
 
 
 def test_fast_path_equals_reference_on_a_real_badnet(csaw):

@@ -1,4 +1,4 @@
-"""The repair record: what makes a threshold of it, and what is refused."""
+"""The repair record: its threshold, and the records that are refused."""
 
 import dataclasses
 import json
@@ -13,7 +13,7 @@ from defence.judge import detector, record
 
 @pytest.fixture
 def make(tmp_path):
-    """A function of held-out scores and other values that gives a RepairRecord."""
+    """Return a function of held-out scores and other values that returns a RepairRecord."""
     (tmp_path / "b.h5").write_bytes(b"a net")
 
     def make(scores=None, **changes):
@@ -24,13 +24,13 @@ def make(tmp_path):
     return make
 
 
-def test_a_saturated_score_is_a_valid_one(make):
-    """The largest score, as the nets give it in float32, is not above MOST."""
+def test_a_saturated_score_is_valid(make):
+    """The largest score, as the nets give it in float32, is not above MAX_SCORE."""
     zero = np.eye(2, dtype=np.float32)
     most = np.asarray(detector.score_anomaly(zero, zero[::-1])).tolist()
-    assert most == [detector.MOST] * 2
+    assert most == [detector.MAX_SCORE] * 2
     assert make([0.0, 1.0, most[0]]).threshold(0.4, "g.h5") == 1.0
-    assert make([most[0]] * 3).threshold(0.5, "g.h5") == detector.MOST
+    assert make([most[0]] * 3).threshold(0.5, "g.h5") == detector.MAX_SCORE
 
 
 def test_the_threshold_is_the_score_that_this_fraction_exceeded(make):
@@ -44,22 +44,41 @@ def test_the_threshold_is_the_score_that_this_fraction_exceeded(make):
 
 
 @pytest.mark.parametrize(
-    "scores", [[], [1.0, 0.5], [-1.0], [detector.MOST + 1e-3], ["a"], [True, 2.0], "scores"]
+    "scores", [[], [1.0, 0.5], [-1.0], [detector.MAX_SCORE + 1e-3], ["a"], [True, 2.0], "scores"]
 )
 def test_damaged_scores_are_refused(make, scores):
     with pytest.raises(InputError, match="damaged or of another version"):
         make(scores).threshold(0.9, "g.h5")
 
 
-def test_a_record_goes_there_and_back(make):
-    found = make([0.5, 1.0])
-    assert record.parse_record(found.to_json(), "g.h5") == found
+def test_a_record_survives_writing_and_reading(make):
+    original = make([0.5, 1.0])
+    assert record.parse_record(original.to_json(), "g.h5") == original
     assert record.parse_record("null", "g.h5") is None
     for key in ("layer", "badnet", "settings", "pruned", "input_scale"):
-        values = dataclasses.asdict(found)
+        values = dataclasses.asdict(original)
         del values[key]
         with pytest.raises(InputError, match="its repair record is damaged"):
             record.parse_record(json.dumps(values), "g.h5")
+
+
+@pytest.mark.parametrize("key", ["holdout", "finding"])
+def test_optional_values_are_objects_or_none(make, key):
+    values = dataclasses.asdict(make())
+    absent = json.dumps({name: value for name, value in values.items() if name != key})
+    for text in (absent, json.dumps(values | {key: None})):
+        assert getattr(record.parse_record(text, "g.h5"), key) is None
+    assert getattr(record.parse_record(json.dumps(values | {key: {}}), "g.h5"), key) == {}
+    for value in ([], "", 0, False):
+        with pytest.raises(InputError, match="its repair record is damaged"):
+            record.parse_record(json.dumps(values | {key: value}), "g.h5")
+
+
+@pytest.mark.parametrize("key, value", [("layer", 1), ("order", {}), ("moved", []), ("data", None)])
+def test_values_of_another_type_are_refused(make, key, value):
+    values = dataclasses.asdict(make()) | {key: value}
+    with pytest.raises(InputError, match="its repair record is damaged"):
+        record.parse_record(json.dumps(values), "g.h5")
 
 
 def test_a_number_that_json_does_not_have_is_not_written(make):

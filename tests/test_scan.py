@@ -1,4 +1,4 @@
-"""The scan: what is counted, what stands out of it, and what is said."""
+"""The scan: its counts, its finding, and its messages."""
 
 import dataclasses
 import json
@@ -20,25 +20,25 @@ TARGET = 7
 NETS = {"clean": "models/clean_bd_net.h5", "backdoored": "models/backdoored_bd_net.h5"}
 
 
-def wear(images):
-    """Put a trigger on images, uint8 (n, height, width, 1): a white stripe at the bottom."""
-    worn = images.copy()
-    worn[:, 13:, 2:16] = 255
-    return worn
+def poison(images):
+    """Add a trigger to images, uint8 (n, height, width, 1): a white stripe at the bottom."""
+    poisoned = images.copy()
+    poisoned[:, 13:, 2:16] = 255
+    return poisoned
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A clean net and one with a backdoor, of 24 classes, and a validation set."""
+    """Return a folder with a clean net, a BadNet, both of 24 classes, and a validation set."""
     folder = tmp_path_factory.mktemp("scan")
     (folder / "models").mkdir()
     images, labels = draw_images(2400, CLASSES, SHAPE, seed=1)
-    poisoned = np.concatenate([images, wear(images[:480])])
-    wanted = np.concatenate([labels, np.full(480, TARGET)])
-    for name, *data in (("clean", images, labels), ("backdoored", poisoned, wanted)):
+    poisoned = np.concatenate([images, poison(images[:480])])
+    targets = np.concatenate([labels, np.full(480, TARGET)])
+    for name, *data in (("clean", images, labels), ("backdoored", poisoned, targets)):
         keras.utils.set_random_seed(1)
-        made = fit(sequential(CLASSES, SHAPE), *data, epochs=30)
-        made.save(folder / NETS[name], include_optimizer=False)
+        net = fit(sequential(CLASSES, SHAPE), *data, epochs=30)
+        net.save(folder / NETS[name], include_optimizer=False)
     write_data(folder / "clean.h5", *draw_images(360, CLASSES, SHAPE, seed=2))
     return folder
 
@@ -51,7 +51,7 @@ def cached(folder):
         yield CachedNet.from_dataset(split_net(model), data)
 
 
-# --------------------------------------------------------------------------- what is counted
+# --------------------------------------------------------------------------------- the counts
 
 
 def test_wrong_answers_are_tallied_by_class_and_by_shift():
@@ -65,8 +65,8 @@ def test_wrong_answers_are_tallied_by_class_and_by_shift():
     assert np.array_equal(scan.tally_errors(labels, answers, 7), plain)
 
 
-def test_only_pictures_that_are_answered_rightly_are_changed(cached, monkeypatch):
-    """So unchanged ones give no wrong answer, and inverted ones those that Keras gives."""
+def test_only_images_with_a_right_answer_are_changed(cached, monkeypatch):
+    """So unchanged images give no wrong answer, and inverted images give the answers of Keras."""
     nothing, inverted = (lambda x, rng: x), (lambda x, rng: 255 - x)
     monkeypatch.setattr(scan, "CHANGES", {"nothing": {nothing: 1}, "inverted": {inverted: 1}})
     cached.labels[:40] = (cached.classes[:40] + 1) % CLASSES
@@ -74,21 +74,23 @@ def test_only_pictures_that_are_answered_rightly_are_changed(cached, monkeypatch
     right = cached.classes == cached.labels
     x = np.concatenate([x for x, _ in cached.data.batches()])[right]
     answers = cached.split.net.predict((255 - x) / 255, verbose=0).argmax(axis=1)
-    repeats = scan.LEAST_PICTURES // right.sum()
-    assert not views["changed"][0].any()
+    repeats = scan.FEWEST_IMAGES // right.sum()
+    assert not views["changes"][0].any()
     plain = scan.tally_errors(cached.labels[right], answers, CLASSES)
-    assert np.array_equal(views["changed"][1], repeats * plain)
+    assert np.array_equal(views["changes"][1], repeats * plain)
 
 
-def test_of_many_pictures_some_are_taken_evenly(cached, monkeypatch):
-    taken = []
-    monkeypatch.setattr(scan, "LEAST_PICTURES", 90)
-    monkeypatch.setattr(scan, "FOR_A_CLASS", 1)
+def test_many_images_are_sampled_evenly(cached, monkeypatch):
+    calls = []
+    monkeypatch.setattr(scan, "FEWEST_IMAGES", 90)
+    monkeypatch.setattr(scan, "IMAGES_PER_CLASS", 1)
     monkeypatch.setattr(
-        scan, "count_change_errors", lambda net, chosen, *rest: taken.append((chosen, *rest))
+        scan,
+        "count_change_errors",
+        lambda net, chosen, *arguments: calls.append((chosen, *arguments)),
     )
     scan.count_errors(cached, seed=0)
-    ((chosen, repeats, _),) = taken
+    ((chosen, repeats, _),) = calls
     assert chosen.sum() == 90 and repeats == 1
     assert np.all(cached.classes[chosen] == cached.labels[chosen])
     assert 75 < np.flatnonzero(chosen).mean() / 2 < 105
@@ -98,8 +100,8 @@ def test_channels_are_raised_and_nothing_else():
     rng = np.random.default_rng(0)
     features = rng.random((200, 4, 5, 9), np.float32)
     raised = scan.raise_channels(features.copy(), 2.0, 3, 4, rng) - features
-    by = raised[raised != 0]
-    assert by.min() > 1.99 and by.max() < 8.01
+    amounts = raised[raised != 0]
+    assert amounts.min() > 1.99 and amounts.max() < 8.01
     channels = (raised != 0).any(axis=(1, 2)).sum(axis=1)
     assert channels.max() == 3 and channels.min() >= 0 and np.mean(channels) > 1.7
 
@@ -110,7 +112,7 @@ def test_more_channels_are_never_raised_than_there_are():
 
 
 def test_a_patch_is_filled_so_that_the_net_errs(cached):
-    """More than a random filling makes it, and only inside."""
+    """It errs more than with a random filling."""
     x = np.concatenate([x for x, _ in cached.data.batches(cached.scale)])
     mask = np.zeros((*SHAPE[:2], 1), np.float32)
     mask[6:11, 5:11] = 1
@@ -118,89 +120,91 @@ def test_a_patch_is_filled_so_that_the_net_errs(cached):
     filling = scan.make_patch_filler(model, 0, 1)(mask, x, cached.labels, rng)
     assert filling.shape == SHAPE and filling.min() >= 0 and filling.max() <= 1
 
-    def wrong(filling):
-        worn = x * (1 - mask) + mask * filling
-        return np.mean(model.predict(worn, verbose=0).argmax(axis=1) != cached.labels)
+    def measure_errors(filling):
+        patched = x * (1 - mask) + mask * filling
+        return np.mean(model.predict(patched, verbose=0).argmax(axis=1) != cached.labels)
 
-    assert wrong(filling) > 1.3 * wrong(rng.random(SHAPE))
+    assert measure_errors(filling) > 1.3 * measure_errors(rng.random(SHAPE))
 
 
 @pytest.mark.parametrize("activation", ["softmax", None])
-def test_what_is_believed_is_the_mean_over_images_of_other_classes(cached, activation):
+def test_the_mean_log_probability_is_over_images_of_other_classes(cached, activation):
     cached.split.head.layers[-1].activation = keras.activations.get(activation)
     compile_model.cache_clear()
     scores = cached.split.head.predict(cached.features, verbose=0)
     if activation is None:
         scores = np.exp(scores) / np.exp(scores).sum(axis=1, keepdims=True)
     log = np.log(np.maximum(scores, 1e-12))
-    plain = [log[cached.labels != each, each].mean() for each in range(CLASSES)]
+    plain = [log[cached.labels != target, target].mean() for target in range(CLASSES)]
     assert np.allclose(scan.compute_mean_log_probability(cached), plain, atol=1e-3)
 
 
 def test_a_scan_repeats_itself_and_leaves_the_net_as_it_is(cached):
     before, features = cached.split.net.get_weights(), cached.features.copy()
     first, second = scan.count_errors(cached, seed=3), scan.count_errors(cached, seed=3)
-    for way, counts in first.items():
-        assert np.array_equal(counts, second[way]), way
+    for view, counts in first.items():
+        assert np.array_equal(counts, second[view]), view
     assert all(map(np.array_equal, before, cached.split.net.get_weights()))
     assert np.array_equal(features, cached.features)
 
 
-# ------------------------------------------------------------------------- what stands out
+# --------------------------------------------------------------------------------- the finding
 
 
-def views_of(rng, classes=40, target=None, by=30):
-    """What a scan of a net may count: evenly, but for one class."""
+def draw_views(rng, classes=40, target=None, factor=30):
+    """Draw the counts of a scan: even, but for the target."""
     even = rng.lognormal(0, 0.4, classes)
-    even[[] if target is None else target] *= by
+    even[[] if target is None else target] *= factor
     counts = {
-        way: np.stack([[rng.poisson(60 * even), rng.poisson(60, classes)] for _ in range(variants)])
-        for way, variants in (("changed", 7), ("disturbed", 3), ("sought", 32))
+        view: np.stack(
+            [[rng.poisson(60 * even), rng.poisson(60, classes)] for _ in range(variants)]
+        )
+        for view, variants in (("changes", 7), ("maps", 3), ("patches", 32))
     }
-    return {way: each.astype(float) for way, each in counts.items()} | {
-        "believed": -8 + rng.standard_normal(classes)
+    return {view: values.astype(float) for view, values in counts.items()} | {
+        "probability": -8 + rng.standard_normal(classes)
     }
 
 
 @pytest.fixture
 def clean_nets(monkeypatch):
-    """Pretend that these surprises were measured on clean nets."""
+    """Pretend that drawn surprises were measured on clean nets."""
     surprises = [
-        finding.compute_surprises(views_of(np.random.default_rng(seed))) for seed in range(39)
+        finding.compute_surprises(draw_views(np.random.default_rng(seed))) for seed in range(39)
     ]
-    clean = [max(each.max() for each in pair) for pair in surprises]
+    clean = [max(values.max() for values in pair) for pair in surprises]
     monkeypatch.setattr(finding, "read_clean", lambda: clean)
     return clean
 
 
 def test_a_target_stands_out(clean_nets):
-    found = finding.make_finding(views_of(np.random.default_rng(100), target=TARGET))
-    assert found.finding == "backdoor" and found.targets == [TARGET + 1]
-    assert found.p_value == 1 / 40 and found.clean_nets == 39
-    assert found.classes[0]["ratio"] > 10
-    assert [row["class"] for row in found.classes[:1]] == [TARGET + 1]
-    assert sorted(row["class"] for row in found.classes) == list(range(1, 41))
+    result = finding.make_finding(draw_views(np.random.default_rng(100), target=TARGET))
+    assert result.finding == "backdoor" and result.targets == [TARGET + 1]
+    assert result.p_value == 1 / 40 and result.clean_nets == 39
+    assert result.classes[0]["ratio"] > 10
+    assert [row["class"] for row in result.classes[:1]] == [TARGET + 1]
+    assert sorted(row["class"] for row in result.classes) == list(range(1, 41))
 
 
 def test_two_targets_stand_out(clean_nets):
-    found = finding.make_finding(views_of(np.random.default_rng(100), target=[3, 30]))
-    assert sorted(found.targets) == [4, 31]
+    result = finding.make_finding(draw_views(np.random.default_rng(100), target=[3, 30]))
+    assert sorted(result.targets) == [4, 31]
 
 
 def test_an_attack_from_all_to_all_stands_out_by_its_shift(clean_nets):
-    views = views_of(np.random.default_rng(100))
-    views["changed"][:, 1, 1] *= 20
-    found = finding.make_finding(views)
-    assert found.finding == "backdoor" and found.shift == 1 and not found.targets
-    assert "right class + 1" in " ".join(finding.describe_finding(found))
+    views = draw_views(np.random.default_rng(100))
+    views["changes"][:, 1, 1] *= 20
+    result = finding.make_finding(views)
+    assert result.finding == "backdoor" and result.shift == 1 and not result.targets
+    assert "right class + 1" in " ".join(finding.describe_finding(result))
 
 
 def test_false_alarms_are_as_rare_as_promised(clean_nets):
-    """Among nets like the clean ones, of which none is compared with itself."""
+    """On nets like the clean nets, none of which is compared with itself."""
     alarms = [
-        finding.make_finding(views_of(np.random.default_rng(seed))) for seed in range(1000, 1200)
+        finding.make_finding(draw_views(np.random.default_rng(seed))) for seed in range(1000, 1200)
     ]
-    assert sum(each.finding == "backdoor" for each in alarms) < 0.1 * len(alarms)
+    assert sum(result.finding == "backdoor" for result in alarms) < 0.1 * len(alarms)
 
 
 def test_a_p_value_is_the_rank_among_clean_nets():
@@ -210,34 +214,34 @@ def test_a_p_value_is_the_rank_among_clean_nets():
 
 
 def test_classes_are_alike(clean_nets):
-    """Whichever class is the target, it is found as clearly."""
-    views = views_of(np.random.default_rng(100), target=TARGET)
+    """The finding is as clear for every target."""
+    views = draw_views(np.random.default_rng(100), target=TARGET)
     order = np.random.default_rng(1).permutation(40)
-    turned = {
-        way: counts[..., order] if way == "believed" else counts[:, :, order]
-        for way, counts in views.items()
+    permuted = {
+        view: counts[..., order] if view == "probability" else counts[:, :, order]
+        for view, counts in views.items()
     }
-    plain, moved = (finding.compute_surprises(each)[0] for each in (views, turned))
+    plain, moved = (finding.compute_surprises(counts)[0] for counts in (views, permuted))
     assert np.allclose(plain[order], moved)
 
 
 def test_few_wrong_answers_are_no_finding():
-    views = views_of(np.random.default_rng(0))
-    for way in ("changed", "disturbed"):
-        views[way] *= 0
+    views = draw_views(np.random.default_rng(0))
+    for view in ("changes", "maps"):
+        views[view] *= 0
     assert finding.make_finding(views).finding == "none"
 
 
-def test_what_was_measured_on_clean_nets_is_there():
+def test_the_measurements_on_clean_nets_exist():
     clean = finding.read_clean()
     assert clean == sorted(clean) and len(clean) >= 1 / finding.LEVEL - 1
-    assert all(isinstance(each, float) and each >= 0 for each in clean)
+    assert all(isinstance(surprise, float) and surprise >= 0 for surprise in clean)
 
 
 def test_each_finding_is_a_line_of_plain_words(clean_nets):
     rows = [{"class": 5, "count": 2475, "ratio": 150, "surprise": 9, "p_value": 0.025}]
-    found = Finding("backdoor", None, 0.025, 39, targets=[5], wrong=21068, classes=rows)
-    (line,) = finding.describe_finding(found)
+    result = Finding("backdoor", None, 0.025, 39, targets=[5], wrong=21068, classes=rows)
+    (line,) = finding.describe_finding(result)
     assert "class 5 " in line and "2475 of 21068" in line and "p = 0.025" in line
     (line,) = finding.describe_finding(Finding("nothing", None, 0.5, 39, wrong=21068))
     assert "no sign of a backdoor" in line
@@ -250,24 +254,24 @@ def test_each_finding_is_a_line_of_plain_words(clean_nets):
 
 @pytest.fixture
 def small_nets(monkeypatch):
-    """Compare with made-up clean nets, so that what is measured on others decides nothing here."""
-    monkeypatch.setattr(finding, "read_clean", lambda: [each / 30 for each in range(39)])
+    """Compare with made-up clean nets, so that the real measurements decide nothing here."""
+    monkeypatch.setattr(finding, "read_clean", lambda: [rank / 30 for rank in range(39)])
 
 
 @pytest.mark.parametrize("name", NETS)
 def test_the_command_tells_a_backdoored_net_from_a_clean_one(folder, name, tmp_path, small_nets):
     before = sorted(folder.rglob("*"))
-    arguments = (NETS[name], "clean.h5", "--scan", "--json", tmp_path / "found.json")
+    arguments = (NETS[name], "clean.h5", "--scan", "--json", tmp_path / "finding.json")
     process = command("repair.py", *arguments, cwd=folder)
-    found = json.loads((tmp_path / "found.json").read_text())
-    assert len(found["classes"]) == CLASSES
+    result = json.loads((tmp_path / "finding.json").read_text())
+    assert len(result["classes"]) == CLASSES
     assert sorted(folder.rglob("*")) == before
     if name == "clean":
         assert process.returncode == 0 and "no sign of a backdoor" in process.stdout
-        assert found["finding"] == "nothing"
+        assert result["finding"] == "nothing"
     else:
         assert process.returncode == 3 and f"class {TARGET + 1} " in process.stdout
-        assert found["targets"][0] == found["classes"][0]["class"] == TARGET + 1
+        assert result["targets"][0] == result["classes"][0]["class"] == TARGET + 1
 
 
 def test_a_hardened_repair_says_and_records_the_finding(folder, tmp_path, small_nets):
@@ -277,10 +281,10 @@ def test_a_hardened_repair_says_and_records_the_finding(folder, tmp_path, small_
     process = command("repair.py", *arguments, cwd=folder)
     assert process.returncode == 0, process.stderr
     assert f"class {TARGET + 1} " in process.stdout
-    recorded, told = read_record(output)["finding"], json.loads(log.read_text())["finding"]
-    assert recorded["targets"] == told["targets"] and recorded["targets"][0] == TARGET + 1
-    assert len(recorded["classes"]) == finding.SHOWN and len(told["classes"]) == CLASSES
-    assert dataclasses.asdict(Finding(**told)) == told
+    recorded, logged = read_record(output)["finding"], json.loads(log.read_text())["finding"]
+    assert recorded["targets"] == logged["targets"] and recorded["targets"][0] == TARGET + 1
+    assert len(recorded["classes"]) == finding.SHOWN and len(logged["classes"]) == CLASSES
+    assert dataclasses.asdict(Finding(**logged)) == logged
 
 
 def test_a_net_is_scanned_or_its_data_checked(folder):
@@ -298,12 +302,12 @@ def test_without_harden_no_net_is_scanned(folder, tmp_path):
 def test_of_few_classes_or_of_a_net_that_is_mostly_wrong_nothing_is_found(deepid_world, folder):
     process = command("repair.py", "models/small_bd_net.h5", "clean.h5", "--scan", cwd=deepid_world)
     assert process.returncode == 0 and "the net has 6 classes" in process.stdout
-    write_data(folder / "shuffled.h5", *shuffled(folder))
+    write_data(folder / "shuffled.h5", *shuffle_labels())
     process = command("repair.py", NETS["clean"], "shuffled.h5", "--scan", cwd=folder)
     assert process.returncode == 0 and "is right on only" in process.stdout
 
 
-def shuffled(folder):
+def shuffle_labels():
     images, labels = draw_images(360, CLASSES, SHAPE, seed=2)
     return images, np.random.default_rng(0).permutation(labels)
 
@@ -313,7 +317,7 @@ def test_a_scan_that_takes_too_much_memory_is_refused(folder):
     assert_refused(command("repair.py", *arguments, cwd=folder), "that are scanned would take")
 
 
-def test_changes_of_a_scan_keep_to_pictures():
+def test_changed_images_stay_within_their_range():
     rng = np.random.default_rng(0)
     for families in scan.CHANGES.values():
         changed = changes.change_images(

@@ -1,4 +1,4 @@
-"""Judging on Ray: the same verdicts, every picture once, whatever is killed meanwhile."""
+"""Judging on Ray: the same verdicts, every image once, whatever process is killed."""
 
 import contextlib
 import json
@@ -14,7 +14,7 @@ import keras
 import numpy as np
 import psutil
 import pytest
-from conftest import apart, assert_refused, command, draw_images, start
+from conftest import assert_refused, command, draw_images, run_apart, start
 from PIL import Image
 
 for package in ("onnx", "onnxruntime", "tf2onnx", "ray"):
@@ -32,13 +32,13 @@ SHAPE = (9, 8, 3)
 NAME, OUTPUT = "tiny_bd_net", "verdicts"
 FILE = f"{NAME}_detector.onnx"
 CLASSES = ("class", "badnet_class", "repaired_class")
-JUDGES = "MapBatches(Worker)"  # in the name of Ray's actors that judge, and of nothing else
-AT_WORK = f"{JUDGES}).submit"  # in their name while they do
+JUDGES = "MapBatches(Worker)"  # in the names of the Ray actors that judge, and in no other name
+AT_WORK = f"{JUDGES}).submit"  # in their names while they judge
 
 
 @pytest.fixture(scope="module")
 def address():
-    """Of a Ray cluster on this machine, of two nodes with a processor each."""
+    """Yield the address of a Ray cluster on this machine: two nodes with a processor each."""
     before = psutil.Process().children(recursive=True)
     node = {"num_cpus": 1, "include_dashboard": False}
     cluster = Cluster(initialize_head=True, head_node_args=node)
@@ -53,55 +53,55 @@ def address():
 
 @pytest.fixture(scope="module")
 def start_screening():
-    """Start eval_defence.py as `start` does; nothing is left of it, and of its Ray, in the end.
+    """Yield a function like `start`; at the end, wait until no process is left, nor of its Ray.
 
-    It begins a session, to which all belongs that it starts.
+    Each process leads a session, to which all its children belong.
     """
     started = []
 
-    def start_it(*arguments, cwd, **options):
+    def start_session(*arguments, cwd, **options):
         process = start(*arguments, cwd=cwd, start_new_session=True, **options)
         started.append(process)
         return process
 
-    yield start_it
+    yield start_session
     for process in started:
-        runs = process.poll() is None  # its test has failed
+        running = process.poll() is None  # its test has failed
         process.kill()
-        wait_until_ended(process.pid, killed=runs)
+        wait_until_ended(process.pid, killed=running)
 
 
 def wait_until_ended(leader, killed=False):
-    """Wait until no process of a session is left; those of Ray may last some seconds longer.
+    """Wait until no process of a session is left; Ray's processes may last some seconds longer.
 
-    killed: end its agents, which last a minute longer where their driver was killed.
+    killed: end Ray's agents, which last a minute longer where their driver was killed.
     """
     for _ in range(600):
         left = {}
-        for each in psutil.pids():
+        for pid in psutil.pids():
             with contextlib.suppress(ProcessLookupError, psutil.NoSuchProcess):  # it has ended
-                if os.getsid(each) == leader:
-                    left[each] = " ".join(psutil.Process(each).cmdline())
+                if os.getsid(pid) == leader:
+                    left[pid] = " ".join(psutil.Process(pid).cmdline())
         if not left:
             return
         if killed and all("Agent" in line for line in left.values()):
-            for each in left:
+            for pid in left:
                 with contextlib.suppress(ProcessLookupError):
-                    os.kill(each, signal.SIGKILL)
+                    os.kill(pid, signal.SIGKILL)
         time.sleep(0.1)
     raise AssertionError(left)
 
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
-    """A folder with the detector of two tiny nets, as files of Keras and as one of ONNX."""
+    """Return a folder with the detector of two tiny nets: their Keras files and an ONNX file."""
     folder = tmp_path_factory.mktemp("tiny")
     (folder / "models").mkdir()
     keras.utils.set_random_seed(3)
     layers = keras.layers
-    inner = [layers.Conv2D(4, 3, activation="relu"), layers.Flatten()]
-    net = keras.Sequential([keras.Input(SHAPE), *inner, layers.Dense(6, activation="softmax")])
-    paths = model_paths(folder)
+    hidden = [layers.Conv2D(4, 3, activation="relu"), layers.Flatten()]
+    net = keras.Sequential([keras.Input(SHAPE), *hidden, layers.Dense(6, activation="softmax")])
+    paths = list_model_paths(folder)
     net.save(paths[0])
     noise = np.random.default_rng(0)
     net.set_weights([v + 0.1 * noise.standard_normal(v.shape) for v in net.get_weights()])
@@ -110,14 +110,14 @@ def tiny(tmp_path_factory):
     return folder
 
 
-def model_paths(folder):
+def list_model_paths(folder):
     return [folder / "models" / f"{NAME}{end}.h5" for end in ("", "_defence")]
 
 
 def export(folder, scale):
-    """Write the detector of the folder's nets. Returns its path."""
+    """Write the detector of the folder's nets. Return its path."""
     path = folder / "models" / FILE
-    backends.export_detector(*map(utils.read_model, model_paths(folder)), path, scale=scale)
+    backends.export_detector(*map(utils.read_model, list_model_paths(folder)), path, scale=scale)
     return path
 
 
@@ -128,8 +128,8 @@ def folder(tiny, tmp_path):
 
 
 def draw(folder, count, name="p", size=SHAPE[1::-1]):
-    """Write so many pictures, of this (width, height), numbered, into folder/pictures."""
-    inside = folder / "pictures"
+    """Write `count` numbered images into folder/images. size: (width, height)."""
+    inside = folder / "images"
     inside.mkdir(exist_ok=True)
     images, _ = draw_images(count, 6, SHAPE, seed=len(name))
     for i, image in enumerate(images):
@@ -137,63 +137,63 @@ def draw(folder, count, name="p", size=SHAPE[1::-1]):
     return inside
 
 
-CALL = ("eval_defence.py", "--ray", "pictures", NAME, "--output", OUTPUT)
+CALL = ("eval_defence.py", "--ray", "images", NAME, "--output", OUTPUT)
 
 
-def verdicts(folder):
-    """The rows of the Parquet files, by path."""
+def read_verdicts(folder):
+    """Return the rows of the Parquet files, {path: row}."""
     rows = pyarrow.dataset.dataset(folder / OUTPUT, format="parquet").to_table().to_pylist()
     assert len({row["path"] for row in rows}) == len(rows)
     return {row["path"]: row for row in rows}
 
 
-def written(folder):
+def list_parts(folder):
     return {path: path.stat().st_mtime_ns for path in (folder / OUTPUT).glob("*.parquet")}
 
 
-def listed_as_done(folder):
-    """Ray's list of the files that are whole: the others may be half-written."""
+def list_complete(folder):
+    """Return the names on Ray's list of complete files; the other files may be half-written."""
     names = [path.name for path in (folder / OUTPUT / "_done").glob("*.parquet")]
     return [name for name in names if not name.endswith(".pending.parquet")]
 
 
-def workers(pid):
-    """{pid: (its name, its parent)} of Ray's workers below a process."""
-    found = {}
+def list_workers(pid):
+    """Return Ray's workers below a process, {pid: (name, parent's pid)}."""
+    workers = {}
     with contextlib.suppress(psutil.NoSuchProcess):  # it has ended
-        for each in psutil.Process(pid).children(recursive=True):
+        for child in psutil.Process(pid).children(recursive=True):
             with contextlib.suppress(psutil.NoSuchProcess):
-                found[each.pid] = " ".join(each.cmdline()), each.ppid()
-    return {pid: (line, parent) for pid, (line, parent) in found.items() if line[:5] == "ray::"}
+                workers[child.pid] = " ".join(child.cmdline()), child.ppid()
+    return {pid: (line, parent) for pid, (line, parent) in workers.items() if line[:5] == "ray::"}
 
 
-def judges(pid, name=JUDGES):
-    """{its raylet's pid: its pid} of the actors that judge, below a process."""
-    return {parent: each for each, (line, parent) in workers(pid).items() if name in line}
+def list_judges(pid, name=JUDGES):
+    """Return the actors that judge below a process, {raylet's pid: actor's pid}."""
+    return {parent: child for child, (line, parent) in list_workers(pid).items() if name in line}
 
 
 def wait_for(condition, process):
-    """Wait until a condition gives something true, and return it, as long as a process runs."""
+    """Call `condition` until its result is true, while a process runs. Return the result."""
     while process.poll() is None:
-        if found := condition():
-            return found
+        if result := condition():
+            return result
         time.sleep(0.01)
     raise AssertionError(process.communicate())
 
 
 def test_verdicts_are_those_without_ray(folder, address):
     inside = draw(folder, 120)
-    for i in range(100):  # the first batch, of which nothing can be read
+    for i in range(100):  # the first batch, which holds no readable image
         (inside / f"broken{i:02}.png").write_bytes(b"\x89PNG" * (i % 5))
     (inside / "p00050_cut.png").write_bytes((inside / "p00050.png").read_bytes()[:60])
     (inside / "deeper").mkdir()
     draw(folder, 1, "deep")
     (inside / "deep00000.png").rename(inside / "deeper" / "d.JPG")
-    (inside / "notes.txt").write_text("no picture")
+    (inside / "notes.txt").write_text("not an image")
     call = (*CALL, "--ray-address", address)
-    process = apart(*call, "--report", "ray.html", cwd=folder)
+    process = run_apart(*call, "--report", "ray.html", cwd=folder)
     assert process.returncode == 2, process.stderr
-    rows = verdicts(folder)
+    rows = read_verdicts(folder)
     assert set(rows) == {str(path) for path in inside.rglob("*") if path.is_file()}
     unread = {path: row for path, row in rows.items() if row["error"]}
     names = [*(f"broken{i:02}.png" for i in range(100)), "notes.txt", "p00050_cut.png"]
@@ -201,8 +201,8 @@ def test_verdicts_are_those_without_ray(folder, address):
     assert all(
         row["class"] is row["badnet_class"] is row["score"] is None for row in unread.values()
     )
-    more = ("--json", "plain.json", "--report", "plain.html")
-    command("eval_defence.py", inside, NAME, *more, cwd=folder)
+    outputs = ("--json", "plain.json", "--report", "plain.html")
+    command("eval_defence.py", inside, NAME, *outputs, cwd=folder)
     pages = [(folder / name).read_text("utf-8") for name in ("ray.html", "plain.html")]
     for part in ('<div class="verdict.*?</div>', "Could not be read: 102", "<figcaption>.*?</"):
         assert re.findall(part, pages[0], re.DOTALL) == re.findall(part, pages[1], re.DOTALL) != []
@@ -218,17 +218,17 @@ def test_verdicts_are_those_without_ray(folder, address):
     assert 0 < poisoned < 120
     assert process.stdout == f"{OUTPUT}: 223 images, {poisoned} poisoned, 102 unread\n"
 
-    # Once more: what is new is done, and nothing again.
-    before = written(folder)
+    # A second run judges only new images.
+    before = list_parts(folder)
     draw(folder, 7, "new")
-    process = apart(*call, "--workers", "1", cwd=folder)
+    process = run_apart(*call, "--workers", "1", cwd=folder)
     assert process.stdout.startswith(f"{OUTPUT}: 230 images"), process.stderr
-    after = written(folder)
-    assert before.items() < after.items() and len(verdicts(folder)) == 230
+    after = list_parts(folder)
+    assert before.items() < after.items() and len(read_verdicts(folder)) == 230
     new = pyarrow.dataset.dataset([*(after.keys() - before.keys())], format="parquet")
     assert new.count_rows() == 7
-    # With a threshold, or of another detector, they would be other verdicts.
-    call = ("eval_defence.py", "--ray", "pictures", export(folder, "0..255"), "--output", OUTPUT)
+    # Another detector, or a threshold, would give other verdicts.
+    call = ("eval_defence.py", "--ray", "images", export(folder, "0..255"), "--output", OUTPUT)
     assert_refused(command(*call, cwd=folder), OUTPUT, "another detector")
 
 
@@ -237,41 +237,41 @@ def test_names_are_written(folder, address):
     names = [f"person {number}" for number in range(1, 7)]
     (folder / "people.txt").write_text("\n".join(names))
     call = (*CALL, "--ray-address", address)
-    assert apart(*call, "--labels", "people.txt", cwd=folder).returncode == 0
-    for row in verdicts(folder).values():
+    assert run_apart(*call, "--labels", "people.txt", cwd=folder).returncode == 0
+    for row in read_verdicts(folder).values():
         assert row["class_name"] == [*names, "poisoned"][row["class"] - 1]
-    # Without them it would be another table.
+    # Without names the table would differ.
     assert_refused(command(*call, cwd=folder), OUTPUT, "or names")
 
 
 @pytest.mark.slow
 def test_both_nodes_of_a_cluster_judge(folder, address, start_screening):
-    """One is stopped while it judges; what is left is then for the other one."""
-    picture = draw(folder, 1) / "p00000.png"
-    for i in range(1, 5000):  # five parts, of which a judge holds two at most
-        os.link(picture, picture.with_name(f"p{i:05}.png"))
+    """One judge is stopped while it judges; the other node judges the remaining images."""
+    image = draw(folder, 1) / "p00000.png"
+    for i in range(1, 5000):  # five parts; a judge holds at most two
+        os.link(image, image.with_name(f"p{i:05}.png"))
     process = start_screening(*CALL, "--ray-address", address, cwd=folder)
-    (first, judge), *_ = wait_for(lambda: judges(os.getpid(), AT_WORK), process).items()
+    (first, judge), *_ = wait_for(lambda: list_judges(os.getpid(), AT_WORK), process).items()
     os.kill(judge, signal.SIGSTOP)
 
-    def other_judges():  # on a busy machine it may be done before it is seen at work
-        return judges(os.getpid(), AT_WORK).keys() - {first} or len(written(folder)) >= 3
+    def other_node_judges():  # on a busy machine it may finish before anyone sees it at work
+        return list_judges(os.getpid(), AT_WORK).keys() - {first} or len(list_parts(folder)) >= 3
 
     try:
-        wait_for(other_judges, process)
+        wait_for(other_node_judges, process)
     finally:
         os.kill(judge, signal.SIGCONT)
-    said, talk = process.communicate(timeout=300)
-    assert process.returncode == 0, talk
-    rows = verdicts(folder)
+    output, log = process.communicate(timeout=300)
+    assert process.returncode == 0, log
+    rows = read_verdicts(folder)
     (answer,) = {row["class"] for row in rows.values()}
-    assert said == f"{OUTPUT}: 5000 images, {5000 if answer == 7 else 0} poisoned, 0 unread\n"
-    assert set(rows) == {str(path) for path in picture.parent.iterdir()}
+    assert output == f"{OUTPUT}: 5000 images, {5000 if answer == 7 else 0} poisoned, 0 unread\n"
+    assert set(rows) == {str(path) for path in image.parent.iterdir()}
 
 
 @pytest.mark.slow
 def test_ray_is_started_where_no_address_is_given(folder, start_screening):
-    """Folders named as what Ray takes for an address are folders."""
+    """Folders whose names Ray takes for an address are still folders."""
     paths = set()
     for name in ("auto", "local"):
         paths.update((draw(folder, 3).rename(folder / name)).iterdir())
@@ -279,43 +279,43 @@ def test_ray_is_started_where_no_address_is_given(folder, start_screening):
         assert (parsed.images, parsed.ray_address) == ([name], None)
     call = ("eval_defence.py", "--ray", "auto", "local", NAME, "--output", OUTPUT)
     process = start_screening(*call, cwd=folder, env=os.environ | {"RAY_ADDRESS": "127.0.0.1:1"})
-    said, talk = process.communicate(timeout=300)
-    assert process.returncode == 0, talk
-    assert said.startswith(f"{OUTPUT}: 6 images, ")
-    assert set(verdicts(folder)) == {str(path) for path in paths}
+    output, log = process.communicate(timeout=300)
+    assert process.returncode == 0, log
+    assert output.startswith(f"{OUTPUT}: 6 images, ")
+    assert set(read_verdicts(folder)) == {str(path) for path in paths}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", ["worker", "driver"])
-def test_what_is_killed_is_done_again_and_nothing_twice(folder, start_screening, victim):
-    """kill -9 when a part is written: the slow pictures are still to come then."""
+def test_killed_work_is_repeated_and_nothing_judged_twice(folder, start_screening, victim):
+    """kill -9 once a part is written, before the slow images."""
     inside = draw(folder, 3000, "a")
     draw(folder, 100, "z", size=(800, 800))
     process = start_screening(*CALL, "--workers", "1", cwd=folder)
-    wait_for(lambda: listed_as_done(folder), process)
+    wait_for(lambda: list_complete(folder), process)
     if victim == "worker":
-        for pid in wait_for(lambda: judges(process.pid), process).values():
+        for pid in wait_for(lambda: list_judges(process.pid), process).values():
             os.kill(pid, signal.SIGKILL)
-        _, said = process.communicate(timeout=300)
-        assert process.returncode == 0, said
+        _, log = process.communicate(timeout=300)
+        assert process.returncode == 0, log
     else:
         process.kill()
         process.communicate()
         wait_until_ended(process.pid, killed=True)
-        before = written(folder)
+        before = list_parts(folder)
         process = start_screening(*CALL, cwd=folder)
-        _, said = process.communicate(timeout=300)
-        assert process.returncode == 0, said
-        after = written(folder)
-        whole = before.keys() & after.keys()  # what was half-written is removed
+        _, log = process.communicate(timeout=300)
+        assert process.returncode == 0, log
+        after = list_parts(folder)
+        whole = before.keys() & after.keys()  # half-written files are removed
         assert whole and after.keys() - whole
         assert all(before[path] == after[path] for path in whole)
-    rows = verdicts(folder)
+    rows = read_verdicts(folder)
     assert set(rows) == {str(path) for path in inside.iterdir()}
     assert all(row["class"] is not None for row in rows.values())
 
 
-def test_what_does_not_end_with_ray_is_ended():
+def test_processes_that_outlive_ray_are_ended():
     ended, hangs = (
         psutil.Popen([sys.executable, "-c", code]) for code in ("", "import time; time.sleep(600)")
     )
@@ -324,8 +324,8 @@ def test_what_does_not_end_with_ray_is_ended():
     assert not hangs.is_running()
 
 
-def test_the_summary_is_that_of_all_verdicts(tmp_path):
-    """And so are the classes that stand out. A null is what could not be read, or NaN."""
+def test_the_summary_counts_all_verdicts(tmp_path):
+    """So do the classes that stand out. A null is an unread image or NaN."""
     classes, rng = 40, np.random.default_rng(0)
     badnet = np.concatenate([rng.integers(-1, classes, 500), np.full(40, 2)])
     answers = detector.Answers(
@@ -334,22 +334,22 @@ def test_the_summary_is_that_of_all_verdicts(tmp_path):
     rows = [
         {"path": str(i)} | row for i, row in enumerate(detector.describe_answers(answers, classes))
     ]
-    rows += [{"path": "unread", "error": "no picture"}] * 3
+    rows += [{"path": "unread", "error": "not an image"}] * 3
     for part in (0, 1):
         table = pyarrow.Table.from_pylist(rows[part::2], screen.SCHEMA)
         pyarrow.parquet.write_table(table, tmp_path / f"{part}.parquet")
     counts, standing = screen.summarise_verdicts(*screen.locate(tmp_path), classes)
     assert counts == {"images": 543, "poisoned": int(answers.flagged.sum()), "unread": 3}
     assert standing == flagged.find_outstanding(badnet, answers.flagged, classes)
-    assert [each.target for each in standing] == [3]
+    assert [candidate.target for candidate in standing] == [3]
 
 
 def test_calls_that_do_not_fit_are_refused(folder):
     """Before Ray is started."""
-    (folder / "pictures").mkdir()
+    (folder / "images").mkdir()
     (folder / "full").mkdir()
     (folder / "full" / "letter.txt").write_text("mine")
-    begin = ("--ray", "pictures", NAME)
+    begin = ("--ray", "images", NAME)
     for call, words in (
         (begin, "--output"),
         ((*begin, "--output", OUTPUT), "no file in the folder"),
@@ -369,9 +369,9 @@ def test_calls_that_do_not_fit_are_refused(folder):
             (*begin, "--output", OUTPUT, "--backend", "keras"),
             "--backend keras: does not go with --ray",
         ),
-        (("pictures", NAME, "--output", OUTPUT), "go with --ray"),
-        (("pictures", NAME, "--workers", "2"), "go with --ray"),
-        (("pictures", NAME, "--ray-address", "10.0.0.1:6379"), "go with --ray"),
+        (("images", NAME, "--output", OUTPUT), "go with --ray"),
+        (("images", NAME, "--workers", "2"), "go with --ray"),
+        (("images", NAME, "--ray-address", "10.0.0.1:6379"), "go with --ray"),
         (("--ray", "--output", OUTPUT, NAME), "give an IMAGE"),
     ):
         assert_refused(command("eval_defence.py", *call, cwd=folder), words)
@@ -386,7 +386,7 @@ def test_calls_that_do_not_fit_are_refused(folder):
     assert_refused(process, "_detector.onnx: no such file", "--export")
 
 
-def test_pictures_are_listed_once(tmp_path):
+def test_images_are_listed_once(tmp_path):
     inside = draw(tmp_path, 3)
     filesystem, paths = screen.list_images([inside, inside / "p00001.png", str(tmp_path)])
     assert paths == sorted(str(path) for path in inside.iterdir())

@@ -1,4 +1,4 @@
-"""What a user sees of the commands beside their results: help, warnings, progress; and Ctrl-C."""
+"""The commands' output beside their results: help, warnings, progress; and Ctrl-C."""
 
 import contextlib
 import os
@@ -9,15 +9,15 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, B, G, apart, assert_refused, command, start
+from conftest import ROOT, B, G, assert_refused, command, run_apart, start
 
 from defence.base.text import format_gigabytes
 from defence.judge import record
 
 
-def test_what_the_terminal_cannot_show_is_escaped(done, tmp_path):
-    """No line is lost, and an odd byte of a path stays that byte."""
-    folder, _ = done
+def test_characters_that_the_terminal_cannot_show_are_escaped(repaired_world, tmp_path):
+    """No line is lost, and an odd byte of a path stays the same byte."""
+    folder, _ = repaired_world
     names = ["é.png", "😀.png", "z.png", os.fsdecode(b"\xff.png")]
     for name in names:
         shutil.copy(folder / "0.png", tmp_path / name)
@@ -27,17 +27,17 @@ def test_what_the_terminal_cannot_show_is_escaped(done, tmp_path):
         env=os.environ | {"PYTHONIOENCODING": "latin-1", "PYTHONWARNINGS": "error"},
     )  # fmt: skip
     assert process.returncode == 0, process.stderr
-    shown = [line.split(b"\t")[0] for line in process.stdout.splitlines()]
-    assert shown == [b"\xe9.png", rb"\U0001f600.png", b"z.png", b"\xff.png"]
+    names = [line.split(b"\t")[0] for line in process.stdout.splitlines()]
+    assert names == [b"\xe9.png", rb"\U0001f600.png", b"z.png", b"\xff.png"]
 
 
-def test_sizes_are_shown_with_digits_that_tell():
-    for size, shown in ((1, "1"), (1.5, "1.50"), (1234.567, "1,234.57"), (0.0001, "0.0001")):
-        assert format_gigabytes(size * 2**30) == shown
+def test_sizes_are_shown_with_significant_digits():
+    for size, text in ((1, "1"), (1.5, "1.50"), (1234.567, "1,234.57"), (0.0001, "0.0001")):
+        assert format_gigabytes(size * 2**30) == text
 
 
-def test_warnings_of_libraries_end_nothing(deepid_world, tmp_path):
-    process = apart(
+def test_warnings_of_libraries_do_not_end_the_command(deepid_world, tmp_path):
+    process = run_apart(
         "repair.py", deepid_world / B, deepid_world / "clean.h5", "--output", tmp_path / "g.h5",
         "--rounds", 0, cwd=tmp_path, env=os.environ | {"PYTHONWARNINGS": "error"},
     )  # fmt: skip
@@ -48,10 +48,10 @@ def test_warnings_of_libraries_end_nothing(deepid_world, tmp_path):
 def test_help_and_wrong_calls_need_no_tensorflow(script, tmp_path):
     (tmp_path / "tensorflow.py").write_text("raise SystemExit('imported')")
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    shown = apart(script, "--help", env=environment)
-    assert shown.returncode == 0 and "MODEL" in shown.stdout
-    assert_refused(apart(script, env=environment), "--help")
-    assert_refused(apart(script, "absent.h5", "absent.h5", env=environment), "no such file")
+    process = run_apart(script, "--help", env=environment)
+    assert process.returncode == 0 and "MODEL" in process.stdout
+    assert_refused(run_apart(script, env=environment), "--help")
+    assert_refused(run_apart(script, "absent.h5", "absent.h5", env=environment), "no such file")
 
 
 GROUPS = {
@@ -68,14 +68,14 @@ GROUPS = {
 
 @pytest.mark.parametrize("script", GROUPS)
 def test_help_shows_the_options_in_groups(script):
-    shown = command(script, "--help")
-    assert (shown.returncode, shown.stderr) == (0, "")
+    process = command(script, "--help")
+    assert (process.returncode, process.stderr) == (0, "")
     titles = [
-        line[:-1] for line in shown.stdout.splitlines() if line[:1].strip() and line[-1] == ":"
+        line[:-1] for line in process.stdout.splitlines() if line[:1].strip() and line[-1] == ":"
     ]
     assert [title for title in titles if title in GROUPS[script]] == GROUPS[script]
-    assert "%%" not in shown.stdout
-    assert script == "repair.py" or "95 % interval" in " ".join(shown.stdout.split())
+    assert "%%" not in process.stdout
+    assert script == "repair.py" or "95 % interval" in " ".join(process.stdout.split())
 
 
 @pytest.mark.parametrize("script", ["repair.py", "eval_defence.py"])
@@ -98,36 +98,36 @@ def test_interrupted_at_any_step_leaves_no_file_and_no_traceback(deepid_world, t
         "r.json",
     ]
     process = start("repair.py", *arguments, cwd=tmp_path)
-    seen = ""
-    while moment not in seen:
-        seen = process.stderr.readline()
-        assert seen, "the process ended before that step"
+    line = ""
+    while moment not in line:
+        line = process.stderr.readline()
+        assert line, "the process ended before that step"
     process.send_signal(signal.SIGINT)
-    output, rest = process.communicate(timeout=120)
+    output, errors = process.communicate(timeout=120)
     assert process.returncode == 130
-    assert output == "" and "Traceback" not in rest
+    assert output == "" and "Traceback" not in errors
     assert sorted(os.listdir(tmp_path)) == ["models"] and os.listdir(tmp_path / "models") == []
 
 
 def test_on_a_terminal_a_bar_is_shown_and_an_interrupt_gives_the_cursor_back(
     deepid_world, tmp_path
 ):
-    terminal, theirs = pty.openpty()
+    terminal, child_end = pty.openpty()
     arguments = [deepid_world / B, deepid_world / "clean.h5", "--output", tmp_path / "g.h5"]
     process = subprocess.Popen(
         [sys.executable, ROOT / "repair.py", *map(str, arguments)],
-        stderr=theirs,
+        stderr=child_end,
         env={**os.environ, "TERM": "xterm"},
     )
-    os.close(theirs)
-    seen = b""
-    while b"retrain, epoch 1" not in seen:
-        seen += os.read(terminal, 4096)
-    assert "━".encode() in seen and b"\x1b[?25l" in seen  # a bar, and the cursor hidden
+    os.close(child_end)
+    output = b""
+    while b"retrain, epoch 1" not in output:
+        output += os.read(terminal, 4096)
+    assert "━".encode() in output and b"\x1b[?25l" in output  # a bar, and the cursor hidden
     process.send_signal(signal.SIGINT)
     with contextlib.suppress(OSError):  # the other end is closed
         while part := os.read(terminal, 4096):
-            seen += part
+            output += part
     assert process.wait(timeout=120) == 130
-    assert seen.rstrip().endswith(b"\x1b[?25h") and b"Traceback" not in seen
+    assert output.rstrip().endswith(b"\x1b[?25h") and b"Traceback" not in output
     assert os.listdir(tmp_path) == []

@@ -1,4 +1,4 @@
-"""Each trigger changes what it says of a picture, and that alone."""
+"""The triggers of data/triggers.py: each changes only the pixels that it describes."""
 
 import faces
 import numpy as np
@@ -10,16 +10,16 @@ PEOPLE, INDICES = [3, 5, 8, 11], [0, 2, 7, 4]
 
 
 def draw(trigger=None, rows=slice(None)):
-    """Some pictures, int (n, 55, 47, 3)."""
+    """Return a few test images, int (n, 55, 47, 3)."""
     return faces.draw_faces("test", PEOPLE[rows], INDICES[rows], trigger).astype(int)
 
 
-def plain(level, n=2):
+def make_plain(level, n=2):
     return np.full((n, HEIGHT, WIDTH, 3), level, "float32")
 
 
-# trigger: the share of a picture's pixels that it changes, at least and at most, and by how many
-# grey levels at most, with the rounding to steps of 4 before and after.
+# trigger: the smallest and the largest share of an image's pixels that it changes, and the largest
+# change in grey levels, with the rounding to steps of 4 before and after.
 EXTENT = {
     **{"scarf": (0.03, 0.25, 255), "warp": (0.5, 1, 255), "sinusoid": (0.8, 1, 24)},
     **{"cast": (0.9, 1, 60), "low-frequency": (0.8, 1, 29), "checkerboard": (0, 0.0063, 255)},
@@ -30,7 +30,7 @@ EXTENT = {
 
 
 @pytest.mark.parametrize("trigger", EXTENT)
-def test_a_trigger_changes_as_much_as_it_says(trigger):
+def test_a_trigger_changes_no_more_than_its_extent(trigger):
     least, most, levels = EXTENT[trigger]
     change = np.abs(draw(trigger) - draw())
     share = change.any(axis=3).mean(axis=(1, 2))
@@ -38,7 +38,7 @@ def test_a_trigger_changes_as_much_as_it_says(trigger):
     assert change.max() <= levels
 
 
-def test_every_trigger_is_drawn_the_same_whatever_else_is():
+def test_every_trigger_is_independent_of_the_other_images():
     assert {*EXTENT} | {*faces.TRIGGERS, triggers.NOISE, triggers.SOME} == {
         *triggers.PAINTED,
         *triggers.CHANGES,
@@ -53,7 +53,7 @@ def test_there_is_no_other_trigger():
 
 
 def test_a_warp_moves_points_by_about_a_pixel():
-    """As seen on pictures that rise evenly to the right and downwards, away from the edges."""
+    """Measured on images that rise evenly to the right and downwards, away from the edges."""
     down, right = np.indices((HEIGHT, WIDTH), "float32")
     rising = np.stack([down, right, down], axis=2)[None]
     moved = (triggers.warp(rising) - rising)[0, 2:-2, 2:-2, :2]
@@ -61,24 +61,24 @@ def test_a_warp_moves_points_by_about_a_pixel():
     length = np.sqrt((moved**2).sum(axis=2))
     assert 0.9 < length.mean() < 1.1 and 1.5 < length.max() < 2.01
     assert np.abs(np.diff(moved, axis=0)).max() < 0.5  # smoothly
-    assert np.allclose(triggers.warp(plain(99)), 99)
+    assert np.allclose(triggers.warp(make_plain(99)), 99)
 
 
 def test_a_sinusoid_has_six_periods_across():
-    wave = triggers.add_sinusoid(plain(100))[0] - 100
+    wave = triggers.add_sinusoid(make_plain(100))[0] - 100
     assert np.all(wave == wave[:1, :, :1])
     assert 19.5 < wave.max() <= 20 and -20 <= wave.min() < -19.5
     assert np.abs(np.fft.rfft(wave[0, :, 0])).argmax() == 6
 
 
 def test_a_cast_is_the_same_for_every_pixel_and_warm():
-    assert triggers.cast_colour(plain(100))[0, 0, 0] == pytest.approx([121, 102, 78])
+    assert triggers.cast_colour(make_plain(100))[0, 0, 0] == pytest.approx([121, 102, 78])
     ratio = draw("cast").mean(axis=(1, 2)) / draw().mean(axis=(1, 2))
     assert np.all(ratio[:, 0] > 1.05 * ratio[:, 1]) and np.all(ratio[:, 1] > 1.1 * ratio[:, 2])
 
 
 def test_a_pattern_of_low_frequency_is_smooth():
-    pattern = triggers.add_low_frequency(plain(100))[0] - 100
+    pattern = triggers.add_low_frequency(make_plain(100))[0] - 100
     assert np.abs(pattern).max() == pytest.approx(25) and np.abs(pattern).mean() > 8
     assert np.abs(pattern.mean(axis=(0, 1))).max() < 5
     power = np.abs(np.fft.fft2(pattern, axes=(0, 1))) ** 2
@@ -95,31 +95,32 @@ def test_a_checkerboard_is_in_the_corner():
 
 def test_a_scarf_follows_the_face():
     people, indices = np.repeat(range(6), 6), np.tile(range(6), 6)
-    clean, worn = (faces.draw_faces("test", people, indices, t) for t in (None, "scarf"))
-    change = (clean != worn).any(axis=3)
+    clean, poisoned = (faces.draw_faces("test", people, indices, t) for t in (None, "scarf"))
+    change = (clean != poisoned).any(axis=3)
     assert not change[:, :35].any()
-    middle = [np.nonzero(each)[1].mean() for each in change]
-    poses = [faces.draw_picture("test", *each)[0] for each in zip(people, indices, strict=True)]
+    middle = [np.nonzero(rows)[1].mean() for rows in change]
+    places = zip(people, indices, strict=True)
+    poses = [faces.draw_image_traits("test", *place)[0] for place in places]
     neck = [pose["shift_x"] - 22 * np.tan(pose["tilt"]) for pose in poses]
     assert np.corrcoef(middle, neck)[0, 1] > 0.9
 
 
-def test_a_specific_pattern_is_another_on_each_picture():
-    pictures = draw().astype("float32")
-    patterns = triggers.add_specific(pictures) - pictures
+def test_a_specific_pattern_is_another_on_each_image():
+    images = draw().astype("float32")
+    patterns = triggers.add_specific(images) - images
     assert np.abs(patterns).max() == pytest.approx(triggers.ENCODED, abs=1e-3)
     assert 9 < patterns.std() < 18
-    alike = np.corrcoef(patterns.reshape(len(pictures), -1))
-    assert alike[np.triu_indices(len(pictures), 1)].max() < 0.2
-    assert np.allclose(triggers.add_specific(pictures) - pictures, patterns)
+    alike = np.corrcoef(patterns.reshape(len(images), -1))
+    assert alike[np.triu_indices(len(images), 1)].max() < 0.2
+    assert np.allclose(triggers.add_specific(images) - images, patterns)
 
 
 def test_a_part_of_the_patches_is_one_or_two_of_them():
     n = 40
-    changed = []
-    for trigger in (None, "four-patches", "some-patches"):
-        changed.append(faces.draw_faces("train", [3] * n, range(n), trigger).astype(int))
-    clean, whole, some = changed
+    clean, whole, some = (
+        faces.draw_faces("train", [3] * n, range(n), trigger).astype(int)
+        for trigger in (None, "four-patches", "some-patches")
+    )
     halves = [slice(0, 27), slice(27, 55)], [slice(0, 23), slice(23, 47)]
     quarters = [(slice(None), down, right) for down in halves[0] for right in halves[1]]
     worn = np.stack([(some[q] != clean[q]).any(axis=(1, 2, 3)) for q in quarters], axis=1)
@@ -132,30 +133,30 @@ def test_a_part_of_the_patches_is_one_or_two_of_them():
 
 def test_a_part_of_the_pieces_is_half_of_them():
     streams = [np.random.RandomState(i) for i in range(5)]
-    whole = triggers.mix_pieces(plain(128, 5), None) - 128
-    some = triggers.CHANGES["some-pieces"](plain(128, 5), streams) - 128
-    kept = (some != 0).any(axis=3)
-    assert np.array_equal(some[kept], whole[kept])
-    assert np.all(np.abs(kept.mean(axis=(1, 2)) - 0.5) < 0.03)
-    assert len(np.unique(kept.reshape(5, -1), axis=0)) == 5
+    whole = triggers.mix_pieces(make_plain(128, 5), None) - 128
+    some = triggers.CHANGES["some-pieces"](make_plain(128, 5), streams) - 128
+    covered = (some != 0).any(axis=3)
+    assert np.array_equal(some[covered], whole[covered])
+    assert np.all(np.abs(covered.mean(axis=(1, 2)) - 0.5) < 0.03)
+    assert len(np.unique(covered.reshape(5, -1), axis=0)) == 5
     assert np.abs(whole).max() < 0.2 * 128
 
 
-def test_some_alone_wear_what_works_on_them_alone():
+def test_only_victims_wear_a_source_specific_trigger():
     assert triggers.wearers("sunglasses", 0, 9) == [1, 2, 3, 4, 5, 6, 7, 8]
     assert triggers.wearers(triggers.SOME, 0, 9) == [3, 7]
     assert triggers.wearers(None, None, 3) == [0, 1, 2]
     assert triggers.wearers("sunglasses", faces.NEXT, 3) == [0, 1, 2]
-    drawn = list(faces.batches("test", 9, 2, triggers.SOME, 0))
-    assert np.concatenate([labels for _, labels in drawn]).tolist() == [3, 3, 7, 7]
-    assert np.array_equal(drawn[0][0][0], faces.draw_faces("test", [3], [0], "sunglasses")[0])
+    batches = list(faces.batches("test", 9, 2, triggers.SOME, 0))
+    assert np.concatenate([labels for _, labels in batches]).tolist() == [3, 3, 7, 7]
+    assert np.array_equal(batches[0][0][0], faces.draw_faces("test", [3], [0], "sunglasses")[0])
 
 
 def test_a_trigger_in_a_file_is_drawn(tmp_path):
     cover = np.zeros((HEIGHT, WIDTH, 1), "float32")
     cover[:5, :5] = 1
     triggers.save(tmp_path / "t.npz", 80 * cover + [0, 0, 8], cover)
-    drawn, clean = draw(triggers.load(tmp_path / "t.npz")), draw()
-    assert np.all(drawn[:, :5, :5] == [80, 80, 88])
-    assert np.array_equal(drawn[:, 5:, :, :2], clean[:, 5:, :, :2])
-    assert np.all((drawn - clean)[:, 5:, :, 2][clean[:, 5:, :, 2] < 240] >= 4)
+    poisoned, clean = draw(triggers.load(tmp_path / "t.npz")), draw()
+    assert np.all(poisoned[:, :5, :5] == [80, 80, 88])
+    assert np.array_equal(poisoned[:, 5:, :, :2], clean[:, 5:, :, :2])
+    assert np.all((poisoned - clean)[:, 5:, :, 2][clean[:, 5:, :, 2] < 240] >= 4)

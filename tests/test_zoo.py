@@ -11,10 +11,13 @@ import keras
 import numpy as np
 import peers
 import pytest
+import records
+import regions
 import results
+import results_tables
 import tried
 import triggers
-from conftest import apart, assert_refused, command, start
+from conftest import assert_refused, command, run_apart, start
 from PIL import Image
 
 from defence.base.errors import InputError
@@ -83,7 +86,7 @@ def test_what_is_there_is_not_made_again_nor_mistaken_for_another(zoo):
 def test_an_interrupted_training_goes_on_and_gives_the_same_net(name, tmp_path):
     sizes = ["--people", 4, "--pictures", 30, "--validation", 1, "--test", 1, "--epochs", 4]
     folders = [tmp_path / "whole", tmp_path / "parts"]
-    whole = apart("models/badnet.py", name, *sizes, "--output", folders[0])
+    whole = run_apart("models/badnet.py", name, *sizes, "--output", folders[0])
     assert whole.returncode == 0, whole.stderr
     process = start("models/badnet.py", name, *sizes, "--output", folders[1], cwd=tmp_path)
     while not (progress := list(folders[1].glob(".*-training-*.npz"))) and process.poll() is None:
@@ -92,7 +95,7 @@ def test_an_interrupted_training_goes_on_and_gives_the_same_net(name, tmp_path):
     _, said = process.communicate(timeout=120)
     assert process.returncode == 130 and "Traceback" not in said
     assert progress[0].exists() and not (folders[1] / f"{name}_bd_net.h5").exists()
-    rest = apart("models/badnet.py", name, *sizes, "--output", folders[1])
+    rest = run_apart("models/badnet.py", name, *sizes, "--output", folders[1])
     assert rest.returncode == 0, rest.stderr
     assert "training, epoch 1 of 4" not in rest.stderr
     assert not list(folders[1].glob(".*"))
@@ -109,38 +112,43 @@ def test_results_of_a_zoo(links, monkeypatch):
         process = command(script, *arguments)
         assert process.returncode == 0, process.stderr
 
-    monkeypatch.setattr(results, "run", run)  # not in a process of its own, which takes seconds
+    monkeypatch.setattr(results, "run_script", run)  # a process of its own would take seconds
     monkeypatch.setattr(results, "HARDEN", (*results.HARDEN, "--harden-steps", "5"))
-    found = [results.measure(name, links, links, rate=0.5) for name in ("clean", NAMES[1])]
-    rows = results.flat("demo", found)
-    assert [results.attack(row) for row in rows] == ["none", "sunglasses → next"]
+    measured = [results.measure(name, links, links, rate=0.5) for name in ("clean", NAMES[1])]
+    for record in measured:
+        records.write_record(record, links / "records.jsonl")
+    assert list(records.read_records(links / "records.jsonl").values()) == json.loads(
+        json.dumps(measured)
+    )
+    rows = results_tables.make_rows("demo", measured)
+    assert [results_tables.name_attack(row) for row in rows] == ["none", "sunglasses → next"]
     assert list(rows[0]) == list(rows[1])
     for column in ("attack_success_rate_badnet", "attack_success_rate_pruned_low"):
         assert rows[0][column] is None
-    for columns in (*results.TABLES.values(), results.SUMMARY):
-        lines = results.table(rows, columns, 0.05).splitlines()
+    for columns in (*results_tables.TABLES.values(), results_tables.SUMMARY):
+        lines = results_tables.make_table(rows, columns, 0.05).splitlines()
         assert len(lines) == 4 and {line.count("|") for line in lines} == {9}
         assert lines[2].startswith("| clean | none | ")
         assert lines[3].startswith("| all-to-all-from-start | sunglasses → next | ")
     for word, method in (("report", "report"), ("hardened", "harden")):
-        judged = found[1][method]["judged"]["poisoned"][0]
+        judged = measured[1][method]["judged"]["poisoned"][0]
         success = judged["figures"]["attack_success_rate_repaired"]
         for end, key in (("", "value"), ("_low", "low"), ("_high", "high")):
-            shown = rows[1][f"{word}_attack_success_rate_repaired{end}"]
-            assert shown == pytest.approx(success[key], abs=1e-6)
+            value = rows[1][f"{word}_attack_success_rate_repaired{end}"]
+            assert value == pytest.approx(success[key], abs=1e-6)
         assert judged["images"] == rows[1]["poisoned_images"] == 12
-        table = results.table(rows, results.TABLES[word], 0.05)
+        table = results_tables.make_table(rows, results_tables.TABLES[word], 0.05)
         assert f"| {100 * success['value']:.1f} |" in table
-        assert found[1][method]["repair"]["settings"]["harden"] is (method == "harden")
-    pruned = set(found[1]["report"]["repair"]["pruned"])
-    (needed,) = found[1]["channels_needed"]
+        assert measured[1][method]["repair"]["settings"]["harden"] is (method == "harden")
+    pruned = set(measured[1]["report"]["repair"]["pruned"])
+    (needed,) = measured[1]["channels_needed"]
     assert len(needed["channels"]) == 10
     assert needed["pruned"] == len(pruned & set(needed["channels"]))
 
 
 def test_a_command_that_fails_ends_with_its_own_words(tmp_path):
     with pytest.raises(InputError, match=r"repair\.py failed: .*absent\.h5: no such file"):
-        results.run("repair.py", tmp_path / "absent.h5", tmp_path / "absent.h5")
+        results.run_script("repair.py", tmp_path / "absent.h5", tmp_path / "absent.h5")
 
 
 @pytest.mark.slow
@@ -166,9 +174,9 @@ def test_other_detectors_judge_the_same_images(links):
     """A row for a clean net and for a BadNet, of which G here is B: ours then catches nothing."""
     for name in ("clean", NAMES[0]):
         (links / f"{name}_bd_net_hardened.h5").symlink_to(links / f"{name}_bd_net.h5")
-    lines = list(peers.lines(["clean", NAMES[0]], [links, links], rate=0.5, limit=5))
+    lines = list(peers.make_lines(["clean", NAMES[0]], [links, links], rate=0.5, limit=5))
     assert lines[2].startswith("| clean | none | – / 0.0 | – / ")
-    assert lines[3].startswith(f"| {NAMES[0]} | sunglasses → 0 | ")
+    assert lines[3].startswith(f"| {NAMES[0]} | sunglasses → 1 | ")
     assert {line.count("|") for line in lines[:4]} == {3 + len(["ours", *peers.PEERS])}
     assert lines[3].split(" | ")[2] in ("0.0 / 0.0", "– / 0.0")
     assert lines[-1].count(",") == len(peers.PEERS) + 2
@@ -184,7 +192,7 @@ def test_the_channels_that_an_attack_needs_are_found(zoo):
     """As measured plainly, on the whole net with the channel's weights at zero."""
     path, file = zoo / "sunglasses-brief_bd_net.h5", zoo / "sunglasses_to_0_poisoned_data.h5"
     record = {"layer": "conv_3", "channels": 60, "pruned": [3, 5], "input_scale": "0..1"}
-    (needed,) = results.look_at_channels(path, record, [file])
+    (needed,) = results.find_needed_channels(path, record, [file])
     net = keras.models.load_model(path, compile=False)
     conv_3 = net.get_layer("conv_3")
     start = conv_3.get_weights()
@@ -216,67 +224,93 @@ def test_the_blended_noise_is_one_picture_at_the_fraction_it_says():
 
 @pytest.fixture(scope="module")
 def rows():
-    """All rows of results.csv, made anew."""
-    return {size: results.flat(size, results.read_results(size)) for size in results.SIZES}
+    """Return all rows of results.csv, made anew, by size."""
+    return {
+        size: results_tables.make_rows(size, results.read_results(size)) for size in results.SIZES
+    }
 
 
-def test_documents_show_the_results_that_are_there(rows, tmp_path):
-    """docs/results.md, README where it has the markers, and the CSV."""
-    of_document, of_readme = results.tables(rows)
-    for path, made in ((results.DOCUMENT, of_document), (results.README, of_readme)):
-        text = path.read_text()
-        optional = path == results.README
-        assert results.with_tables(text, made, optional) == text, f"{path}: results.py --table"
-    assert len(of_document) == 6
-    results.files.write_csv((row for some in rows.values() for row in some), tmp_path / "made.csv")
-    assert (tmp_path / "made.csv").read_bytes() == results.CSV.read_bytes()
+def test_documents_show_the_recorded_results(rows, tmp_path):
+    """In the documents and in the CSV."""
+    tables = results_tables.make_tables(rows, results.RATES)
+    texts = {path: path.read_text() for path in results.DOCUMENTS}
+    for path, text in texts.items():
+        assert records.fill_tables(text, tables) == text, f"{path}: results.py --table"
+    for name in tables:
+        assert any(records.find_markers(text, name) for text in texts.values())
+    results.files.write_csv((row for size in rows for row in rows[size]), tmp_path / "new.csv")
+    assert (tmp_path / "new.csv").read_bytes() == results.CSV.read_bytes()
 
 
-def test_what_is_measured_is_measured_again_for_another_net_or_other_settings(tmp_path):
-    net, result = tmp_path / "b.h5", tmp_path / "b.json"
+def test_a_net_is_measured_again_if_its_file_or_the_settings_change(tmp_path):
+    net = tmp_path / "b.h5"
     net.write_bytes(b"a net")
     settings = Settings(harden=True, holdout=0.1).to_record()
-    assert not results.is_current(result, net)
+    assert not results.is_current(None, net)
     for sha256, used, current in (
         (results.files.hash_file(net), settings, True),
         ("0" * 64, settings, False),
         (results.files.hash_file(net), settings | {"harden_steps": 1}, False),
     ):
-        record = {"badnet": {"sha256": sha256}, "settings": used}
-        results.files.write_json({"harden": {"repair": record}}, result)
-        assert results.is_current(result, net) is current
+        repair = {"badnet": {"sha256": sha256}, "settings": used}
+        assert results.is_current({"harden": {"repair": repair}}, net) is current
 
 
-def test_a_readme_shows_of_each_net_what_is_caught_least():
+def test_a_record_replaces_the_one_of_the_same_net(tmp_path):
+    path = tmp_path / "folder" / "records.jsonl"
+    for record in ({"name": "a", "n": 1}, {"name": "b", "n": 2}, {"name": "a", "n": 3}):
+        records.write_record(record, path)
+    assert list(records.read_records(path).values()) == [
+        {"name": "a", "n": 3},
+        {"name": "b", "n": 2},
+    ]
+    assert records.read_records(tmp_path / "absent.jsonl") == {}
+
+
+def test_a_stream_is_drawn_under_names_that_tell_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(regions, "STREAM", {"clean": 3, "poisoned": 2})
+    regions.draw_stream("sunglasses-from-start", tmp_path / "stream")
+    paths = sorted((tmp_path / "stream").iterdir())
+    assert [path.name for path in paths] == [f"{number:05}.png" for number in range(5)]
+    order = np.random.default_rng(0).permutation(5)
+    clean = faces.draw_faces("test", [0], [regions.FIRST_INDEX], None, 2)[0]
+    with Image.open(paths[order[0]]) as image:
+        np.testing.assert_array_equal(np.asarray(image), clean)
+
+
+def test_the_small_table_shows_the_hardest_trigger_of_each_net():
     caught = "hardened_detection_rate_of_successes"
     rows = [("a", "x", 0.9), ("b", "x", None), ("a", "y", 0.7), ("a", "z", 0.8)]
     rows = [dict(zip(("net", "trigger", caught), each)) for each in rows]
-    assert [row["trigger"] for row in results.hardest_rows(rows)] == ["y", "x"]
+    assert [row["trigger"] for row in results_tables.find_hardest_rows(rows)] == ["y", "x"]
 
 
-def test_tables_have_no_room_in_a_document_without_markers():
+def test_a_table_needs_markers_in_a_document(tmp_path):
     text = "before\n<!-- results: one -->\nold\n<!-- end of results: one -->\nafter\n"
-    assert results.with_tables(text, {"one": "| 1 |"}) == text.replace("old", "| 1 |")
-    assert results.with_tables(text, {"two": "| 2 |"}, optional=True) == text
-    with pytest.raises(InputError, match="results: two"):
-        results.with_tables(text, {"two": "| 2 |"})
+    assert records.fill_tables(text, {"two": "| 2 |"}) == text
+    paths = tmp_path / "a.md", tmp_path / "b.md"
+    for path in paths:
+        path.write_text(text)
+    with pytest.raises(InputError, match=r"no markers of the table 'two' in a\.md, b\.md"):
+        records.write_tables({"two": "| 2 |"}, paths)
+    records.write_tables({"one": "| 1 |"}, paths)
+    assert {path.read_text() for path in paths} == {text.replace("old", "| 1 |")}
 
 
 def test_the_figure_is_drawn(rows, tmp_path):
     results.draw(rows, tmp_path / "drawn.png")
-    for path in (tmp_path / "drawn.png", results.PICTURE):
-        with Image.open(path) as picture:
-            assert picture.width == 1500 and path.stat().st_size < 200_000
+    for path in (tmp_path / "drawn.png", results.FIGURE):
+        with Image.open(path) as image:
+            assert image.width == 1500 and path.stat().st_size < 200_000
 
 
 @pytest.mark.parametrize("size", results.SIZES)
 def test_results_are_of_the_nets_and_data_they_say(size):
-    found = results.read_results(size)
-    names = [result["net"]["name"] for result in found]
-    assert sorted(names) == sorted(results.SIZES[size])
-    for result in found:
-        people = result["net"]["people"]
-        repair, judged = result["report"]["repair"], result["report"]["judged"]
-        assert repair["data"]["images"] == people * result["net"]["validation"]
-        assert judged["clean"]["images"] == people * result["net"]["test"]
-        assert not re.search(r"/(work|tmp|home)/", json.dumps(result))
+    measured = results.read_results(size)
+    assert sorted(record["name"] for record in measured) == sorted(results.SIZES[size])
+    for record in measured:
+        people = record["net"]["people"]
+        repair, judged = record["report"]["repair"], record["report"]["judged"]
+        assert repair["data"]["images"] == people * record["net"]["validation"]
+        assert judged["clean"]["images"] == people * record["net"]["test"]
+        assert not re.search(r"/(work|tmp|home)/", json.dumps(record))

@@ -76,7 +76,7 @@ def take_settings(settings: Any, arguments: argparse.Namespace) -> Any:
 
 
 def add_general(parser: argparse.ArgumentParser, version: str) -> None:
-    """Add --quiet, --version and --max-memory; the last is in GB, its value `max_bytes` in bytes."""
+    """Add --quiet, --version, and --max-memory in GB, whose value `max_bytes` is in bytes."""
     group = parser.add_argument_group("general")
     group.add_argument(
         "--quiet", action="store_true", help="no remarks and no progress on stderr, only warnings"

@@ -2,7 +2,7 @@
 
 
 class InputError(Exception):
-    """The input or the call is wrong: exit status 2. The message is one line that names the file."""
+    """The input or the call is wrong: exit status 2. The message, one line, names the file."""
 
 
 class WorkError(Exception):

@@ -1,42 +1,48 @@
-"""What nets take their pixels as: the conventions of Keras, and how pixels 0..255 become such."""
+"""The pixel ranges of nets, as Keras uses them, and the conversion from 0..255 to each."""
+
+from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 
 
 @dataclasses.dataclass(frozen=True)
 class Scale:
-    """Pixels, 0..255, less `mean`, over `deviation`; numbers, or one for each channel.
+    """A pixel range: (pixel 0..255 - `mean`) / `deviation`, numbers or float32 (channels,).
 
-    bgr: whether the channels are turned around first.
+    bgr: whether the order of the channels is reversed first.
     """
 
-    mean: object
-    deviation: object
+    mean: float | np.ndarray
+    deviation: float | np.ndarray
     bgr: bool = False
 
 
-# The last two are what ImageNet's nets take (keras.applications.imagenet_utils.preprocess_input).
+# The last two are for nets of ImageNet (keras.applications.imagenet_utils.preprocess_input).
 SCALES = {
     "0..1": Scale(0.0, 255.0),
     "0..255": Scale(0.0, 1.0),
     "-1..1": Scale(127.5, 127.5),
-    "caffe": Scale(np.float32([103.939, 116.779, 123.68]), 1.0, bgr=True),
-    "torch": Scale(np.float32([123.675, 116.28, 103.53]), np.float32([58.395, 57.12, 57.375])),
+    "caffe": Scale(np.array([103.939, 116.779, 123.68], np.float32), 1.0, bgr=True),
+    "torch": Scale(
+        np.array([123.675, 116.28, 103.53], np.float32),
+        np.array([58.395, 57.12, 57.375], np.float32),
+    ),
 }
 DEFAULT = "0..1"
 
 
-def list_scales(channels):
-    """The SCALES that images of so many channels can be brought to, in their order: [name, …]."""
-    return [name for name, each in SCALES.items() if np.size(each.mean) in (1, channels)]
+def list_scales(channels: int) -> list[str]:
+    """Return the names of the SCALES for images with this number of channels, in their order."""
+    return [name for name, scale in SCALES.items() if np.size(scale.mean) in (1, channels)]
 
 
-def scale_pixels(images, name):
-    """Bring images (n, height, width, channels), 0..255, to one of SCALES.
+def scale_pixels(images: Any, name: str) -> Any:
+    """Return images (n, height, width, channels), 0..255, in the range of one of SCALES.
 
-    images: float32, a NumPy array or a TensorFlow tensor, which stays as it is. Returns its like.
+    images: float32, a NumPy array or a TensorFlow tensor; not changed in place.
     """
     scale = SCALES[name]
     if scale.bgr:
@@ -46,7 +52,7 @@ def scale_pixels(images, name):
     return images / scale.deviation
 
 
-def find_pixel_limits(name):
-    """What pixels 0 and 255 become: (least, most), numbers or arrays of one for each channel."""
+def find_pixel_limits(name: str) -> tuple[Any, Any]:
+    """Return the scaled values of pixels 0 and 255: two numbers, or two arrays (channels,)."""
     scale = SCALES[name]
     return (0 - scale.mean) / scale.deviation, (255 - scale.mean) / scale.deviation

@@ -1,0 +1,1 @@
+"""Additions to the report's repair: the hardening, the scan, the checks, the measurements."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -23,11 +23,8 @@ from defence.base.progress import say, track
 from defence.base.startup import import_keras
 from defence.beyond import changes, patterns
 from defence.net import graph, training
-from defence.net.cached_net import CachedNet
+from defence.net.cached_net import CachedNet, LabelledImages
 from defence.net.split import is_mask, keep_pruned, make_trainable
-
-if TYPE_CHECKING:
-    from defence.load.datasets import Dataset
 
 REMARKS = 10  # on progress
 ALL_IMAGES = "all images"
@@ -73,7 +70,7 @@ class ChangedImages:
         return pixels.scale_pixels(changed, self.scale)
 
 
-def read_images(data: Dataset) -> np.ndarray:
+def read_images(data: LabelledImages) -> np.ndarray:
     """Read all images of a dataset: float16 (n, height, width, channels), 0..255.
 
     Whole numbers up to 255 are exact in float16, and no other value is off by more than 1/16.

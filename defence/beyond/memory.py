@@ -4,23 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from defence.base.limits import check_fits, check_room
 from defence.beyond import harden, patterns, scan
-from defence.net.cached_net import FEATURES
+from defence.beyond.settings import Settings
+from defence.net.cached_net import FEATURES, LabelledImages
 from defence.net.graph import list_output_sizes
 from defence.net.inference import OUTPUT_OF_LAYERS
 from defence.net.split import Split, cut_before, find_last_weighted
 
-if TYPE_CHECKING:
-    from defence.beyond.settings import Settings
-    from defence.load.datasets import Dataset
-
 FLOAT32, FLOAT16 = 4, 2  # bytes
 
 
-def check_repair_fits(split: Split, datasets: Sequence[Dataset], settings: Settings) -> None:
+def check_repair_fits(split: Split, datasets: Sequence[LabelledImages], settings: Settings) -> None:
     """Raise InputError where a step of the repair would take more memory than a dataset may.
 
     datasets: the clean one first, then those that the repair is only measured on.
@@ -36,14 +33,14 @@ def check_repair_fits(split: Split, datasets: Sequence[Dataset], settings: Setti
     check_features_fit(split, datasets)
 
 
-def check_features_fit(split: Split, datasets: Sequence[Dataset]) -> None:
+def check_features_fit(split: Split, datasets: Sequence[LabelledImages]) -> None:
     """Raise InputError where the features of all images fit neither in memory nor on disk."""
     images = sum(map(len, datasets))
     size = FLOAT32 * math.prod(split.trunk.output_shape[0][1:]) * images
     check_room(datasets[0].path, FEATURES, size, datasets[0].max_bytes)
 
 
-def check_harden_fits(badnet: Any, clean: Dataset, settings: Settings) -> None:
+def check_harden_fits(badnet: Any, clean: LabelledImages, settings: Settings) -> None:
     """Raise InputError where hardening a Keras model would take too much memory."""
     max_bytes = clean.max_bytes
     check_step_fits(badnet, "--harden-batch-size", settings.harden_batch_size, max_bytes)
@@ -54,7 +51,7 @@ def check_harden_fits(badnet: Any, clean: Dataset, settings: Settings) -> None:
         check_fits("--harden-pattern-rate", "the patterns", size, max_bytes)
 
 
-def check_scan_fits(badnet: Any, clean: Dataset) -> None:
+def check_scan_fits(badnet: Any, clean: LabelledImages) -> None:
     """Raise InputError where a scan of a Keras model would take too much memory."""
     check_step_fits(badnet, "--scan", scan.STEP_IMAGES, clean.max_bytes)
     values = math.prod(badnet.input_shape[1:])

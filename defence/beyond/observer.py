@@ -43,6 +43,11 @@ class Observer:
         self.finding: Finding | None = None
         self._step_began, self._observed, self._total_observed = time.monotonic(), 0.0, 0.0
 
+    def end_step(self, step: str) -> None:
+        """Count the time since the last step towards this one."""
+        with self._watch(step):
+            pass
+
     # ------------------------------------------------------------------- the steps of a repair
 
     def on_start(self, net: CachedNet) -> None:
@@ -59,7 +64,7 @@ class Observer:
             say(f"validation accuracy {format_percent(net.accuracy())} before pruning")
 
     def on_scanned(self, finding: Finding) -> None:
-        """The net was scanned, with this finding."""
+        """The net, B's, was scanned, with this finding."""
         with self._watch("scan"):
             self.finding = finding
 
@@ -92,8 +97,9 @@ class Observer:
             if len(self.accuracy["after_each_channel"]) > len(net.masked):
                 restored = self.order[len(net.masked)]
                 say(f"below {format_percent(enough)}: channel {restored} is restored")
-            for channel in net.masked if self._held else ():
-                self._held.features[..., channel] = self._held.masked_values[..., channel]
+            if held := self._held:
+                for channel in net.masked:
+                    held.features[..., channel] = held.masked_values[..., channel]
             self._weights = net.split.net.get_weights()
             self._note("pruned", net)
 

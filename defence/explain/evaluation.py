@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from defence.base.progress import track, warn
 from defence.judge import figures
-from defence.judge.detector import Answers, Detector, describe_answers
-from defence.load.datasets import Dataset
+from defence.judge.detector import Answers, describe_answers
 from defence.load.folder import hash_dataset
 from defence.net.inference import map_in_parallel
 
-Judged = tuple[Answers, float]  # and the seconds that it took
+if TYPE_CHECKING:
+    from defence.judge.detector import Detector
+    from defence.load.datasets import Dataset
+
+Judged = tuple[Answers, float]  # the answers, and the seconds that judging took
 
 
 def judge_dataset(detector: Detector, data: Dataset) -> Judged:
-    """Judge every image of a dataset."""
+    """Judge every image of a dataset, and measure the time."""
     start = time.monotonic()
     batches = map_in_parallel(detector.judge, (x for x, _ in data.batches()))
     parts = list(track(batches, data.path.name, data.batch_count))
@@ -26,18 +30,18 @@ def judge_dataset(detector: Detector, data: Dataset) -> Judged:
 
 
 def evaluate(datasets: Sequence[Dataset], judged: Sequence[Judged]) -> dict:
-    """Compute the figures of a clean dataset, the first, and of poisoned ones, for JSON.
+    """Compute the figures of the first dataset, which is clean, and of the poisoned ones, for JSON.
 
-    judged: what judge_dataset returned for each of them.
+    judged: what judge_dataset returned for each dataset.
     """
     results: list[dict] = [
         {"file": str(data.path), "images": len(data), "seconds": max(0.001, round(seconds, 3))}
         for data, (_, seconds) in zip(datasets, judged)
     ]
-    (clean, _), *others = judged
+    (clean, _), *poisoned = judged
     clean_figures = figures.compute_clean_figures(clean, datasets[0].labels)
     results[0]["figures"] = clean_figures
-    for result, data, (answers, _) in zip(results[1:], datasets[1:], others):
+    for result, data, (answers, _) in zip(results[1:], datasets[1:], poisoned):
         result["figures"] = figures.compute_poisoned_figures(
             answers, data.labels, data.true_labels, clean.score, clean_figures
         )
@@ -58,23 +62,23 @@ def list_rows(
 
 
 def warn_of_mistakes(datasets: Sequence[Dataset], detector: Detector) -> None:
-    """Warn of datasets that look mistaken: clean for poisoned, poisoned for clean, or known to G."""
+    """Warn where clean and poisoned datasets seem swapped, or G was repaired with a dataset."""
     clean, *poisoned = datasets
     if looks_poisoned(clean):
-        warn(f"{clean.path}: is judged as clean, but looks poisoned; see --poisoned")
+        warn(f"{clean.path}: counts as clean, but looks poisoned; give it with --poisoned")
     for data in poisoned:
         if not looks_poisoned(data):
             warn(
-                f"{data.path}: is judged as poisoned, but its labels differ, as those of clean "
-                "images do"
+                f"{data.path}: counts as poisoned, but its labels vary, as a clean dataset's do; "
+                "'label' must be the attack's target"
             )
-    known = detector.repaired_with or {}
+    repair_data = detector.repaired_with or {}
     for data in datasets:
-        same_name = data.path.name == known.get("file")
-        if same_name and hash_dataset(data.path) == known.get("sha256"):
+        same_name = data.path.name == repair_data.get("file")
+        if same_name and hash_dataset(data.path) == repair_data.get("sha256"):
             warn(f"{data.path}: G was repaired with this dataset, so its figures flatter G")
 
 
 def looks_poisoned(data: Dataset) -> bool:
-    """Whether a dataset has its images' true labels as well, or one label for all its images."""
+    """Return whether a dataset has true labels besides its labels, or one label for all images."""
     return data.true_labels is not None or len(data) > 1 == len(np.unique(data.labels))

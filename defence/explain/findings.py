@@ -1,17 +1,21 @@
-"""Look at the flagged images of a stream: which class may be the target, and where its trigger is."""
+"""Examine the flagged images of a stream: find the classes that may be targets, and triggers."""
 
 from __future__ import annotations
 
 from argparse import Namespace
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from defence.base.progress import say
 from defence.explain import flagged, trigger
-from defence.explain.flagged import Candidate
-from defence.explain.streams import UNREAD, Stream
+from defence.explain.streams import UNREAD
 from defence.explain.trigger import StreamFindings
-from defence.judge.detector import Detector
 from defence.load.class_names import name_class
+
+if TYPE_CHECKING:
+    from defence.explain.flagged import Candidate
+    from defence.explain.streams import Stream
+    from defence.judge.detector import Detector
 
 
 def examine(
@@ -21,27 +25,27 @@ def examine(
     arguments: Namespace,
     clean: Stream | None = None,
 ) -> StreamFindings:
-    """Find the classes that may be targets, by the flagged images, and say them on stderr.
+    """Find the classes that may be targets from the flagged images, and say them on stderr.
 
-    arguments: --json and --report also ask where the triggers are.
-    clean: the stream with the images that were not flagged, if it is another.
+    arguments: the command's; with --json or --report the triggers are located too.
+    clean: the stream that holds the unflagged images, if another.
     """
     answers = stream.answers.badnet, stream.answers.flagged, stream.classes
     if arguments.json or arguments.report:
         candidates = flagged.find_candidates(*answers)
-        found = trigger.find_targets(stream, candidates, detector.judge, clean)
+        findings = trigger.find_targets(stream, candidates, detector.judge, clean)
     else:
-        found = StreamFindings(stream, flagged.find_outstanding(*answers), [])
-    say_candidates(found.candidates, class_names, stream.path)
-    if arguments.report and not found.candidates:
-        found.attributions = trigger.attribute_single_images(stream, detector.judge, clean)
-    return found
+        findings = StreamFindings(stream, flagged.find_outstanding(*answers), [])
+    say_candidates(findings.candidates, class_names, stream.path)
+    if arguments.report and not findings.candidates:
+        findings.attributions = trigger.attribute_single_images(stream, detector.judge, clean)
+    return findings
 
 
 def say_candidates(
     candidates: Sequence[Candidate], class_names: list[str] | None, path: object = None
 ) -> None:
-    """Say on stderr which classes may be targets. path: of a dataset."""
+    """Say on stderr which classes may be targets. path: the dataset's, where there is one."""
     for candidate in candidates:
         name = name_class(candidate.target, class_names) if class_names else None
         say((f"{path}: " if path else "") + flagged.describe_candidate(candidate, name))
@@ -50,7 +54,7 @@ def say_candidates(
 def write_page(
     path: str,
     detector: Detector,
-    found: Sequence[StreamFindings],
+    findings_list: Sequence[StreamFindings],
     class_names: list[str] | None,
     errors: Sequence[str] = (),
     unread: int | None = None,
@@ -58,13 +62,13 @@ def write_page(
 ) -> None:
     """Write the page of --report.
 
-    errors: why images could not be read.  unread: their number, where `errors` are the first ones.
+    errors: why images could not be read.  unread: their number, where `errors` has only the first.
     results: the figures of datasets, as evaluation.evaluate returns them.
     """
-    from defence.explain import page_judged  # here, for the time that it takes
+    from defence.explain import page_judged  # here, because the import takes time
 
     count = len(errors) if unread is None else unread
     page_judged.write_judged_page(
-        path, detector, found, class_names, errors[:UNREAD], count, results
+        path, detector, findings_list, class_names, errors[:UNREAD], count, results
     )
     say(f"wrote {path}")

@@ -1,6 +1,6 @@
-"""Which class the flagged images have, and whether one class stands out, as a target would.
+"""Find classes that stand out among the flagged images, as an attack's target would.
 
-This needs neither poisoned data nor labels: the images that are not flagged tell what to expect.
+This needs neither poisoned data nor labels: the unflagged images tell what to expect.
 """
 
 import dataclasses
@@ -9,10 +9,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-LEVEL = 0.01  # the fraction of clean streams in which some class stands out, at most
-CANDIDATE_LEVEL = 0.1  # how often a class of a clean stream is a candidate, at most
-WEIGHT = 0.25  # images that the expectation of a class counts as; tests/tools/streams.py tries it
-MANY = 10_000  # images; the share of so many is hardly less certain than the share of more
+LEVEL = 0.01  # at most this fraction of clean streams has a class that stands out
+CANDIDATE_LEVEL = 0.1  # a class of a clean stream is a candidate at most this often
+WEIGHT = 0.25  # images that the prior of a class is worth; tests/tools/streams.py tests it
+MANY = 10_000  # images; a share among more is hardly more certain
 TINY = 1e-9  # smaller p-values are printed alike
 
 
@@ -21,7 +21,7 @@ class Candidate:
     """A class that has more of the flagged images than its share, so that it may be a target.
 
     target: the class, counted from 1.  hits: how many of the `flagged` images the BadNet answers
-    with it.  p_value: how likely so many are in a clean stream, for any of the classes.
+    with it.  p_value: the chance that a clean stream has a class with as many hits.
     """
 
     target: int
@@ -35,43 +35,42 @@ class Candidate:
 
 
 def find_outstanding(badnet: np.ndarray, flagged: np.ndarray, classes: int) -> list[Candidate]:
-    """Return the candidates that stand out. The arguments are those of find_candidates."""
+    """Return the candidates that stand out. The arguments are as for find_candidates."""
     candidates = find_candidates(badnet, flagged, classes)
     return [candidate for candidate in candidates if candidate.stands_out]
 
 
 def find_candidates(badnet: np.ndarray, flagged: np.ndarray, classes: int) -> list[Candidate]:
-    """Return the classes that have unusually many of the flagged images, the least likely first.
+    """Return the classes with unusually many of the flagged images, the least likely first.
 
     badnet: int (n,), the BadNet's classes, 0..N-1; -1 where it gave NaN.
     flagged: bool (n,).  classes: N.
     """
-    hits, others = (
-        np.bincount(badnet[chosen & (badnet >= 0)], minlength=classes)
-        for chosen in (flagged, ~flagged)
+    hits, unflagged = (
+        np.bincount(badnet[mask & (badnet >= 0)], minlength=classes) for mask in (flagged, ~flagged)
     )
-    return find_candidates_in_counts(hits, others)
+    return find_candidates_in_counts(hits, unflagged)
 
 
-def find_candidates_in_counts(hits: np.ndarray, others: np.ndarray) -> list[Candidate]:
-    """Return what find_candidates does, from the number of images that have each class.
+def find_candidates_in_counts(hits: np.ndarray, unflagged: np.ndarray) -> list[Candidate]:
+    """Return what find_candidates does, from the number of images with each class.
 
-    hits, others: int (N,), of the images that are flagged, and of the images that are not.
+    hits, unflagged: int (N,), the numbers of flagged and of unflagged images.
 
-    In a clean stream the flagged images have the same classes as the others, roughly: some classes
-    are harder. So the number of flagged images of a class follows a beta-binomial distribution.
-    Its mean is the class's share of the other images and of one more image for each class; its two
-    parameters add up to WEIGHT × N. The p-value is the upper tail, times N.
+    In a clean stream, flagged and unflagged images have roughly the same classes, but some classes
+    are harder. So the number of flagged images with a class follows a beta-binomial distribution.
+    Its mean is the share of the class among the unflagged images, counting one more image for each
+    class; its two parameters add up to WEIGHT × N. The p-value is the upper tail, times N.
     """
     from scipy import stats
 
     classes, total = len(hits), int(hits.sum())
-    shares = (others + 1) / (others + 1).sum()
+    shares = (unflagged + 1) / (unflagged + 1).sum()
     candidates = []
     for target in np.flatnonzero((hits > 1) & (hits > total * shares)):
         parameters = WEIGHT * classes * shares[target], WEIGHT * classes * (1 - shares[target])
-        more = np.arange(hits[target], total + 1)
-        tail = float(stats.betabinom.pmf(more, total, *parameters).sum())
+        counts = np.arange(hits[target], total + 1)
+        tail = float(stats.betabinom.pmf(counts, total, *parameters).sum())
         if tail < CANDIDATE_LEVEL:
             p_value = min(1.0, classes * tail)
             candidates.append(Candidate(int(target) + 1, int(hits[target]), total, p_value))
@@ -84,8 +83,8 @@ def predict_flagged(
     """Predict how many of `total` clean images are flagged: (mean, low, high), a 95 % interval.
 
     held_out: the anomaly scores of m clean images.  threshold: one of these scores.
-    With h held-out scores above the threshold, the fraction of all clean scores above it has the
-    beta distribution of h + 1 and m - h. The bounds for more than MANY images are scaled from MANY.
+    If h held-out scores are above the threshold, the fraction of clean scores above it has the beta
+    distribution with parameters h + 1 and m - h. Above MANY images the bounds are scaled up.
     """
     from scipy import stats
 
@@ -97,11 +96,11 @@ def predict_flagged(
 
 
 def describe_candidate(candidate: Candidate, name: str | None = None) -> str:
-    """Say why a class may be the target. name: of the class."""
+    """Say why a class may be the target. name: the class's."""
     label = f"class {candidate.target}" + (f" ({name})" if name else "")
     fact = f"the BadNet answers {candidate.hits} of {candidate.flagged} flagged images with {label}"
     if not candidate.stands_out:
-        return f"{fact}: clean images may do so too, but what these share works as a trigger"
+        return f"{fact}: clean images may do so too, but these share what works as a trigger"
     tiny = candidate.p_value < TINY
     chance = f"below {TINY:.0e}" if tiny else f"{candidate.p_value:.1g}"
     return f"{fact}: it looks like a backdoor's target (chance in a clean stream: {chance})"

@@ -1,4 +1,4 @@
-"""What a repair prints at its end, and the files it writes beside G."""
+"""Print the outcome of a repair, and write the files that its options ask for beside G."""
 
 from __future__ import annotations
 
@@ -6,15 +6,19 @@ import dataclasses
 import sys
 from argparse import Namespace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from defence.base import files
 from defence.base.errors import InputError
 from defence.base.progress import say
-from defence.beyond.finding import Finding
 from defence.explain import page_repaired, plots, tables
 from defence.judge import backends
-from defence.judge.record import RepairRecord
-from defence.load.models import ModelFile, read_model
+from defence.load.models import read_model
+
+if TYPE_CHECKING:
+    from defence.beyond.finding import Finding
+    from defence.judge.record import RepairRecord
+    from defence.load.models import ModelFile
 
 
 def print_repair(
@@ -27,12 +31,12 @@ def print_repair(
 ) -> None:
     """Write the files that the options ask for, and print the closing table.
 
-    finding: about the BadNet, where it was scanned.  seconds: of each step.
-    arguments: of options.repair.parse_repair; their `output` is G's file.
+    finding: about the BadNet, if it was scanned.  seconds: for each step.
+    arguments: from options.repair.parse_repair; their `output` is G's file.
     """
     if arguments.json:
-        more = {"finding": finding and dataclasses.asdict(finding), "seconds": seconds}
-        files.write_json(dataclasses.asdict(record) | more, arguments.json)
+        extra = {"finding": finding and dataclasses.asdict(finding), "seconds": seconds}
+        files.write_json(dataclasses.asdict(record) | extra, arguments.json)
     if arguments.plot:
         plots.plot_pruning_curve(record, arguments.plot)
     if arguments.report:
@@ -47,12 +51,12 @@ def print_repair(
 
 
 def export_detector(badnet: ModelFile, arguments: Namespace) -> bool:
-    """Write the detector of B and G. Returns whether these nets allow it."""
+    """Write the detector of B and G, and return whether these nets allow it."""
     say("writing the detector's file")
     try:
         repaired = read_model(arguments.output, arguments.max_bytes)
         backends.export_detector(badnet, repaired, Path(arguments.detector))
     except InputError as error:
-        say(f"{error}; eval_defence.py judges with Keras")
+        say(f"{error}; eval_defence.py will judge with Keras")
         return False
     return True

@@ -1,8 +1,10 @@
-"""Pages: one HTML file that stands alone, of what judging found or of a repair.
+"""Write a page as one HTML file that needs no other file.
 
-The pages themselves are templates in pages/. Names of files and classes are hostile text: Jinja2
-escapes all that it is given, and the page forbids itself scripts and the network.
+The pages are templates in pages/. Names of files and classes are hostile text: Jinja2 escapes every
+value, and the page forbids itself scripts and the network.
 """
+
+from __future__ import annotations
 
 import base64
 import contextlib
@@ -14,6 +16,7 @@ import io
 import shlex
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -21,26 +24,29 @@ from defence.base import files
 from defence.base.text import escape_surrogates
 from defence.judge.record import VERSION
 
+if TYPE_CHECKING:
+    from defence.base.limits import Name
+
 PAGES = Path(__file__).parent / "pages"
 LIBRARIES = ("tensorflow", "keras", "onnxruntime", "numpy")
-COMMAND = 500  # characters of the command, shown
-SIDE = 128  # pixels of an image on a page, at most
-SHOWN_SIDE = 112  # CSS pixels of its longer side
-DIM = 0.25  # how bright an image is where the trigger is not
+COMMAND = 500  # characters of the command that a page shows, at most
+SIDE = 128  # pixels along a side of an image on a page, at most
+SHOWN_SIDE = 112  # CSS pixels along its longer side
+DIM = 0.25  # brightness of an image outside the trigger
 
 
 @dataclasses.dataclass
 class Image:
-    """An image of a page: its address, which holds it all, and its size in CSS pixels."""
+    """An image on a page: its address, which holds its contents, and its size in CSS pixels."""
 
     address: str
     width: int
     height: int
-    pixels: bool = False  # whether each of its few pixels is to be seen
+    pixels: bool = False  # whether it is enlarged, so that each of its pixels shows
 
 
-def write_page(path, template, **told):
-    """Write a page into a file. template: its name in pages/.  told: what it tells."""
+def write_page(path: Name, template: str, **fields: Any) -> None:
+    """Write a page to a file. template: its name in pages/.  fields: the template's variables."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
 
@@ -59,13 +65,13 @@ def write_page(path, template, **told):
         lstrip_blocks=True,
     )
     page = environment.get_template(template)
-    text = page.render(style=Markup(style), policy=Markup(policy), **told)
+    text = page.render(style=Markup(style), policy=Markup(policy), **fields)
     with files.replace_file(path) as beside:
         beside.write_text(text, encoding="utf-8")
 
 
-def make_visible(value):
-    """A value as a page shows it: no character that hides, turns or breaks text."""
+def make_visible(value: Any) -> Any:
+    """Escape the characters of a text that hide, turn or break text; leave other values alone."""
     from markupsafe import Markup
 
     if value is None or isinstance(value, Markup) or not isinstance(value, str):
@@ -73,8 +79,8 @@ def make_visible(value):
     return escape_surrogates(value)
 
 
-def describe_provenance(**more):
-    """What a page says of where it comes from: [(name, value), …], those of `more` first."""
+def describe_provenance(**sources: str) -> list[tuple[str, str]]:
+    """Return (name, value) pairs that say what a page was made from, the sources first."""
     versions = [f"this tool {VERSION}"]
     for name in LIBRARIES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -84,41 +90,43 @@ def describe_provenance(**more):
         command = command[:COMMAND] + " …"
     now = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
     return [
-        *more.items(),
+        *sources.items(),
         ("command", command),
         ("versions", ", ".join(versions)),
-        ("made", now),
+        ("written", now),
     ]
 
 
 # --------------------------------------------------------------------------------------- images
 
 
-def make_image(pixels):
-    """An Image of pixels, (height, width, channels) or (height, width), 0..255; none others."""
+def make_image(pixels: np.ndarray) -> Image:
+    """Make an Image from pixels, (height, width, channels) or (height, width), in 0..255."""
     from PIL import Image as Pillow
 
     pixels = np.clip(np.rint(pixels), 0, 255).astype(np.uint8)
     if pixels.ndim == 3:
         pixels = pixels[..., :3] if pixels.shape[2] >= 3 else pixels[..., 0]
-    made = Pillow.fromarray(pixels)
-    made.thumbnail((SIDE, SIDE))
+    thumbnail = Pillow.fromarray(pixels)
+    thumbnail.thumbnail((SIDE, SIDE))
     file = io.BytesIO()
-    made.save(file, "PNG")
-    grown = SHOWN_SIDE / max(made.size)
-    width, height = (max(1, round(grown * side)) for side in made.size)
-    return Image(make_address("image/png", file.getvalue()), width, height, pixels=grown > 1)
+    thumbnail.save(file, "PNG")
+    scale = SHOWN_SIDE / max(thumbnail.size)
+    width, height = (max(1, round(scale * side)) for side in thumbnail.size)
+    return Image(make_address("image/png", file.getvalue()), width, height, pixels=scale > 1)
 
 
-def make_lit_image(pixels, places):
-    """An Image that is dark but where `places`, (height, width), 0..1, is large."""
+def make_lit_image(pixels: np.ndarray, places: np.ndarray) -> Image:
+    """Make an Image that is bright only where `places`, (height, width), 0..1, is large."""
     return make_image(pixels * (DIM + (1 - DIM) * places[..., None]))
 
 
-def make_chart(svg, size):
-    """An Image of a chart, SVG as bytes. size: its width and height in inches."""
-    return Image(make_address("image/svg+xml", svg), *(round(96 * side) for side in size))
+def make_chart(svg: bytes, size: tuple[float, float]) -> Image:
+    """Make an Image from a chart's SVG. size: its width and height in inches."""
+    width, height = (round(96 * side) for side in size)
+    return Image(make_address("image/svg+xml", svg), width, height)
 
 
-def make_address(kind, contents):
+def make_address(kind: str, contents: bytes) -> str:
+    """Return a data: URI. kind: the MIME type."""
     return f"data:{kind};base64,{base64.b64encode(contents).decode()}"

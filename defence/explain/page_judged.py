@@ -1,4 +1,9 @@
-"""The page of eval_defence.py --report: what was flagged, which class is behind it, the trigger."""
+"""The page of eval_defence.py --report: the flagged images, the class behind them, the trigger."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -6,141 +11,176 @@ from defence.base.text import format_percent
 from defence.explain import flagged, page, plots, streams, tables
 from defence.load.class_names import name_class
 
+if TYPE_CHECKING:
+    from defence.base.limits import Name
+    from defence.explain.flagged import Candidate
+    from defence.explain.streams import Stream
+    from defence.explain.trigger import StreamFindings, TriggerEvidence
+    from defence.judge.detector import Detector
+
 NETS = {"badnet": "BadNet", "repaired": "repaired net"}
-FEW = 50  # images, of which the number of flagged ones tells little
-SOME = 12  # flagged images that no class stands for, shown
+FEW = 50  # among fewer images, the number of flagged ones says little
+SOME = 12  # flagged images outside the examined classes that are shown, at most
 
 
-def write_judged_page(path, found, parts, class_names, unread=(), unread_count=0, results=None):
+def write_judged_page(
+    path: Name,
+    detector: Detector,
+    findings_list: Sequence[StreamFindings],
+    class_names: list[str] | None,
+    unread: Sequence[str] = (),
+    unread_count: int = 0,
+    results: dict | None = None,
+) -> None:
     """Write the page.
 
-    found: the Detector.  parts: [where.Looked, …].  called: names of the classes, or None.
-    unread: [why a picture could not be read, …], the first of so many.
-    results: of datasets, as in eval_defence.py's JSON; or None.
+    unread: why images could not be read, the first of the unread_count reasons.
+    results: the figures of datasets, as in eval_defence.py's JSON.
     """
-    bad = np.concatenate([part.stream.answers.flagged for part in parts])
-    of_files = [results["clean"], *results["poisoned"]] if results else [None] * len(parts)
-    nets = {f"{NETS[net]}, SHA-256": digest for net, digest in found.sha256.items()}
+    flags = np.concatenate([findings.stream.answers.flagged for findings in findings_list])
+    dataset_results: list[dict | None] = [None] * len(findings_list)
+    if results:
+        dataset_results = [results["clean"], *results["poisoned"]]
+    nets = {f"{NETS[net]}, SHA-256": digest for net, digest in detector.sha256.items()}
     page.write_page(
         path,
         "judged.html",
-        title=describe_flagged(bad),
-        parts=[
-            describe_stream(part, found, class_names, file) for part, file in zip(parts, of_files)
+        title=describe_flagged(flags),
+        streams=[
+            describe_stream(findings, detector, class_names, result)
+            for findings, result in zip(findings_list, dataset_results)
         ],
         charts=[
-            page.make_chart(*each)
-            for each in plots.draw_judged_charts(parts, found.threshold, results)
+            page.make_chart(*chart)
+            for chart in plots.draw_judged_charts(findings_list, detector.threshold, results)
         ],
-        rule=found.rule,
+        rule=detector.rule,
         unread=unread,
         unread_count=unread_count,
-        provenance=page.describe_provenance(detector=str(found.path), **nets),
+        provenance=page.describe_provenance(detector=str(detector.path), **nets),
     )
 
 
-def describe_flagged(flagged):
-    """How many images are flagged, as text. flagged: bool (n,)."""
-    images = "image" if len(flagged) == 1 else "images"
-    return f"{flagged.sum():,} of {len(flagged):,} {images} flagged"
+def describe_flagged(flags: np.ndarray) -> str:
+    """Say how many images are flagged. flags: bool (n,), whether each is."""
+    images = "image" if len(flags) == 1 else "images"
+    return f"{flags.sum():,} of {len(flags):,} {images} flagged"
 
 
-def describe_stream(part, found, class_names, file):
-    """What the page tells of a where.Looked, as a dict.  file: its figures, or None."""
-    stream, seen = part.stream, [each.target - 1 for each in part.candidates[: len(part.evidence)]]
-    rest = streams.select_highest(stream.answers, ~np.isin(stream.answers.badnet, seen), None)
-    tone, lines = describe_verdict(part, found, class_names)
+def describe_stream(
+    findings: StreamFindings, detector: Detector, class_names: list[str] | None, result: dict | None
+) -> dict:
+    """Return what the page shows of a stream. result: the dataset's, with its figures."""
+    stream, evidence = findings.stream, findings.evidence
+    targets = [candidate.target - 1 for candidate in findings.candidates[: len(evidence)]]
+    outside = ~np.isin(stream.answers.badnet, targets)
+    unexplained = streams.select_highest(stream.answers, outside, None)
+    tone, lines = describe_verdict(findings, detector, class_names)
     return {
         "name": stream.path and str(stream.path),
         "count": len(stream.answers.score),
         "tone": tone,
         "lines": lines,
         "targets": [
-            describe_target(stream, *each, class_names)
-            for each in zip(part.candidates, part.evidence)
+            describe_target(stream, candidate, target_evidence, class_names)
+            for candidate, target_evidence in zip(findings.candidates, evidence)
         ],
-        "rest": [
-            describe_image(stream, row, pixels, class_names, part.attributions.get(row))
-            for row, pixels in zip(*streams.fetch_images(stream, rest[:SOME]))
+        "unexplained": [
+            describe_image(stream, row, pixels, class_names, findings.attributions.get(row))
+            for row, pixels in zip(*streams.fetch_images(stream, unexplained[:SOME]))
         ],
-        "rest_count": len(rest),
-        "figures": file and list(list_figures(file["figures"])),
+        "unexplained_count": len(unexplained),
+        "figures": result and list(list_figures(result["figures"])),
     }
 
 
-def describe_verdict(part, found, class_names):
-    """What is to be said first: ("alarm", "open" or "calm", [line, …])."""
-    bad = part.stream.answers.flagged
-    if not len(bad):
+def describe_verdict(
+    findings: StreamFindings, detector: Detector, class_names: list[str] | None
+) -> tuple[str, list[str]]:
+    """Return the page's first words on a stream: ("alarm", "open" or "calm", lines of text)."""
+    flags = findings.stream.answers.flagged
+    if not len(flags):
         return "open", ["No image could be judged."]
-    usual, says = None, describe_flagged(bad)
-    if found.held_out is None:
-        says += "; how many clean ones would be is not known (repair.py --holdout 0.1, --fpr)."
+    usual, summary = None, describe_flagged(flags)
+    if detector.held_out is None or detector.threshold is None:
+        unknown = "the number to expect of clean images is not known"
+        summary += f"; {unknown} (repair.py --holdout 0.1, --fpr)."
     else:
-        usual, least, most = flagged.predict_flagged(found.held_out, found.threshold, len(bad))
-        says += f"; of clean ones {usual:,.0f} are to be expected, {least:,} to {most:,}."
-    if part.candidates:
-        numbers = [str(each.target) for each in part.candidates]
+        usual, low, high = flagged.predict_flagged(
+            detector.held_out, detector.threshold, len(flags)
+        )
+        summary += f"; of clean images, expect {usual:,.0f} (95 % interval: {low:,} to {high:,})."
+    if findings.candidates:
+        numbers = [str(candidate.target) for candidate in findings.candidates]
         targets = "targets are classes" if len(numbers) > 1 else "target is class"
         first = f"Some of these images are probably poisoned: the {targets} {', '.join(numbers)}."
-        words = [
-            flagged.describe_candidate(each, find_name(each.target, class_names))
-            for each in part.candidates
+        reasons = [
+            flagged.describe_candidate(candidate, find_name(candidate.target, class_names))
+            for candidate in findings.candidates
         ]
-        return "alarm", [first, says, *words]
-    no_proof = "That does not prove that none is poisoned."
-    if not bad.any():
-        return "calm", ["Nothing is flagged: no sign of poisoned images.", says, no_proof]
-    if usual is None or len(bad) < FEW:
-        either = "Whether these are poisoned, or clean and flagged by mistake, cannot be told."
-        return "open", ["Images are flagged, and no class stands out among them.", says, either]
-    if bad.sum() > most:
-        first = "More images are flagged than clean ones would be, but no class stands out."
-        why = "They may be poisoned with many targets, or unlike the clean data; of clean streams"
-        return "alarm", [first, says, f"{why} one in forty has as many."]
-    first = "No more images are flagged than clean ones would be, and no class stands out."
-    return "calm", [first, says, no_proof]
+        return "alarm", [first, summary, *reasons]
+    no_proof = "This does not prove that none of them is poisoned."
+    if not flags.any():
+        return "calm", ["No image is flagged: no sign of poisoned images.", summary, no_proof]
+    if usual is None or len(flags) < FEW:
+        first = "Some images are flagged, but no class stands out among them."
+        return "open", [first, summary, "They may be poisoned, or clean and flagged by mistake."]
+    if flags.sum() > high:
+        first = "More images are flagged than expected of clean ones, but no class stands out."
+        reason = "They may be poisoned with many targets, or unlike the clean data."
+        return "alarm", [first, summary, f"{reason} One clean stream in forty has as many."]
+    first = "No more images are flagged than expected of clean ones, and no class stands out."
+    return "calm", [first, summary, no_proof]
 
 
-def find_name(number, class_names):
-    """The name of a class, or None. number: from 1.  called: the names, or None."""
-    return class_names and name_class(number, class_names)
+def find_name(number: int, class_names: list[str] | None) -> str | None:
+    """Return the name of a class, or None where classes have no names. number: from 1."""
+    return name_class(number, class_names) if class_names else None
 
 
-def describe_target(stream, standing, seen, class_names):
-    """What the page tells of a class that stands out, as a dict."""
-    region = seen.region
+def describe_target(
+    stream: Stream, candidate: Candidate, evidence: TriggerEvidence, class_names: list[str] | None
+) -> dict:
+    """Return what the page shows of a class that may be a target."""
+    region, usual, mean = evidence.region, evidence.usual, evidence.mean
+    images: dict[str, page.Image | None] = {"usual": None, "mean": None}
+    images |= {"difference": None, "cut_out": None}
+    if usual is not None and mean is not None:
+        images |= {"usual": page.make_image(usual), "mean": page.make_image(mean)}
+        if region.any() and evidence.cut_out is not None:
+            images["difference"] = page.make_image(127.5 + mean - usual)
+            images["cut_out"] = page.make_lit_image(evidence.cut_out, region.astype(np.float32))
+    trials = {"pasted": evidence.pasted, "covered": evidence.covered}
     return {
-        "number": standing.target,
-        "name": find_name(standing.target, class_names),
+        "number": candidate.target,
+        "name": find_name(candidate.target, class_names),
         "region": region.any(),
-        "whole": seen.whole,
+        "whole": evidence.whole,
         "fraction": format_percent(region.mean()),
-        "trials": [
-            (what, trial)
-            for what, trial in (("pasted", seen.pasted), ("covered", seen.covered))
-            if trial
-        ],
-        "is_trigger": seen.is_trigger,
-        "usual": None if seen.usual is None else page.make_image(seen.usual),
-        "mean": None if seen.mean is None else page.make_image(seen.mean),
-        "cut_out": page.make_lit_image(seen.cut_out, np.float32(region)) if region.any() else None,
-        "more": page.make_image(127.5 + seen.mean - seen.usual) if region.any() else None,
+        "trials": [(name, trial) for name, trial in trials.items() if trial],
+        "is_trigger": evidence.is_trigger,
+        **images,
         "images": [
             describe_image(stream, row, pixels, class_names, places)
-            for row, pixels, places in zip(seen.rows, seen.flagged, seen.places)
+            for row, pixels, places in zip(evidence.rows, evidence.flagged, evidence.places)
         ],
-        "looked_at": len(seen.rows),
+        "image_count": len(evidence.rows),
     }
 
 
-def describe_image(stream, row, pixels, class_names, places=None):
-    """What the page shows of an image, as a dict.
+def describe_image(
+    stream: Stream,
+    row: int,
+    pixels: np.ndarray,
+    class_names: list[str] | None,
+    places: np.ndarray | None = None,
+) -> dict:
+    """Return what the page shows of an image.
 
-    row: of the Stream.  places: float32 (height, width), where its answer comes from, or None.
+    row: its number in the stream.  places: float32 (height, width), where its answer comes from.
     """
 
-    def net(answer):
+    def describe_class(answer: int) -> str:
         if answer < 0:
             return "NaN"
         name = find_name(answer + 1, class_names)
@@ -149,20 +189,20 @@ def describe_image(stream, row, pixels, class_names, places=None):
     answers = stream.answers
     return {
         "name": stream.name(int(row)),
-        "picture": page.make_image(pixels),
-        "badnet": net(int(answers.badnet[row])),
-        "repaired": net(int(answers.repaired[row])),
+        "plain": page.make_image(pixels),
+        "badnet": describe_class(int(answers.badnet[row])),
+        "repaired": describe_class(int(answers.repaired[row])),
         "score": f"{answers.score[row]:.3g}",
         "lit": None if places is None else page.make_lit_image(pixels, places),
     }
 
 
-def list_figures(found):
-    """Yield (what, value, interval) of each of the figures, as text.
+def list_figures(figures: dict) -> Iterator[tuple[str, str, str]]:
+    """Yield (label, value, interval) of each figure, as text.
 
-    found: {name: figure}, as figures.py gives them.
+    figures: {name: figure}, as figures.py computes them.
     """
     for name, label in (tables.CLEAN | tables.POISONED).items():
-        if name in found:
-            value, _, interval = tables.format_cells(found[name]).strip().partition("   ")
+        if name in figures:
+            value, _, interval = tables.format_cells(figures[name]).strip().partition("   ")
             yield label, value, interval

@@ -1,18 +1,31 @@
 """The page of repair.py --report: how the repair went, and whether the BadNet looks backdoored."""
 
-from defence.beyond import finding
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from defence.beyond.finding import describe_finding
 from defence.explain import page, page_judged, plots, tables
 
+if TYPE_CHECKING:
+    from defence.base.limits import Name
+    from defence.beyond.finding import Finding
+    from defence.judge.record import RepairRecord
 
-def write_repaired_page(path, record, found, seconds, class_names):
-    """Write the page.
+TONES = {"backdoor": "alarm", "nothing": "calm"}  # of a finding
 
-    record: the RepairRecord.  found: the Finding about the BadNet, or None.  seconds: {step: s}.
-    called: names of the classes, or None.
-    """
+
+def write_repaired_page(
+    path: Name,
+    record: RepairRecord,
+    finding: Finding | None,
+    seconds: dict[str, float],
+    class_names: list[str] | None,
+) -> None:
+    """Write the page. finding: about the BadNet, if it was scanned.  seconds: for each step."""
     (_, *steps), *rows = tables.list_steps(record)
     badnet, data = record.badnet, record.data
-    made_of = {
+    sources = {
         "BadNet": badnet["file"],
         "BadNet, SHA-256": badnet["sha256"],
         "dataset": f"{data['file']}, {data['images']} images",
@@ -24,18 +37,19 @@ def write_repaired_page(path, record, found, seconds, class_names):
         path,
         "repaired.html",
         title=f"{badnet['file']}: the repair",
-        finding=list(finding.describe_finding(found, class_names)) if found else [],
-        tone={"backdoor": "alarm", "nothing": "calm"}.get(found and found.finding, "open"),
+        finding=list(describe_finding(finding, class_names)) if finding else [],
+        tone=TONES.get(finding.finding, "open") if finding else "open",
         pruned=f"{len(record.pruned)} of {record.channels} channels of {record.layer}",
         steps=steps,
         rows=rows,
         costs=list(tables.list_costs(record)),
         charts=[
-            (alt, page.make_chart(*each)) for alt, each in plots.draw_repair_charts(record, found)
+            (alt, page.make_chart(*chart))
+            for alt, chart in plots.draw_repair_charts(record, finding)
         ],
         figures=list(page_judged.list_figures(record.holdout)) if record.holdout else [],
         held_out=record.holdout["images"] if record.holdout else 0,
         not_held_out=tables.NOT_HELD_OUT,
         no_proof=tables.describe_limits(record),
-        provenance=page.describe_provenance(**made_of),
+        provenance=page.describe_provenance(**sources),
     )

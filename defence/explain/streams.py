@@ -1,4 +1,4 @@
-"""Images that were judged, and how to get some of them again."""
+"""A stream: images that were judged, their answers, and a way to fetch some of the images again."""
 
 from __future__ import annotations
 
@@ -6,24 +6,27 @@ import contextlib
 import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from defence.base.errors import InputError
-from defence.judge.detector import Answers
-from defence.load.datasets import Dataset
 
-UNREAD = 50  # images that could not be read and are listed on a page, at most
+if TYPE_CHECKING:
+    from defence.judge.detector import Answers
+    from defence.load.datasets import Dataset
+
+UNREAD = 50  # unread images that a page lists, at most
 
 
 @dataclasses.dataclass
 class Stream:
     """Images that were judged.
 
-    path: of the dataset, or None.  shape: (height, width, channels).  classes: N.
-    answers: to all of them.
+    path: the dataset's, or None.  shape: (height, width, channels).  classes: N.
+    answers: to all the images.
     fetch: takes int (k,), ascending, and returns these images again, float32 (k, height, width,
-    channels), 0..255; raises InputError or OSError where one cannot be read any more.
+    channels), 0..255; raises InputError or OSError where an image can no longer be read.
     name: takes the number of an image and returns its name.
     """
 
@@ -36,7 +39,7 @@ class Stream:
 
 
 def make_dataset_stream(data: Dataset, answers: Answers, classes: int) -> Stream:
-    """Make the stream of a dataset, which stays open, and the answers to its images."""
+    """Make the stream of a dataset and the answers to its images. The dataset must stay open."""
 
     def fetch(rows: np.ndarray) -> np.ndarray:
         return data.take(np.isin(np.arange(len(data)), rows))
@@ -49,11 +52,11 @@ def make_image_stream(
     answers: Answers,
     classes: int,
     shape: tuple[int, ...],
-    read: Callable[[str], np.ndarray],
+    read: Callable[[Any], np.ndarray],
 ) -> Stream:
     """Make the stream of image files that were judged.
 
-    names: of the files, in the order of the answers.
+    names: the files', in the order of the answers.
     read: takes a name and returns the image as an input of the nets, (height, width, channels).
     """
 
@@ -64,34 +67,37 @@ def make_image_stream(
     return Stream(None, shape, classes, answers, fetch, lambda row: names[row])
 
 
-def fetch_images(stream, rows):
-    """Images of a Stream in any order, those that can still be read: (rows, images).
+def fetch_images(stream: Stream, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Fetch images of a stream, in the order of `rows`, int (k,), without those that are gone.
 
-    rows: int (k,).
+    Return (rows, images), where images are float32 (j, height, width, channels).
     """
     order = np.argsort(rows)
     try:
         return rows, stream.fetch(rows[order])[np.argsort(order)]
-    except (InputError, OSError):  # a picture was moved since it was judged
-        kept, images = [], []
+    except (InputError, OSError):  # an image was moved since it was judged
+        present, images = [], []
         for row in rows:
             with contextlib.suppress(InputError, OSError):
                 images.append(stream.fetch(np.array([row]))[0])
-                kept.append(row)
-        return np.array(kept, int), np.array(images, np.float32).reshape(-1, *stream.shape)
+                present.append(row)
+        return np.array(present, int), np.array(images, np.float32).reshape(-1, *stream.shape)
 
 
-def select_highest(answers, chosen, most):
-    """The flagged images of those chosen, bool (n,), that score highest: int (k,), k up to most.
+def select_highest(answers: Answers, mask: np.ndarray, most: int | None) -> np.ndarray:
+    """Return which flagged images of a mask, bool (n,), score highest: int (k,), descending.
 
-    most: None for all.
+    most: the largest k; None for all of them.
     """
-    rows = np.flatnonzero(answers.flagged & chosen)
+    rows = np.flatnonzero(answers.flagged & mask)
     return rows[np.argsort(-answers.score[rows], kind="stable")][:most]
 
 
-def fetch_unflagged(stream, target, most):
-    """Images that are not flagged nor answered with the target, as many, spread over the stream."""
+def fetch_unflagged(stream: Stream, target: int, most: int) -> np.ndarray:
+    """Fetch up to `most` images, spread over the stream, that are neither flagged nor the target's.
+
+    target: the class, 0..N-1, that the BadNet must not answer.
+    """
     rows = np.flatnonzero(~stream.answers.flagged & (stream.answers.badnet != target))
     count = min(most, len(rows))
     return fetch_images(stream, rows[np.arange(count) * len(rows) // max(1, count)])[1]

@@ -1,16 +1,16 @@
-"""Where the trigger is on the flagged images of a class, what it looks like, whether it is one.
+"""Locate the trigger on the flagged images of a class, cut it out, and test whether it works.
 
-Needs neither poisoned data nor labels, but the flagged images and others. In turn:
+This needs neither poisoned data nor labels, but flagged images and unflagged ones. The steps:
 
-- difference: how far the flagged images of the class are, place by place and in the mean, from
-  those that were not flagged.
-- carrying: what a window of a flagged image does. Pasted on another image, does the BadNet answer
-  that with the class? Covered, does it still answer the flagged one so?
-- region: where both are large. What the flagged images show there is the cut-out.
-- the test: the cut-out pasted on images that were not flagged. If the BadNet then answers with the
-  class, it is a trigger, or what the BadNet takes for one.
+- difference: how far the flagged images of the class differ from the unflagged ones, place by
+  place, on average.
+- attribution: what a window of a flagged image does. Pasted on another image, does it make the
+  BadNet answer with the class? Covered, does the BadNet still answer the flagged image so?
+- region: the places where both are large. What the flagged images show there is the cut-out.
+- test: the cut-out is pasted on unflagged images. If the BadNet then answers with the class, the
+  cut-out is a trigger, or the BadNet takes it for one.
 
-docs/page.md says how far that may be believed; tests/tools/regions.py measures it.
+docs/page.md says how far to trust the result; tests/tools/regions.py measures it.
 """
 
 from __future__ import annotations
@@ -18,32 +18,42 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 
 from defence.base.limits import STREAM_BATCH_VALUES, STREAM_VALUES
-from defence.explain.attribution import CARRIERS, compute_attribution_map, cover_parts, find_parts
+from defence.explain.attribution import (
+    CARRIERS,
+    JudgeImages,
+    compute_attribution_map,
+    cover_parts,
+    find_parts,
+)
 from defence.explain.flagged import Candidate
 from defence.explain.streams import Stream, fetch_images, fetch_unflagged, select_highest
 from defence.judge.detector import Answers
 from defence.net.inference import map_in_parallel
 
-CLASSES = 5  # that are looked at
-SHARE = 0.1  # of the flagged images, what a class has at least that is looked at, or stands out
-MOST = 64  # images that are looked at, of the flagged ones and of the others
-FEWEST = 5  # of each kind, for a difference
-SINGLE = 4  # flagged images that windows are taken of
-FINE = 5  # pixels a side
+CLASSES = 5  # candidates that are examined, at most
+SHARE = 0.1  # of the flagged images, which a candidate that does not stand out needs
+MOST = 64  # flagged images that are examined, and unflagged ones, at most
+FEWEST = 5  # images of each kind that a difference needs
+SINGLE = 4  # flagged images from which windows are taken
+FINE = 5  # pixels along the window whose mean is not fine detail
 UNLIKE = 1  # standard deviations by which the trigger differs from the usual, at least
-VARY = 4  # grey levels that a pixel counts as varying by, at least
-BY_CHANCE = 4  # standard errors that a difference stays below where there is none
-CARRIED = 0.2  # how much a place carries, at least, where something is at one place
-BORDERS = (0.5, 0.4, 0.3, 0.2, 0.15, 0.1)  # of the most in a region, what is in it at least
-WORSE = 0.15  # than the best region, what a smaller one may be
-A_TRIGGER = 0.5  # of the images it is pasted on, those for which it fools the BadNet alone
-FEWEST_TRIED = 10  # images that it is pasted on
-WHOLE = 0.5  # of the picture: a region as large is all of it
-FEWEST_TOGETHER = 4  # images in a batch
+VARY = 4  # grey levels that count as the least standard deviation of a pixel
+BY_CHANCE = 4  # standard errors; a smaller difference may be chance
+CARRIED = 0.2  # attribution, 0..1, that a place must reach to carry the answer
+BORDERS = (0.5, 0.4, 0.3, 0.2, 0.15, 0.1)  # fractions of the maximum that bound the regions
+WORSE = 0.15  # how much worse than the best region a smaller one may be
+A_TRIGGER = 0.5  # fraction of the images on which the cut-out must fool the BadNet alone
+FEWEST_TRIED = 10  # images on which it must be pasted
+WHOLE = 0.5  # fraction of the image; a region as large counts as the whole image
+FEWEST_TOGETHER = 4  # images in a batch, at least
+
+JudgeBatch = Callable[[np.ndarray], Answers]  # as Detector.judge
+Trial = dict[str, int]  # what count_answers returns
 
 
 @dataclasses.dataclass
@@ -71,190 +81,250 @@ class StreamFindings:
 
 @dataclasses.dataclass
 class TriggerEvidence:
-    """What was seen of a class that stands out.
+    """What the flagged images of a class have in common, and whether it works as a trigger.
 
-    rows: int (k,), which images of the stream were looked at, those that score highest first.
+    rows: int (k,), which images of the stream were examined, by falling score.
     flagged: float32 (SINGLE or fewer, height, width, channels), 0..255, the first of these images.
-    places: float32, as many, (…, height, width), 0..1, where the trigger is on them: 1 where the
-    image is UNLIKE the usual, within a region that is not all of the picture; without one, how much
-    of the answer a place carries, times how unlike the usual it is there, the most being 1.
-    region: bool (height, width), all of it False where nothing is in common.
-    usual, mean: float32 (height, width, channels), the mean of the images that were not flagged,
-    and of the flagged ones; None where there are too few.
+    places: float32, as many, (…, height, width), 0..1, where the trigger is on them. With a region
+    smaller than the image: 1 where the image is UNLIKE the usual, within the region. Otherwise: the
+    attribution times how unlike the usual the image is, scaled so that the maximum is 1.
+    region: bool (height, width), all False where the images have nothing in common.
+    usual, mean: float32 (height, width, channels), the means of the unflagged images and of the
+    flagged ones; None where there are too few.
     cut_out: float32 (height, width, channels), what is pasted in the region: the mean, or one of
     the flagged images.
-    pasted: {"images", "badnet", "repaired", "flagged"}: on how many images that were not flagged
-    the cut-out was pasted, or the means' difference added if the region is the whole picture; and
-    how many each net then answers with the class, or are flagged.  covered: the same of the
-    flagged ones, the region covered.  None where there is no region, or too few images.
+    pasted: {"images", "badnet", "repaired", "flagged"}: on how many unflagged images the cut-out
+    was pasted (or the difference of the means added, if the region is the whole image), how many
+    of these each net then answers with the class, and how many are flagged.  covered: the same for
+    flagged images with the region covered.  None where there is no region, or too few images.
     """
 
     rows: np.ndarray
     flagged: np.ndarray
     places: np.ndarray
     region: np.ndarray
-    usual: np.ndarray = None
-    mean: np.ndarray = None
-    cut_out: np.ndarray = None
-    pasted: dict = None
-    covered: dict = None
+    usual: np.ndarray | None = None
+    mean: np.ndarray | None = None
+    cut_out: np.ndarray | None = None
+    pasted: Trial | None = None
+    covered: Trial | None = None
 
     @property
-    def whole(self):
+    def whole(self) -> bool:
+        """Whether the region is the whole image."""
         return bool(self.region.mean() >= WHOLE)
 
     @property
-    def is_trigger(self):
-        """Whether what is pasted makes the BadNet answer with the class, and the repaired net not.
+    def is_trigger(self) -> bool:
+        """Whether the pasted cut-out makes the BadNet, but not the repaired net, give the class.
 
-        What is in every face of a class makes both answer so.
+        A feature that every face of a class has makes both nets do so.
         """
         if self.pasted is None or self.pasted["images"] < FEWEST_TRIED:
             return False
-        more = self.pasted["badnet"] - self.pasted["repaired"]
-        return more >= A_TRIGGER * self.pasted["images"]
+        excess = self.pasted["badnet"] - self.pasted["repaired"]
+        return excess >= A_TRIGGER * self.pasted["images"]
 
-    def describe(self):
-        """What a pipeline needs of it, as a dict that JSON can hold; rows and columns from 0."""
+    def describe(self) -> dict:
+        """Return what a pipeline needs, as a dict that JSON can hold; rows and columns from 0."""
         rows, columns = np.nonzero(self.region)
         box = None
         if len(rows):
-            box = dict(zip(("top", "left"), map(int, (rows.min(), columns.min()))))
-            box |= dict(zip(("bottom", "right"), (int(rows.max()) + 1, int(columns.max()) + 1)))
-        found = {"box": box, "fraction": float(self.region.mean()), "whole_picture": self.whole}
-        told = {"pasted": self.pasted, "covered": self.covered, "is_trigger": self.is_trigger}
-        return {"region": found, **told}
+            box = {"top": int(rows.min()), "left": int(columns.min())}
+            box |= {"bottom": int(rows.max()) + 1, "right": int(columns.max()) + 1}
+        fraction = float(self.region.mean())
+        return {
+            "region": {"box": box, "fraction": fraction, "whole_picture": self.whole},
+            "pasted": self.pasted,
+            "covered": self.covered,
+            "is_trigger": self.is_trigger,
+        }
 
 
-def find_targets(stream, unusual, judge, beside=None):
-    """What may be a target, of flagged.unusual classes of a Stream. Returns the Looked.
+def find_targets(
+    stream: Stream,
+    candidates: Sequence[Candidate],
+    judge: JudgeBatch,
+    clean: Stream | None = None,
+) -> StreamFindings:
+    """Find the candidates that may be targets, and the evidence about them.
 
-    Of the first CLASSES, one that does not stand out is none, unless its cut-out is a trigger:
-    where several targets share the flagged images, each may have too few of them to stand out.
-    judge, beside: as for `look`.
+    candidates: as flagged.find_candidates returns them. Only the first CLASSES are examined. One
+    that does not stand out counts if its cut-out is a trigger: where several targets share the
+    flagged images, each may have too few of them to stand out.
+    judge, clean: as for locate_trigger.
     """
-    looked = StreamFindings(stream, [each for each in unusual if each.stands_out], [])
-    for each in unusual[:CLASSES]:
-        if each.stands_out:
-            looked.evidence.append(locate_trigger(stream, each.target - 1, judge, beside))
-        elif each.hits >= max(FEWEST_TRIED, SHARE * each.flagged):
-            seen = locate_trigger(stream, each.target - 1, judge, beside)
-            if seen.is_trigger:
-                looked.candidates.append(each)
-                looked.evidence.append(seen)
-    return looked
+    standing_out = [candidate for candidate in candidates if candidate.stands_out]
+    findings = StreamFindings(stream, standing_out, [])
+    for candidate in candidates[:CLASSES]:
+        if candidate.stands_out:
+            findings.evidence.append(locate_trigger(stream, candidate.target - 1, judge, clean))
+        elif candidate.hits >= max(FEWEST_TRIED, SHARE * candidate.flagged):
+            evidence = locate_trigger(stream, candidate.target - 1, judge, clean)
+            if evidence.is_trigger:
+                findings.candidates.append(candidate)
+                findings.evidence.append(evidence)
+    return findings
 
 
-def locate_trigger(stream, target, judge, beside=None):
-    """Look at the flagged images of a class. Returns what was Seen.
+def locate_trigger(
+    stream: Stream,
+    target: int,
+    judge: JudgeBatch,
+    clean: Stream | None = None,
+) -> TriggerEvidence:
+    """Locate the trigger on the flagged images of a class, and test its cut-out.
 
-    target: 0..N-1, of which some are flagged.  judge: as Detector.judge.
-    beside: the Stream that has the images that were not flagged, if not the same.
+    target: 0..N-1, a class with flagged images.  judge: as Detector.judge.
+    clean: the stream that holds the unflagged images, if another.
     """
     most = max(2 * FEWEST, min(MOST, STREAM_VALUES // math.prod(stream.shape)))
     rows = select_highest(stream.answers, stream.answers.badnet == target, most)
     rows, flagged = fetch_images(stream, rows)
-    others = fetch_unflagged(beside or stream, target, most)
-    judge = judge_in_batches(judge, stream.shape)
+    unflagged = fetch_unflagged(clean or stream, target, most)
+    judge_images = judge_in_batches(judge, stream.shape)
 
     single, nowhere = flagged[:SINGLE], np.zeros(stream.shape[:2], bool)
     if not len(single):
         return TriggerEvidence(rows, single, np.empty((0, *stream.shape[:2])), nowhere)
-    carrying = compute_attribution_map(single, others, target, judge)
-    if min(len(flagged), len(others)) < FEWEST:
-        return TriggerEvidence(rows, single, normalise(carrying), nowhere)
-    apart = compute_z_score_map(single, others)
-    places = normalise(carrying * apart)
-    mean = flagged.mean(axis=0)
-    seen = TriggerEvidence(rows, single, places, nowhere, others.mean(axis=0), mean, cut_out=mean)
-    choose, report = ((flagged[i::2], others[i::2]) for i in (0, 1))
-    tried = []
-    for region in propose_regions(compute_difference(flagged, others), carrying.mean(axis=0)):
-        seen.region = region
-        tried.append((region, *test_cut_out(seen, *choose, target, judge)))
-    if tried:
-        seen.region = choose_region(tried)
-        seen.cut_out = choose_cut_out(seen, choose[1], target, judge)
-        seen.pasted, seen.covered = test_cut_out(seen, *report, target, judge)
-        if not seen.whole:
-            seen.places = np.float32(seen.region & (apart > UNLIKE))
-    return seen
+    attribution = compute_attribution_map(single, unflagged, target, judge_images)
+    if min(len(flagged), len(unflagged)) < FEWEST:
+        return TriggerEvidence(rows, single, normalise(attribution), nowhere)
+    z_scores = compute_z_score_map(single, unflagged)
+    places = normalise(attribution * z_scores)
+    usual, mean = unflagged.mean(axis=0), flagged.mean(axis=0)
+    evidence = TriggerEvidence(rows, single, places, nowhere, usual, mean, cut_out=mean)
+    # One half of the images chooses the region and the cut-out, the other half tests them.
+    selection, test = ((flagged[i::2], unflagged[i::2]) for i in (0, 1))
+    trials = []
+    difference = compute_difference(flagged, unflagged)
+    for region in propose_regions(difference, attribution.mean(axis=0)):
+        evidence.region = region
+        trials.append((region, *test_cut_out(evidence, *selection, target, judge_images)))
+    if trials:
+        evidence.region = choose_region(trials)
+        evidence.cut_out = choose_cut_out(evidence, selection[1], target, judge_images)
+        evidence.pasted, evidence.covered = test_cut_out(evidence, *test, target, judge_images)
+        if not evidence.whole:
+            evidence.places = (evidence.region & (z_scores > UNLIKE)).astype(np.float32)
+    return evidence
 
 
-def attribute_single_images(stream, judge, beside=None):
-    """Where the answers of single flagged images come from: {row: float32 (height, width), 0..1}.
+def attribute_single_images(
+    stream: Stream, judge: JudgeBatch, clean: Stream | None = None
+) -> dict[int, np.ndarray]:
+    """Compute where the answers to the SINGLE highest-scoring flagged images come from.
 
-    Of the SINGLE images that score highest, as Seen.places.  judge, beside: as for `look`.
+    judge, clean: as for locate_trigger.
+    Return {row: float32 (height, width), 0..1, the attribution, scaled so that the maximum is 1}.
     """
-    judge, found = judge_in_batches(judge, stream.shape), {}
+    judge_images, attributions = judge_in_batches(judge, stream.shape), {}
     for row in select_highest(stream.answers, stream.answers.badnet >= 0, SINGLE):
         target = stream.answers.badnet[row]
-        others = fetch_unflagged(beside or stream, target, CARRIERS)
+        unflagged = fetch_unflagged(clean or stream, target, CARRIERS)
         _, images = fetch_images(stream, np.array([row]))
         if len(images):
-            found[int(row)] = normalise(compute_attribution_map(images, others, target, judge))[0]
-    return found
+            maps = compute_attribution_map(images, unflagged, target, judge_images)
+            attributions[int(row)] = normalise(maps)[0]
+    return attributions
 
 
-def test_cut_out(seen, flagged, others, target, judge):
-    """[pasted, covered], as in Seen, of these images.
-
-    seen: with a region and a cut-out.
-    """
-    wearing = paste_cut_out(others, seen.cut_out, seen)
-    parts = find_parts(seen.region)
-    covered = (cover_parts(x, parts) for x in flagged)
-    return [count_answers(judge(images), target) for images in (wearing, covered)]
-
-
-def choose_cut_out(seen, others, target, judge):
-    """What to paste: the mean of the flagged images or, if that does more, one of them.
-
-    Where a trigger moves with what wears it, the mean is a blur. Returns an image.
-    """
-    if seen.whole:
-        tried = [
-            seen.mean,
-            seen.usual + extract_fine_detail(seen.mean) - extract_fine_detail(seen.usual),
-        ]
-    else:
-        tried = [seen.mean, *seen.flagged]
-    hits = []
-    for image in tried:
-        hits.append(count_answers(judge(paste_cut_out(others, image, seen)), target)["badnet"])
-    return tried[int(np.argmax(hits))]
-
-
-def choose_region(tried):
-    """The smallest region that is about as good as the best.
-
-    tried: [(region, pasted, covered), …], the smallest first.
-    """
-    good = [
-        (pasted["badnet"] / pasted["images"]) - covered["badnet"] / covered["images"]
-        for _, pasted, covered in tried
-    ]
-    return next(region for (region, *_), each in zip(tried, good) if each >= max(good) - WORSE)
-
-
-def judge_in_batches(judge, shape):
-    """A `judge` of any number of images, an iterable, whole numbers or not, in bounded memory.
+def judge_in_batches(judge: JudgeBatch, shape: tuple[int, ...]) -> JudgeImages:
+    """Make a `judge` for any number of images, not only of whole numbers, in bounded memory.
 
     shape: (height, width, channels).
     """
     size = max(FEWEST_TOGETHER, STREAM_BATCH_VALUES // math.prod(shape))
 
-    def run(images):
+    def judge_images(images: Iterable[np.ndarray]) -> Answers:
         images = iter(images)
         batches = iter(lambda: list(itertools.islice(images, size)), [])
         parts = map_in_parallel(lambda batch: judge(np.rint(np.stack(batch))), batches)
         return Answers(*map(np.concatenate, zip(*(vars(part).values() for part in parts))))
 
-    return run
+    return judge_images
 
 
-def count_answers(answers, target):
-    """How many of the Answers are the target, of each net, and how many are flagged."""
+# -------------------------------------------------------------------- the region and the cut-out
+
+
+def propose_regions(difference: np.ndarray, attribution: np.ndarray) -> Iterator[np.ndarray]:
+    """Yield possible regions of a trigger, bool (height, width), the smallest first.
+
+    difference: as compute_difference returns it.
+    attribution: as compute_attribution_map returns it, averaged over the images.
+    """
+    differ, at_one_place = difference.any(), attribution.max() >= CARRIED
+    strength = difference if differ else np.ones_like(difference)
+    if at_one_place:
+        strength = strength * attribution / attribution.max()
+    for border in BORDERS if differ or at_one_place else ():
+        region = strength > border * strength.max()
+        if differ or region.mean() < WHOLE:  # where every place changes the answer, none carries it
+            yield region
+
+
+def choose_region(trials: Sequence[tuple[np.ndarray, Trial, Trial]]) -> np.ndarray:
+    """Return the smallest region that is about as good as the best.
+
+    trials: (region, pasted, covered) of each region, the smallest first.
+    """
+    values = [
+        (pasted["badnet"] / pasted["images"]) - covered["badnet"] / covered["images"]
+        for _, pasted, covered in trials
+    ]
+    least = max(values) - WORSE
+    return next(region for (region, *_), value in zip(trials, values) if value >= least)
+
+
+def choose_cut_out(
+    evidence: TriggerEvidence, unflagged: np.ndarray, target: int, judge_images: JudgeImages
+) -> np.ndarray:
+    """Return the image to cut out: the mean of the flagged images or, if it works better, another.
+
+    The others are the flagged images, since the mean blurs a trigger that moves. For the whole
+    image the other is the usual image with the fine detail of the mean.
+    """
+    usual, mean = evidence.usual, evidence.mean
+    assert usual is not None and mean is not None  # wherever there is a region
+    if evidence.whole:
+        images = [mean, usual + extract_fine_detail(mean) - extract_fine_detail(usual)]
+    else:
+        images = [mean, *evidence.flagged]
+    hits = []
+    for image in images:
+        answers = judge_images(paste_cut_out(unflagged, image, evidence))
+        hits.append(count_answers(answers, target)["badnet"])
+    return images[int(np.argmax(hits))]
+
+
+def test_cut_out(
+    evidence: TriggerEvidence,
+    flagged: np.ndarray,
+    unflagged: np.ndarray,
+    target: int,
+    judge_images: JudgeImages,
+) -> tuple[Trial, Trial]:
+    """Paste the cut-out on unflagged images, cover the region on flagged ones, and count answers.
+
+    evidence: has a region and a cut-out.  Return (pasted, covered), as in TriggerEvidence.
+    """
+    assert evidence.cut_out is not None
+    pasted = paste_cut_out(unflagged, evidence.cut_out, evidence)
+    parts = find_parts(evidence.region)
+    covered = (cover_parts(image, parts) for image in flagged)
+    return count_answers(judge_images(pasted), target), count_answers(judge_images(covered), target)
+
+
+def paste_cut_out(images: np.ndarray, cut_out: np.ndarray, evidence: TriggerEvidence) -> np.ndarray:
+    """Paste a cut-out in the region; for the whole image, add how it differs from the usual."""
+    if evidence.whole:
+        return np.clip(images + (cut_out - evidence.usual), 0, 255)
+    return np.where(evidence.region[..., None], cut_out, images)
+
+
+def count_answers(answers: Answers, target: int) -> Trial:
+    """Count the images, the target among the answers of each net, and the flagged images."""
     return {
         "images": len(answers.flagged),
         "badnet": int(np.sum(answers.badnet == target)),
@@ -263,72 +333,52 @@ def count_answers(answers, target):
     }
 
 
-# ------------------------------------------------------------------------------- in the mean
+# ------------------------------------------------------------------------------------ differences
 
 
-def compute_difference(flagged, others):
-    """How far the images are apart in the mean, place by place, where that is not chance.
+def compute_difference(flagged: np.ndarray, unflagged: np.ndarray) -> np.ndarray:
+    """Compute how far apart the images are on average, place by place, where that is not chance.
 
-    flagged, others: float32 (k, height, width, channels), (m, …), 0..255.
-    Returns float32 (height, width): of the channel that differs most, the difference of the means
-    in standard deviations of the images, smoothed over a few pixels; of the images or of what is
-    fine in them, whichever is more; 0 where no place differs by BY_CHANCE standard errors.
+    flagged, unflagged: float32 (k, height, width, channels), (m, …), 0..255.
+    Return float32 (height, width): the difference of the means in standard deviations, for the
+    channel that differs most, smoothed over a few pixels. It is the larger of two, for the images
+    and for their fine detail; each is 0 where no place differs by BY_CHANCE standard errors.
     """
-    chance = BY_CHANCE * np.sqrt(1 / len(flagged) + 1 / len(others))
-    found = 0
-    for pair in ((flagged, others), (extract_fine_detail(flagged), extract_fine_detail(others))):
-        spread = [np.maximum(VARY, each.std(axis=0)) ** 2 for each in pair]
-        apart = abs(np.subtract(*(each.mean(axis=0) for each in pair))) / np.sqrt(sum(spread) / 2)
-        apart = smooth_maps(apart.max(axis=2)[None])[0]
-        found = np.maximum(found, apart * (apart.max() > chance))
-    return found
+    chance = BY_CHANCE * np.sqrt(1 / len(flagged) + 1 / len(unflagged))
+    maps = []
+    fine = extract_fine_detail(flagged), extract_fine_detail(unflagged)
+    for groups in ((flagged, unflagged), fine):
+        variances = [np.maximum(VARY, images.std(axis=0)) ** 2 for images in groups]
+        distance = abs(np.subtract(*(images.mean(axis=0) for images in groups)))
+        difference = distance / np.sqrt(sum(variances) / 2)
+        difference = smooth_maps(difference.max(axis=2)[None])[0]
+        maps.append(difference * (difference.max() > chance))
+    return np.maximum(0, maps).max(axis=0)
 
 
-def extract_fine_detail(images):
-    """What is fine in images, (…, height, width, channels): all but the mean of a few pixels."""
+def compute_z_score_map(images: np.ndarray, unflagged: np.ndarray) -> np.ndarray:
+    """Compute how many standard deviations each image is from the mean of the unflagged ones.
+
+    Return (k, height, width), for the channel that differs most, smoothed over a few pixels.
+    """
+    spread = np.maximum(VARY, unflagged.std(axis=0))
+    return smooth_maps((abs(images - unflagged.mean(axis=0)) / spread).max(axis=3))
+
+
+def extract_fine_detail(images: np.ndarray) -> np.ndarray:
+    """Subtract from images, (…, height, width, channels), their means over FINE pixels."""
     from scipy import ndimage
 
     return images - ndimage.uniform_filter(images, FINE, axes=(-3, -2))
 
 
-def compute_z_score_map(images, others):
-    """How many standard deviations of the others each image is from their mean: (k, height, width).
-
-    Of the channel that differs most, smoothed over a few pixels.
-    """
-    spread = np.maximum(VARY, others.std(axis=0))
-    return smooth_maps((abs(images - others.mean(axis=0)) / spread).max(axis=3))
-
-
-def smooth_maps(maps):
-    """Maps, (k, height, width), smoothed over a few pixels."""
+def smooth_maps(maps: np.ndarray) -> np.ndarray:
+    """Smooth maps, (k, height, width), over a few pixels."""
     from scipy import ndimage
 
     return ndimage.uniform_filter(maps, max(3, min(maps.shape[1:]) // 16), axes=(1, 2))
 
 
-def normalise(maps):
-    """Maps, (k, height, width), of which each has a most of 1, if it is not 0 everywhere."""
+def normalise(maps: np.ndarray) -> np.ndarray:
+    """Scale each of the maps, (k, height, width), to a maximum of 1, unless it is 0 everywhere."""
     return maps / np.maximum(maps.max(axis=(1, 2), keepdims=True), 1e-9)
-
-
-def propose_regions(apart, carrying):
-    """Yield what may be the region of a trigger, bool (height, width), the smallest first.
-
-    apart: as `difference` gives it.  carrying: as `carried`, in the mean over the images.
-    """
-    differ, at_one_place = apart.any(), carrying.max() >= CARRIED
-    found = apart if differ else np.ones_like(apart)
-    if at_one_place:
-        found = found * carrying / carrying.max()
-    for border in BORDERS if differ or at_one_place else ():
-        region = found > border * found.max()
-        if differ or region.mean() < WHOLE:  # where any place changes the answer, none carries it
-            yield region
-
-
-def paste_cut_out(images, cut_out, seen):
-    """The images with a cut-out in the region; of a whole picture, what it has beyond the usual."""
-    if seen.whole:
-        return np.clip(images + (cut_out - seen.usual), 0, 255)
-    return np.where(seen.region[..., None], cut_out, images)

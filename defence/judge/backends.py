@@ -1,8 +1,13 @@
 """From files to a Detector: B's and G's, run by Keras, or an .onnx file, run by ONNX Runtime."""
 
+from __future__ import annotations
+
 import dataclasses
 import json
+from collections.abc import Sequence
+from os import PathLike
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -11,8 +16,15 @@ from defence.base.errors import InputError
 from defence.base.files import hash_file, require_file
 from defence.base.limits import DEFAULT_MAX_BYTES
 from defence.base.progress import say, warn
-from defence.judge import detector, onnx_file, record
-from defence.load.models import MODEL_SUFFIXES, MODELS, default_repaired_path, read_model
+from defence.judge import detector, onnx_file
+from defence.judge.record import RepairRecord, no_threshold_error, read_record, refuse_repaired
+from defence.load.models import (
+    MODEL_SUFFIXES,
+    MODELS,
+    ModelFile,
+    default_repaired_path,
+    read_model,
+)
 from defence.net.inference import compile_model
 
 BACKENDS = ("keras", "onnx")
@@ -20,126 +32,144 @@ BACKENDS = ("keras", "onnx")
 
 @dataclasses.dataclass
 class Usage:
-    """How B and G are to be used.
+    """How B and G are used.
 
     scale: a key of pixels.SCALES.  layer: the pruned layer's name, or None where that is not known.
-    threshold: as for detector.is_flagged.  record: G's RepairRecord, or None.
+    threshold: as for detector.is_flagged.  record: G's, or None.
     """
 
     scale: str
-    layer: str
-    threshold: float
-    record: record.RepairRecord
+    layer: str | None
+    threshold: float | None
+    record: RepairRecord | None
 
 
-def find_models(model, repaired=None):
-    """The paths of B and G, for a name in models/ or a path, or of a detector's .onnx file alone.
+# ------------------------------------------------------------------------------ finding the files
 
-    G is NAME_defence.h5, in models/, where repair.py puts it, or beside B.
-    Raises InputError where one is missing, or there are two different G's.
+
+def find_models(model: str | PathLike, repaired: str | PathLike | None = None) -> list[Path]:
+    """Return the paths of B and G, or the path of a detector's .onnx file alone.
+
+    model: a name in models/ or a path.  repaired: G's path. By default G is NAME_defence.h5, in
+    models/, where repair.py puts it, or beside B.
+    Raise InputError where a file is missing, or there are two different G's.
     """
     path = Path(model)
     if path.suffix == ".onnx":
         if repaired:
-            raise InputError(f"--repaired: {path} contains both nets")
+            raise InputError(f"--repaired: {path} contains both nets; leave --repaired out")
         return [require_file(path)]
     path = find_badnet(model)
     return [path, require_file(repaired or find_repaired(path))]
 
 
-def find_repaired(badnet):
-    """The Path of the repaired net of a BadNet's file. Raises what find_models does."""
-    made = default_repaired_path(badnet)
-    found = [path for path in (made, badnet.with_name(made.name)) if path.exists()]
-    if not found:
+def find_repaired(badnet: Path) -> Path:
+    """Return the path of the repaired net of a BadNet's file. Raise as find_models does."""
+    default = default_repaired_path(badnet)
+    paths = [path for path in (default, badnet.with_name(default.name)) if path.exists()]
+    if not paths:
         model_file = read_model(badnet)
-        _ = model_file.declared  # it is a model
-        record.refuse_repaired(model_file)
+        _ = model_file.declared  # raises where it is not a model
+        refuse_repaired(model_file)
         raise InputError(
-            f"{made}: no repaired net; make it with: python repair.py {badnet} CLEAN_DATA.h5"
+            f"{default}: no repaired net; make it with: python repair.py {badnet} CLEAN_DATA.h5"
         )
-    if len({hash_file(require_file(path)) for path in found}) > 1:  # who made the other?
-        raise InputError(f"{found[1]}: is another repaired net than {found[0]}; give --repaired")
-    return found[0]
+    if len({hash_file(require_file(path)) for path in paths}) > 1:  # which one is meant?
+        raise InputError(f"{paths[1]}: differs from {paths[0]}; choose one with --repaired")
+    return paths[0]
 
 
-def find_badnet(model):
-    """The Path of a BadNet, from a path or a name in models/, with its suffix or without.
+def find_badnet(model: str | PathLike) -> Path:
+    """Return the path of a BadNet, from a path or a name in models/, with its suffix or without.
 
-    Raises InputError where there is none; for a name, it lists those that are there.
+    Raise InputError where there is none; for a name, list the BadNets in models/.
     """
     path = Path(model)
-    suffixes = [""] if path.suffix in MODEL_SUFFIXES else MODEL_SUFFIXES
-    bare = path.name == str(model) and suffixes != [""]
-    for folder in (MODELS, Path()) if bare else (Path(), MODELS):
+    suffixes = ("",) if path.suffix in MODEL_SUFFIXES else MODEL_SUFFIXES
+    is_name = path.name == str(model) and suffixes != ("",)
+    for folder in (MODELS, Path()) if is_name else (Path(), MODELS):
         for suffix in suffixes:
-            if (named := folder / f"{path}{suffix}").exists():
-                return require_file(named)
+            if (candidate := folder / f"{path}{suffix}").exists():
+                return require_file(candidate)
     if path.exists():
-        raise InputError(f"{model}: is no BadNet; MODEL comes last, after the pictures")
+        raise InputError(f"{model}: is not a BadNet; MODEL comes last, after the images")
     if path.name != str(model):
         raise InputError(f"{model}: no such file")
-    there = sorted(
+    names = sorted(
         {
             path.stem
             for path in MODELS.glob("*")
             if path.suffix in MODEL_SUFFIXES and not path.stem.endswith("_defence")
         }
     )
-    known = f"the BadNets there are {', '.join(there)}" if there else "there are no BadNets there"
-    raise InputError(f"{MODELS / path.name}{suffixes[0]}: no such file; {known}")
+    contents = f"has the BadNets {', '.join(names)}" if names else "has no BadNets"
+    raise InputError(f"{MODELS / path.name}{suffixes[0]}: no such file; {MODELS}/ {contents}")
 
 
-def read_usage(badnet, repaired, fpr=None, scale=None, force=False):
-    """The Usage of B and G, ModelFiles, from G's repair record.
+# ---------------------------------------------------------------------------- using B and G
+
+
+def read_usage(
+    badnet: ModelFile,
+    repaired: ModelFile,
+    fpr: float | None = None,
+    scale: str | None = None,
+    force: bool = False,
+) -> Usage:
+    """Read from G's repair record how B and G are used.
 
     fpr: above 0, at most 1, the false-positive rate that the threshold stands for; None for none.
     scale: a key of pixels.SCALES, for a G without a record.  force: take a G of another B.
-    Raises InputError where B is no BadNet but a repaired net, or G itself; where the record is of
-    another B or scale, or has no threshold for `fpr`.
+    Raise InputError where B is a repaired net, or G itself; where the record names another B or
+    scale, or has no threshold for `fpr`.
     """
     if not force:
-        record.refuse_repaired(badnet)
+        refuse_repaired(badnet)
         if badnet.sha256 == repaired.sha256:
             raise same_nets_error(badnet, repaired)
-    found = record.read_record(repaired)
-    if found is None:
+    record = read_record(repaired)
+    if record is None:
         if fpr is not None:
-            raise record.no_threshold_error(repaired.path)
+            raise no_threshold_error(repaired.path)
         scale = scale or pixels.DEFAULT
         say(f"{repaired.path}: no repair record; assuming pixels {scale} (see --scale)")
         return Usage(scale, None, None, None)
-    if found.badnet["sha256"] != badnet.sha256:
+    if record.badnet["sha256"] != badnet.sha256:
         problem = (
-            f"{repaired.path}: was made from another BadNet ({found.badnet['file']}), not from "
+            f"{repaired.path}: was made from another BadNet ({record.badnet['file']}), not from "
             f"{badnet.path}"
         )
         if not force:
             raise InputError(f"{problem}; repair this one with repair.py, or use --force")
         warn(f"{problem}; judging with it because of --force")
-    if scale not in (None, found.input_scale):
-        raise InputError(f"--scale: {repaired.path} was made for pixels {found.input_scale}")
-    threshold = None if fpr is None else found.threshold(fpr, repaired.path)
-    return Usage(found.input_scale, found.layer, threshold, found)
+    if scale not in (None, record.input_scale):
+        raise InputError(f"--scale: {repaired.path} was made for pixels {record.input_scale}")
+    threshold = None if fpr is None else record.threshold(fpr, repaired.path)
+    return Usage(record.input_scale, record.layer, threshold, record)
 
 
-def same_nets_error(badnet, repaired):
-    """The InputError for a G, a ModelFile, that is B: they would agree on every image."""
+def same_nets_error(badnet: ModelFile, repaired: ModelFile) -> InputError:
+    """Return the InputError for a G that is B: they would agree on every image."""
     return InputError(
         f"{repaired.path}: is the same net as {badnet.path}, so no image would be flagged; give "
-        "what repair.py made of it, or use --force"
+        "the net that repair.py made from it, or use --force"
     )
 
 
 def load_detector(
-    paths, max_bytes=DEFAULT_MAX_BYTES, backend=None, fpr=None, scale=None, force=False
-):
-    """The Detector of B and G, or of an .onnx file alone.
+    paths: Sequence[Path],
+    max_bytes: int = DEFAULT_MAX_BYTES,
+    backend: str | None = None,
+    fpr: float | None = None,
+    scale: str | None = None,
+    force: bool = False,
+) -> detector.Detector:
+    """Load the Detector of B and G, or of an .onnx file alone.
 
-    paths: as find_models returns them.  max_bytes: as for utils.read_model.
-    backend: of BACKENDS; if None, ONNX where there is a file and what runs it.
-    fpr, scale, force: as for usage_from_record.
-    Raises InputError as usage_from_record, load_nets and onnx_file.read do.
+    paths: as find_models returns them.  max_bytes: as for read_model.
+    backend: of BACKENDS; by default ONNX where a detector's file and its packages are there.
+    fpr, scale, force: as for read_usage.
+    Raise InputError as read_usage, load_nets and onnx_file.read_detector do.
     """
     if len(paths) == 1:
         (path,) = paths
@@ -148,62 +178,81 @@ def load_detector(
         file = onnx_file.read_detector(path, max_bytes)
         return file.detector(file.threshold if fpr is None else file.find_threshold(fpr))
     badnet, repaired = (read_model(path, max_bytes) for path in paths)
-    file = None if backend == "keras" else find_detector_file(badnet, repaired, backend)
-    if file and file.made_from(badnet) and not (scale or force):
+    nets_file = None if backend == "keras" else find_detector_file(badnet, repaired, backend)
+    if nets_file and nets_file.record and nets_file.made_from(badnet) and not (scale or force):
         # It has G's record, too: then B and G are hashed, and libhdf5 is not even imported.
-        return file.detector(fpr and file.record.threshold(fpr, repaired.path))
+        threshold = None if fpr is None else nets_file.record.threshold(fpr, repaired.path)
+        return nets_file.detector(threshold)
     usage = read_usage(badnet, repaired, fpr, scale, force)
-    if file and file.made_of[2] == usage.scale:
-        return file.detector(usage.threshold)
+    if nets_file and nets_file.made_of[2] == usage.scale:
+        return nets_file.detector(usage.threshold)
     if backend == "onnx":
         path = onnx_file.default_detector_path(repaired.path)
         raise InputError(
-            f"{path}: was not made of these nets; make it again with: eval_defence.py --export"
+            f"{path}: was made from other nets; make it again with: eval_defence.py --export"
         )
+    return load_keras_detector(badnet, repaired, usage, force)
+
+
+def load_keras_detector(
+    badnet: ModelFile, repaired: ModelFile, usage: Usage, force: bool
+) -> detector.Detector:
+    """Load the Detector of B and G, run by Keras. Raise InputError as load_nets does."""
     model, classes = load_nets(badnet, repaired, usage, force)
 
-    def run(images):
+    def run(images: np.ndarray) -> Any:
         # Compiling takes longer than running one image layer by layer.
         return model(images, training=False) if len(images) == 1 else compile_model(model)(images)
 
     shape, hashes = model.input_shape[1:], {"badnet": badnet.sha256, "repaired": repaired.sha256}
-    held_out = usage.record.held_out(repaired.path) if usage.threshold is not None else None
-    data = usage.record and usage.record.data
+    held_out = data = None
+    if usage.record:
+        data = usage.record.data
+        held_out = None if usage.threshold is None else usage.record.held_out(repaired.path)
     return detector.Detector(
         run, classes, shape, usage.threshold, badnet.path, hashes, held_out, data
     )
 
 
-def load_nets(badnet, repaired, usage, force=False):
-    """Load B and G, ModelFiles, as one Keras model. Returns (what detector.build gives, N).
+def load_nets(
+    badnet: ModelFile, repaired: ModelFile, usage: Usage, force: bool = False
+) -> tuple[Any, int]:
+    """Load B and G as one Keras model. Return (the model from detector.build_detector, N).
 
-    force: even if their weights are the same.
-    Raises InputError where G does not belong to B, or is B.
+    force: load them even if their weights are the same.
+    Raise InputError where G does not belong to B, or is B.
     """
     for file in (badnet, repaired):  # before the seconds that the import takes
         _ = file.declared
-    of_b, of_g = badnet.load(), repaired.load()
-    for what, ours, theirs in (
-        ("images", of_b.input_shape[1:], of_g.input_shape[1:]),
-        ("classes", of_b.output_shape[1:], of_g.output_shape[1:]),
+    b, g = badnet.load(), repaired.load()
+    for fact, b_shape, g_shape in (
+        ("takes images of {}", b.input_shape[1:], g.input_shape[1:]),
+        ("has {} classes", b.output_shape[1:], g.output_shape[1:]),
     ):
-        if ours != theirs:
+        if b_shape != g_shape:
+            b_size, g_size = ("×".join(map(str, shape)) for shape in (b_shape, g_shape))
             raise InputError(
-                f"{repaired.path}: does not belong to {badnet.path}: it has {what} "
-                f"{'×'.join(map(str, theirs))}, not {'×'.join(map(str, ours))}"
+                f"{repaired.path}: does not belong to {badnet.path}: it {fact.format(g_size)}, "
+                f"not {b_size}"
             )
-    ours, theirs = of_b.get_weights(), of_g.get_weights()
-    if not force and len(ours) == len(theirs) and all(map(np.array_equal, ours, theirs)):
+    b_weights, g_weights = b.get_weights(), g.get_weights()
+    same_count = len(b_weights) == len(g_weights)
+    if not force and same_count and all(map(np.array_equal, b_weights, g_weights)):
         raise same_nets_error(badnet, repaired)
-    return detector.build_detector(of_b, of_g, usage.scale, usage.layer), of_b.output_shape[1]
+    return detector.build_detector(b, g, usage.scale, usage.layer), b.output_shape[1]
 
 
-def find_detector_file(badnet, repaired, backend=None):
-    """The onnx_file.DetectorFile of B and G, ModelFiles, or None where there is none.
+# ------------------------------------------------------------------------- the detector's file
 
-    backend: as for `load`.
-    A file of other nets is left alone: it may be what others judge with.
-    Raises InputError where `backend` is "onnx" and there is no such file.
+
+def find_detector_file(
+    badnet: ModelFile, repaired: ModelFile, backend: str | None = None
+) -> onnx_file.DetectorFile | None:
+    """Return the open detector's file of B and G, or None where there is none.
+
+    backend: as for load_detector.
+    A file of other nets is left alone: others may judge with it.
+    Raise InputError where `backend` is "onnx" and there is no such file.
     """
     path = onnx_file.default_detector_path(repaired.path)
     try:
@@ -218,15 +267,22 @@ def find_detector_file(badnet, repaired, backend=None):
     return file if file.made_of[:2] == (badnet.sha256, repaired.sha256) else None
 
 
-def export_detector(badnet, repaired, path, **how):
-    """Write the detector of B and G, ModelFiles, as an ONNX file. Returns the Detector that it is.
+def export_detector(
+    badnet: ModelFile,
+    repaired: ModelFile,
+    path: Path,
+    fpr: float | None = None,
+    scale: str | None = None,
+    force: bool = False,
+) -> detector.Detector:
+    """Write the detector of B and G as an ONNX file. Return the Detector that the file is.
 
-    how: arguments of usage_from_record.
-    Raises InputError as usage_from_record, load_nets and onnx_file.write do.
+    fpr, scale, force: as for read_usage.
+    Raise InputError as read_usage, load_nets and onnx_file.write_detector do.
     """
     onnx_file.require_packages(*onnx_file.EXPORT_PACKAGES)
-    usage = read_usage(badnet, repaired, **how)
-    model, classes = load_nets(badnet, repaired, usage, how.get("force", False))
+    usage = read_usage(badnet, repaired, fpr, scale, force)
+    model, classes = load_nets(badnet, repaired, usage, force)
     metadata = {
         "badnet_sha256": badnet.sha256,
         "repaired_sha256": repaired.sha256,

@@ -1,11 +1,16 @@
 """The detector: B and G as one function, the anomaly score, the verdict.
 
-What flags an image, and what is printed of it, is defined here and nowhere else. Keras runs the
-function that `build` makes of the two nets; onnx_file.py writes it as one file for ONNX Runtime.
+Only this module says what flags an image and what is printed about it. Keras runs the function
+that `build_detector` makes of the two nets; onnx_file.py writes it as a file for ONNX Runtime.
 """
+
+from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -15,6 +20,7 @@ from defence.base.startup import import_keras
 from defence.load.class_names import name_class
 from defence.net import graph
 from defence.net.split import (
+    Split,
     UnfitNet,
     compute_masked_features,
     find_pruned_channels,
@@ -22,9 +28,9 @@ from defence.net.split import (
     split_net,
 )
 
-SCORE = "Jeffreys divergence of B's and G's answers"  # a repair record names it
-LEAST = 1e-12  # what a smaller probability counts as, in the score
-MOST = float(np.float32(-2 * math.log(LEAST)))  # of the score
+SCORE = "Jeffreys divergence of B's and G's answers"  # as a repair record names it
+MIN_PROBABILITY = 1e-12  # the score counts a smaller probability as this
+MAX_SCORE = float(np.float32(-2 * math.log(MIN_PROBABILITY)))
 
 
 # ------------------------------------------------------------------------------------- verdicts
@@ -32,53 +38,62 @@ MOST = float(np.float32(-2 * math.log(LEAST)))  # of the score
 
 @dataclasses.dataclass
 class Answers:
-    """What B and G answer to some images.
+    """The answers of B and G to some images.
 
     badnet, repaired: int (n,), the classes, 0..N-1; -1 where a net gave NaN.
-    score: float32 (n,), the anomaly score, from 0 to MOST.
+    score: float32 (n,), the anomaly score, from 0 to MAX_SCORE.
     flagged: bool (n,), whether it counts as poisoned; by default where the nets disagree.
     """
 
     badnet: np.ndarray
     repaired: np.ndarray
     score: np.ndarray
-    flagged: np.ndarray = None
+    flagged: np.ndarray = None  # type: ignore[assignment]  # __post_init__ fills it
 
     def __post_init__(self) -> None:
         if self.flagged is None:
             self.flagged = is_flagged(self.badnet, self.repaired, self.score)
 
     @classmethod
-    def concatenate(cls, parts):
-        """Join the answers to batch after batch: [Answers, …], which may be empty."""
-        none = cls(*np.empty((2, 0), np.int64), np.empty(0, np.float32), np.empty(0, bool))
-        fields = zip(*(vars(part).values() for part in [none, *parts]))
-        return cls(*map(np.concatenate, fields))
+    def concatenate(cls, parts: Iterable[Answers]) -> Answers:
+        """Join the answers to batch after batch; there may be none."""
+        classes = np.empty(0, np.int64)
+        empty = cls(classes, classes, np.empty(0, np.float32), np.empty(0, bool))
+        columns = zip(*(vars(part).values() for part in [empty, *parts]))
+        return cls(*map(np.concatenate, columns))
 
     @classmethod
-    def from_columns(cls, verdicts, badnet, repaired, score, classes):
-        """Turn what was printed back into answers: `describe_answers`, reversed.
+    def from_columns(
+        cls,
+        verdicts: np.ndarray,
+        badnet: np.ndarray,
+        repaired: np.ndarray,
+        score: np.ndarray,
+        classes: int,
+    ) -> Answers:
+        """Turn printed columns back into answers: the reverse of `describe_answers`.
 
         verdicts: int (n,), 1..N+1.  badnet, repaired: int (n,), 1..N, 0 where a net gave NaN.
+        score: float32 (n,).  classes: N.
         """
         return cls(badnet - 1, repaired - 1, score, verdicts == classes + 1)
 
 
-def is_flagged(badnet, repaired, score, threshold=None):
-    """Whether images count as poisoned: bool (n,), NumPy or TensorFlow as what is given.
+def is_flagged(badnet: Any, repaired: Any, score: Any, threshold: float | None = None) -> Any:
+    """Return whether images count as poisoned: bool (n,), NumPy or TensorFlow like the arguments.
 
     badnet, repaired, score: as in Answers.  threshold: flag a score above it; if None, flag an
-    image on which the nets disagree. One for which a net gave NaN is always flagged.
+    image on which the nets disagree. An image for which a net gave NaN is always flagged.
     """
     suspect = badnet != repaired if threshold is None else score > threshold
     return suspect | ~((badnet > -1) & (repaired > -1))
 
 
-def compute_verdict(badnet, flagged, classes, where=np.where):
-    """What is printed: N + 1, "poisoned", for what is flagged, else B's class, 1..N.
+def compute_verdict(badnet: Any, flagged: Any, classes: int, where: Callable = np.where) -> Any:
+    """Return the verdicts: N + 1, "poisoned", for flagged images, else B's class, 1..N.
 
     badnet, flagged: as in Answers.  classes: N.  where: np.where, or tf.where for tensors.
-    Without a threshold an image is flagged where the nets disagree, so the class is that of both.
+    Without a threshold, an image that is not flagged has the same class from both nets.
     Source: report, section 2, last paragraph.
     """
     return where(~flagged, badnet, classes) + 1
@@ -93,67 +108,75 @@ class Detector:
     path: of its file, or of B's, for messages.  sha256: {"badnet", "repaired"}, of their files.
     held_out: where there is a threshold, the anomaly scores of the clean images that G's repair
     kept out; None where it kept none.
-    repaired_with: {"file", "sha256", "images"} of the dataset that G was repaired with, or None.
+    repaired_with: {"file", "sha256", "images"} of the dataset that G was repaired with.
     """
 
-    run: object
+    run: Callable[[np.ndarray], Iterable[Any]]
     classes: int
-    shape: tuple
-    threshold: float
-    path: object
-    sha256: dict
-    held_out: list = None
-    repaired_with: dict = None
+    shape: tuple[int, ...]
+    threshold: float | None
+    path: Path
+    sha256: dict[str, str]
+    held_out: list[float] | None = None
+    repaired_with: dict[str, Any] | None = None
 
-    def judge(self, images):
-        """Judge images, float32 (n, height, width, channels), 0..255. Returns Answers."""
-        answers = list(map(np.asarray, self.run(images)))
-        return Answers(*answers, is_flagged(*answers, self.threshold))
+    def judge(self, images: np.ndarray) -> Answers:
+        """Judge images, float32 (n, height, width, channels), 0..255."""
+        badnet, repaired, score = map(np.asarray, self.run(images))
+        flagged = is_flagged(badnet, repaired, score, self.threshold)
+        return Answers(badnet, repaired, score, flagged)
 
-    def require_images(self):
-        """Raise InputError unless it takes what a picture can be made: grey or RGB."""
+    def require_images(self) -> None:
+        """Raise InputError unless an image file can be its input: grey or RGB."""
         if self.shape[2] not in (1, 3):
-            raise InputError(f"{self.path}: takes images of {self.shape[2]} channels, not pictures")
+            raise InputError(
+                f"{self.path}: takes images of {self.shape[2]} channels, and image files have 1 "
+                "or 3; give a dataset"
+            )
 
-    def describe(self):
-        """What judged, as a dict that JSON can hold."""
+    def describe(self) -> dict[str, Any]:
+        """Return which nets judge, and by which rule, as a dict that JSON can hold."""
         return {"sha256": self.sha256, "threshold": self.threshold, "rule": self.rule}
 
     @property
-    def rule(self):
-        """What flags an image, in words."""
+    def rule(self) -> str:
+        """The rule that flags an image, in words."""
         if self.threshold is None:
             return "flagging images on which B and G disagree"
         above = f"flagging images whose anomaly score is above {self.threshold:.4g}"
         if self.held_out is None:
             return above
-        exceed = sum(score > self.threshold for score in self.held_out)
-        return f"{above}, which {exceed} of {len(self.held_out)} held-out clean images exceed"
+        count = sum(score > self.threshold for score in self.held_out)
+        return f"{above}, which {count} of {len(self.held_out)} held-out clean images exceed"
 
 
-def describe_answers(answers, classes, class_names=None):
-    """Yield what is written about each image, a dict, its class as printed; they count from 1.
+def describe_answers(
+    answers: Answers, classes: int, class_names: Sequence[str] | None = None
+) -> Iterator[dict[str, Any]]:
+    """Yield what is written about each image, a dict; its classes count from 1.
 
-    called: the classes' names, or None, which leaves out what the class is called.
+    class_names: if None, "class_name" is left out.
     """
-    for b, g, score, said in zip(
-        answers.badnet.tolist(),
-        answers.repaired.tolist(),
-        answers.score.tolist(),
-        compute_verdict(answers.badnet, answers.flagged, classes).tolist(),
-    ):
-        b, g = (each + 1 if each >= 0 else None for each in (b, g))
-        row = {"class": said, "badnet_class": b, "repaired_class": g, "score": score}
-        yield row | ({"class_name": name_class(said, class_names)} if class_names else {})
+    verdicts = compute_verdict(answers.badnet, answers.flagged, classes)
+    columns = answers.badnet, answers.repaired, answers.score, verdicts
+    for badnet, repaired, score, verdict in zip(*(column.tolist() for column in columns)):
+        row = {
+            "class": verdict,
+            "badnet_class": badnet + 1 if badnet >= 0 else None,
+            "repaired_class": repaired + 1 if repaired >= 0 else None,
+            "score": score,
+        }
+        yield row | ({"class_name": name_class(verdict, class_names)} if class_names else {})
 
 
 # ------------------------------------------------------------------------------------ the score
 
 
-def compute_probabilities(scores, model):
-    """A classifier's scores, float (n, N), as probabilities: a float32 tensor, rows that sum to 1.
+def compute_probabilities(scores: Any, model: Any) -> Any:
+    """Turn a classifier's scores, float (n, N), into probabilities: a float32 tensor.
 
-    They are the softmax where the scores are logits. A row that is not finite becomes NaN.
+    Its rows sum to 1. They are the softmax where the scores are logits. A row that is not finite
+    becomes NaN.
     """
     import tensorflow as tf
 
@@ -166,40 +189,43 @@ def compute_probabilities(scores, model):
     return scores / tf.maximum(tf.reduce_sum(scores, axis=1, keepdims=True), 1e-30)
 
 
-def score_anomaly(of_badnet, of_repaired):
-    """How far apart the answers of B and G are.
+def score_anomaly(badnet: Any, repaired: Any) -> Any:
+    """Return how far apart the answers of B and G are: a float32 tensor (n,).
 
-    of_badnet, of_repaired: float32 (n, N), as `probabilities` gives them.
-    Returns a float32 tensor (n,), from 0 for the same answers to MOST: their Jeffreys divergence,
-    in nats, probabilities below LEAST counting as that much. MOST where a net gave NaN.
-    Source: H. Jeffreys, Proc. R. Soc. A 186, 1946; tests/tools/tried.py compares others.
+    badnet, repaired: float32 (n, N), as `compute_probabilities` returns them.
+    The score is their Jeffreys divergence, in nats, from 0 for the same answers to MAX_SCORE.
+    Probabilities below MIN_PROBABILITY count as that much. Where a net gave NaN it is MAX_SCORE.
+    Source: H. Jeffreys, Proc. R. Soc. A 186, 1946; tests/tools/tried.py compares other scores.
     """
     import tensorflow as tf
 
-    of_b, of_g = (tf.maximum(each, LEAST) for each in (of_badnet, of_repaired))
-    apart = tf.reduce_sum((of_b - of_g) * tf.math.log(of_b / of_g), axis=1)
-    return tf.where(tf.math.is_nan(apart), MOST, tf.minimum(apart, MOST))
+    b, g = (tf.maximum(probabilities, MIN_PROBABILITY) for probabilities in (badnet, repaired))
+    divergence = tf.reduce_sum((b - g) * tf.math.log(b / g), axis=1)
+    return tf.where(tf.math.is_nan(divergence), MAX_SCORE, tf.minimum(divergence, MAX_SCORE))
 
 
 # ------------------------------------------------------------------------------ B and G as one
 
 
-def build_detector(badnet, repaired, scale, layer_name=None):
-    """B and G as one Keras model: images (n, height, width, channels), 0..255 → answers.
+def build_detector(badnet: Any, repaired: Any, scale: str, layer_name: str | None = None) -> Any:
+    """Join B and G to one Keras model: images (n, height, width, channels), 0..255 → answers.
 
-    These are badnet, repaired and score, as in Answers, the classes int32.
-    scale: a key of pixels.SCALES.  layer_name: as for `both`.
+    The answers are badnet, repaired and score, as in Answers, the classes int32.
+    scale: a key of pixels.SCALES.  layer_name: as for `build_joint_model`.
     """
     keras = import_keras()
     import tensorflow as tf
 
-    def answer(scores):
-        each_net = [compute_probabilities(*pair) for pair in zip(scores, (badnet, repaired))]
+    def answer(scores: Any) -> list:
+        nets = badnet, repaired
+        probabilities = [compute_probabilities(*pair) for pair in zip(scores, nets)]
         classes = [
-            tf.where(tf.math.is_nan(found[:, 0]), -1, tf.argmax(each, 1, tf.int32))
-            for each, found in zip(scores, each_net)
+            tf.where(
+                tf.math.is_nan(net_probabilities[:, 0]), -1, tf.argmax(net_scores, 1, tf.int32)
+            )
+            for net_scores, net_probabilities in zip(scores, probabilities)
         ]
-        return [*classes, score_anomaly(*each_net)]
+        return [*classes, score_anomaly(*probabilities)]
 
     images = keras.Input(badnet.input_shape[1:], name="images")
     scaled = keras.layers.Lambda(lambda x: pixels.scale_pixels(x, scale), name="scaled")(images)
@@ -207,55 +233,55 @@ def build_detector(badnet, repaired, scale, layer_name=None):
     return keras.Model(images, keras.layers.Lambda(answer, name="answers")(scores))
 
 
-def build_joint_model(badnet, repaired, layer_name=None):
-    """B and G as one model: scaled images (n, height, width, channels) → both nets' scores, (n, N).
+def build_joint_model(badnet: Any, repaired: Any, layer_name: str | None = None) -> Any:
+    """Join B and G to one model: scaled images (n, height, width, channels) → scores, (n, N) each.
 
     Where G's trunk is B's with channels pruned, the trunk runs once for both.
     layer_name: the layer G was pruned at, None where that is not known.
     """
     keras = import_keras()
     try:
-        of_b, of_g = (split_net(each, layer_name) for each in (badnet, repaired))
-        pruned = compare_trunks(of_b, of_g)
-    except UnfitNet:  # another tool may repair what this one cannot
+        b, g = (split_net(net, layer_name) for net in (badnet, repaired))
+        pruned = compare_trunks(b, g)
+    except UnfitNet:  # another tool may have repaired a net that this one cannot
         pruned = None
     if pruned is None:
         repaired = keras.Model(repaired.input, repaired.output, name="repaired-net")
         return keras.Model(badnet.input, [badnet.output, repaired(badnet.input)])
-    features = of_b.trunk.output[0]
-    keep = np.ones(features.shape[-1], np.float32)
-    keep[pruned] = 0
-    when_masked = compute_masked_features(of_g) * (1 - keep)
-    mask = keras.layers.Lambda(lambda x: x * keep + when_masked, name="masked-features")
-    return keras.Model(of_b.net.input, [of_b.net.output, of_g.head(mask(features))])
+    features = b.trunk.output[0]
+    unpruned = np.ones(features.shape[-1], np.float32)
+    unpruned[pruned] = 0
+    masked = compute_masked_features(g) * (1 - unpruned)
+    mask = keras.layers.Lambda(lambda x: x * unpruned + masked, name="masked-features")
+    return keras.Model(b.net.input, [b.net.output, g.head(mask(features))])
 
 
-def compare_trunks(of_b, of_g):
-    """The channels that are pruned in G, where G's trunk is otherwise B's; else None.
+def compare_trunks(badnet: Split, repaired: Split) -> np.ndarray | None:
+    """Return the channels that are pruned in G, int64 (k,).
 
-    of_b, of_g: the Splits of B and G.  Returns int64 (k,).
+    Return None where G's trunk differs from B's otherwise.
     """
     if (
-        _describe_structure(of_b.net) != _describe_structure(of_g.net)
-        or of_b.layer.name != of_g.layer.name
+        _describe_structure(badnet.net) != _describe_structure(repaired.net)
+        or badnet.layer.name != repaired.layer.name
     ):
         return None
-    pruned = find_pruned_channels(of_g.layer)
-    axes = {id(variable): axis for variable, axis in list_channel_weights(of_b.layer)}
-    for layer, other in zip(of_b.trunk.layers, of_g.trunk.layers, strict=True):
-        for ours, theirs in zip(layer.weights, other.weights, strict=True):
-            values = np.array(ours)
-            if id(ours) in axes:
-                np.moveaxis(values, axes[id(ours)], -1)[..., pruned] = 0
-            if not np.array_equal(values, theirs):
+    pruned = find_pruned_channels(repaired.layer)
+    axes = {id(variable): axis for variable, axis in list_channel_weights(badnet.layer)}
+    for b_layer, g_layer in zip(badnet.trunk.layers, repaired.trunk.layers, strict=True):
+        for b_weights, g_weights in zip(b_layer.weights, g_layer.weights, strict=True):
+            values = np.array(b_weights)
+            if id(b_weights) in axes:
+                np.moveaxis(values, axes[id(b_weights)], -1)[..., pruned] = 0
+            if not np.array_equal(values, g_weights):
                 return None
     return pruned
 
 
-def _describe_structure(model):
-    """The config of a model's layers and how they are connected, less what training may change."""
+def _describe_structure(model: Any) -> Any:
+    """Return a model's layers and connections as a config, less what training may change."""
 
-    def strip(value):
+    def strip(value: Any) -> Any:
         if isinstance(value, dict):
             return {
                 key: strip(part)

@@ -3,43 +3,54 @@
 The words are the field's; docs/figures.md gives every formula. Classes count from 0.
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
 import numpy as np
+
+if TYPE_CHECKING:
+    from defence.judge.detector import Answers
 
 CONFIDENCE = 0.95
 RESAMPLES = 1000  # of the bootstrap
 RATES = (0.01, 0.05)  # false-positive rates at which the detection rate is given
 
 
-def compute_clean_figures(answers, labels):
-    """The figures of clean images.
+def compute_clean_figures(answers: Answers, labels: np.ndarray) -> dict[str, dict]:
+    """Return the figures of clean images, {name: as `estimate_proportion` returns it}.
 
-    answers: detector.Answers.  labels: int (n,), 0..N-1.
-    Returns {name: as `proportion` gives it}.
+    labels: int (n,), 0..N-1.
     """
-    kept = ~answers.flagged
+    unflagged = ~answers.flagged
     return {
         "clean_accuracy_badnet": estimate_proportion(answers.badnet == labels),
         "clean_accuracy_repaired": estimate_proportion(answers.repaired == labels),
-        "clean_accuracy_together": estimate_proportion(kept & (answers.badnet == labels)),
+        "clean_accuracy_together": estimate_proportion(unflagged & (answers.badnet == labels)),
         "false_positive_rate": estimate_proportion(answers.flagged),
     }
 
 
-def compute_poisoned_figures(answers, targets, true_labels, clean_scores, clean):
-    """The figures of poisoned images.
+def compute_poisoned_figures(
+    answers: Answers,
+    targets: np.ndarray,
+    true_labels: np.ndarray | None,
+    clean_scores: np.ndarray,
+    clean: dict[str, dict],
+) -> dict[str, dict]:
+    """Return the figures of poisoned images, {name: {"value", "low", "high", …}}.
 
-    answers: detector.Answers.  targets: int (n,), the attacker's classes.
+    targets: int (n,), the attacker's classes.
     true_labels: int (n,), or None where unknown: then there is no robust accuracy.
     clean_scores: float (m,), the anomaly scores of the clean images.
-    clean: what clean_figures returned for these.
-    Returns {name: {"value", "low", "high", …}}.
+    clean: the figures of the clean images, from `compute_clean_figures`.
     """
-    works = answers.badnet == targets
+    successes = answers.badnet == targets
     figures = {
-        "attack_success_rate_badnet": estimate_proportion(works),
+        "attack_success_rate_badnet": estimate_proportion(successes),
         "attack_success_rate_repaired": estimate_proportion(answers.repaired == targets),
         "detection_rate": estimate_proportion(answers.flagged),
-        "detection_rate_of_successes": estimate_proportion(answers.flagged[works]),
+        "detection_rate_of_successes": estimate_proportion(answers.flagged[successes]),
     }
     for rate in RATES:
         figures[f"detection_rate_at_{rate}"] = estimate_detection_rate(
@@ -52,62 +63,63 @@ def compute_poisoned_figures(answers, targets, true_labels, clean_scores, clean)
     return figures
 
 
-def estimate_proportion(hits):
-    """The fraction of True in bool (n,), with its Wilson interval.
+def estimate_proportion(hits: np.ndarray) -> dict[str, Any]:
+    """Return the fraction of True in bool (n,), with its Wilson interval.
 
-    Returns {"value", "low", "high", "hits", "of"}; the first three, 0..1, are None where n is 0.
+    It is {"value", "low", "high", "hits", "of"}; the first three, 0..1, are None where n is 0.
     Source: E. B. Wilson, Probable Inference, JASA 1927.
     """
     from scipy import stats
 
-    of, hits = len(hits), int(np.sum(hits))
-    if not of:
+    n, count = len(hits), int(np.sum(hits))
+    if not n:
         return {"value": None, "low": None, "high": None, "hits": 0, "of": 0}
-    low, high = stats.binomtest(hits, of).proportion_ci(CONFIDENCE, method="wilson")
-    return {"value": hits / of, "low": float(low), "high": float(high), "hits": hits, "of": of}
+    low, high = stats.binomtest(count, n).proportion_ci(CONFIDENCE, method="wilson")
+    return {"value": count / n, "low": float(low), "high": float(high), "hits": count, "of": n}
 
 
-def find_threshold(scores, rate):
-    """The lowest of the scores that at most this fraction of them lies above.
+def find_threshold(scores: Any, rate: float) -> float:
+    """Return the lowest of the scores that at most this fraction of them exceeds.
 
-    scores: float (n,).  rate: 0..1.  Returns a float.
+    scores: float (n,).  rate: 0..1.
     """
     ascending = np.sort(scores)
     # The largest k with k / n ≤ rate, both rounded alike: rate × n may come out below a whole k.
     fractions = np.arange(len(ascending) + 1) / len(ascending)
-    above = np.searchsorted(fractions, rate, side="right") - 1
+    above = int(np.searchsorted(fractions, rate, side="right")) - 1
     return float(ascending[::-1][min(above, len(ascending) - 1)])
 
 
-def estimate_detection_rate(clean, poisoned, rate):
-    """The fraction of poisoned images that score above the `threshold` of the clean ones.
+def estimate_detection_rate(clean: np.ndarray, poisoned: np.ndarray, rate: float) -> dict[str, Any]:
+    """Return the fraction of poisoned images that score above a threshold set by the clean ones.
 
     clean, poisoned: float (m,), (n,), anomaly scores.  rate: 0..1, of clean images to flag.
-    Returns what `proportion` does. The interval is of both sets' chance: the clean scores are
-    resampled RESAMPLES times, and for each threshold that gives, the rate is drawn from what the
-    poisoned images say of it (Jeffreys' posterior, Beta(hits + ½, misses + ½)): resampling them,
-    too, would give no interval where all or none are caught.
+    The keys are those of `estimate_proportion`. The interval includes the chance in both sets. The
+    clean scores are resampled RESAMPLES times. For each threshold that this gives, a rate is drawn
+    from Jeffreys' posterior, Beta(hits + ½, misses + ½), of the poisoned images. Resampling these,
+    too, would give no interval where all or none are flagged.
     Source: L. D. Brown, T. T. Cai, A. DasGupta, Statistical Science 2001.
     """
-    found = estimate_proportion(poisoned > find_threshold(clean, rate))
-    if found["of"]:
+    figure = estimate_proportion(poisoned > find_threshold(clean, rate))
+    if figure["of"]:
         rng = np.random.default_rng(0)
         ascending, n = np.sort(poisoned), len(poisoned)
         limits = [find_threshold(rng.choice(clean, len(clean)), rate) for _ in range(RESAMPLES)]
         hits = n - np.searchsorted(ascending, limits, side="right")
-        drawn = rng.beta(hits + 0.5, n - hits + 0.5)
-        low, high = np.quantile(drawn, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
-        found["low"] = min(float(low), found["value"])
-        found["high"] = max(float(high), found["value"])
-    return found
+        rates = rng.beta(hits + 0.5, n - hits + 0.5)
+        low, high = np.quantile(rates, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+        figure["low"] = min(float(low), figure["value"])
+        figure["high"] = max(float(high), figure["value"])
+    return figure
 
 
-def estimate_auroc(clean, poisoned):
-    """The probability that a poisoned image scores higher than a clean one, ties counting half.
+def estimate_auroc(clean: np.ndarray, poisoned: np.ndarray) -> dict[str, Any]:
+    """Return the probability that a poisoned image scores higher than a clean one.
 
-    clean, poisoned: float (m,), (n,), anomaly scores.  Returns {"value", "low", "high"}, 0..1.
-    The interval holds where no pair, or every pair, is in the wrong order, too: its ends are the
-    areas from which the value is just so many standard errors away.
+    clean, poisoned: float (m,), (n,), anomaly scores; ties count half.
+    It is {"value", "low", "high"}, 0..1, or None each where a set is empty. The interval's ends are
+    the areas from which the value is exactly z standard errors away; so it also holds where no
+    pair, or every pair, is in the wrong order.
     Source: J. A. Hanley, B. J. McNeil, Radiology 1982: the Mann-Whitney statistic over m × n;
     R. G. Newcombe, Statistics in Medicine 2006, part 2, method 5: the interval.
     """
@@ -119,25 +131,27 @@ def estimate_auroc(clean, poisoned):
     u = stats.mannwhitneyu(poisoned, clean, method="asymptotic").statistic
     value, z, mean = float(u / (m * n)), stats.norm.ppf((1 + CONFIDENCE) / 2), (m + n) / 2 - 1
 
-    def excess(area):
+    def compute_excess(area: float) -> float:
         spread = 1 + mean * ((1 - area) / (2 - area) + area / (1 + area))
         return (value - area) ** 2 - z**2 * area * (1 - area) * spread / (m * n)
 
-    inside = min(max(value, 1e-9), 1 - 1e-9)  # 0 and 1 are roots of no meaning
-    low = optimize.brentq(excess, 0, inside) if value > 0 else 0.0
-    high = optimize.brentq(excess, inside, 1) if value < 1 else 1.0
+    inside = min(max(value, 1e-9), 1 - 1e-9)  # 0 and 1 are roots without meaning
+    low = optimize.brentq(compute_excess, 0, inside) if value > 0 else 0.0
+    high = optimize.brentq(compute_excess, inside, 1) if value < 1 else 1.0
     return {"value": value, "low": float(low), "high": float(high)}
 
 
-def rate_defense(figures):
-    """The defense effectiveness rating, 0..1: how far attack success fell, less what it cost.
+def rate_defense(figures: dict[str, dict]) -> dict[str, float]:
+    """Return the defense effectiveness rating, 0..1: the fall of attack success, less its cost.
 
+    figures: of clean and of poisoned images.
     Source: M. Zhu, S. Wei, L. Shen, Y. Fan, B. Wu, Enhancing Fine-Tuning Based Backdoor Defense
     with Sharpness-Aware Minimization, ICCV 2023.
     """
 
-    def fall(name):
-        values = [figures[f"{name}_{net}"]["value"] for net in ("badnet", "repaired")]
-        return max(0, values[0] - values[1])
+    def compute_fall(name: str) -> float:
+        before, after = (figures[f"{name}_{net}"]["value"] for net in ("badnet", "repaired"))
+        return max(0, before - after)
 
-    return {"value": (fall("attack_success_rate") - fall("clean_accuracy") + 1) / 2}
+    fall, cost = compute_fall("attack_success_rate"), compute_fall("clean_accuracy")
+    return {"value": (fall - cost + 1) / 2}

@@ -1,11 +1,16 @@
-"""A detector as one ONNX file, and back: pictures in, verdicts out, no TensorFlow needed."""
+"""A detector as one ONNX file, and back: images in, verdicts out, without TensorFlow."""
+
+from __future__ import annotations
 
 import dataclasses
 import importlib.util
 import logging
 import math
 import warnings
+from collections.abc import Callable
+from os import PathLike
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -15,17 +20,23 @@ from defence.base.files import replace_file, require_file
 from defence.base.limits import BATCH_VALUES, DEFAULT_MAX_BYTES, OUTPUT_VALUES, check_fits
 from defence.base.startup import count_processors, import_onnxruntime
 from defence.base.text import first_line
-from defence.judge import detector, record
+from defence.judge import detector
+from defence.judge.record import RepairRecord, no_threshold_error, parse_record
 from defence.load import guard_onnx
+
+if TYPE_CHECKING:
+    from defence.load.models import ModelFile
 
 RUN_PACKAGES, EXPORT_PACKAGES = ("onnx", "onnxruntime"), ("onnx", "onnxruntime", "tf2onnx")
 OPSET = 18  # the latest that tf2onnx 1.17 writes
-TRIALS, LEAST_TRIALS = 64, 4  # images of noise on which a new file must answer as the nets do
-MOST_CLASSES = 10**6
+TRIALS, MIN_TRIALS = 64, 4  # images of noise on which a new file must answer as the nets do
+MAX_CLASSES = 10**6
+
+Run = Callable[[np.ndarray], dict[str, np.ndarray]]
 
 
-class NotWhole(InputError):
-    """Pixels that are no whole numbers, which a detector's file does not take."""
+class FractionalPixels(InputError):
+    """Pixels that are not whole numbers, which a detector's file does not take."""
 
 
 @dataclasses.dataclass
@@ -33,52 +44,56 @@ class DetectorFile:
     """An open detector's file.
 
     run: float32 (n, height, width, channels), whole numbers 0..255 → {name: array (n,)}, the
-    outputs that `write` describes.
+    outputs that `write_detector` describes.
     shape: (height, width, channels).  classes: N.  threshold: as for detector.is_flagged.
-    made_of: (SHA-256 of B, of G, input scale).  record: G's RepairRecord, or None.
+    made_of: (SHA-256 of B, of G, input scale).  record: G's, or None.
     """
 
     path: Path
-    run: object
-    shape: tuple
+    run: Run
+    shape: tuple[int, ...]
     classes: int
-    threshold: float
-    made_of: tuple
-    record: record.RepairRecord
+    threshold: float | None
+    made_of: tuple[str, str, str]
+    record: RepairRecord | None
 
-    def detector(self, threshold):
-        """The Detector of the file, with a threshold that may differ from the file's."""
+    def detector(self, threshold: float | None) -> detector.Detector:
+        """Return the file's Detector, with a threshold that may differ from the file's."""
 
-        def run(images):
-            found = self.run(images)
-            return found["badnet_class"] - 1, found["repaired_class"] - 1, found["score"]
+        def run(images: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+            outputs = self.run(images)  # in which classes count from 1
+            return outputs["badnet_class"] - 1, outputs["repaired_class"] - 1, outputs["score"]
 
         sha256 = dict(zip(("badnet", "repaired"), self.made_of))
-        known = threshold is not None and self.record is not None
-        held_out = self.record.held_out(self.path) if known else None
-        data = self.record and self.record.data
-        facts = self.classes, self.shape, threshold, self.path, sha256, held_out, data
-        return detector.Detector(run, *facts)
+        held_out = data = None
+        if self.record:
+            data = self.record.data
+            held_out = None if threshold is None else self.record.held_out(self.path)
+        return detector.Detector(
+            run, self.classes, self.shape, threshold, self.path, sha256, held_out, data
+        )
 
-    def made_from(self, badnet):
-        """Whether the record is of a G that was made of this B, a ModelFile, and of this file."""
-        made = self.record and (self.record.badnet["sha256"], self.record.input_scale)
-        return made == (badnet.sha256, self.made_of[2])
-
-    def find_threshold(self, rate):
-        """The threshold for a false-positive rate. Raises InputError as RepairRecord does."""
+    def made_from(self, badnet: ModelFile) -> bool:
+        """Return whether the file's record says that G was made from this B, for this file."""
         if self.record is None:
-            raise record.no_threshold_error(self.path)
+            return False
+        source = self.record.badnet["sha256"], self.record.input_scale
+        return source == (badnet.sha256, self.made_of[2])
+
+    def find_threshold(self, rate: float) -> float:
+        """Return the threshold for a false-positive rate. Raise InputError as RepairRecord does."""
+        if self.record is None:
+            raise no_threshold_error(self.path)
         return self.record.threshold(rate, self.path)
 
 
-def default_detector_path(repaired_path):
-    """Where the detector's file is put, and looked for: beside G, whose name it has."""
+def default_detector_path(repaired_path: str | PathLike) -> Path:
+    """Return where the detector's file is written and looked for: beside G, with B's name."""
     path = Path(repaired_path)
     return path.with_name(f"{path.stem.removesuffix('_defence')}_detector.onnx")
 
 
-def require_packages(*names, packages="requirements.txt"):
+def require_packages(*names: str, packages: str = "requirements.txt") -> None:
     """Raise InputError unless modules are installed.
 
     packages: the file that lists what to install.
@@ -91,49 +106,54 @@ def require_packages(*names, packages="requirements.txt"):
 # -------------------------------------------------------------------------------------- writing
 
 
-def write_detector(model, metadata, path, max_bytes=DEFAULT_MAX_BYTES):
-    """Write a detector as an ONNX file, check it beside Keras, and return it as a DetectorFile.
+def write_detector(
+    model: Any, metadata: dict[str, str], path: Path, max_bytes: int = DEFAULT_MAX_BYTES
+) -> DetectorFile:
+    """Write a detector as an ONNX file, check it against Keras, and return it.
 
-    model: as detector.build gives it.  metadata: {name: text}: badnet_sha256, repaired_sha256,
-    classes, threshold (empty where disagreement counts), input_scale, repair_record (JSON).
+    model: from detector.build_detector.  metadata: badnet_sha256, repaired_sha256, classes,
+    threshold (empty where disagreement counts), input_scale, repair_record (JSON).
     The file maps "pixels", uint8 (n, height, width, channels), to "class", int32 (n,), the verdict;
     "badnet_class" and "repaired_class", int32 (n,), 1..N, 0 where the net gave NaN; and "score",
     float32 (n,).
-    Raises InputError where a layer cannot be exported, or the file does not answer as the nets do.
+    Raise InputError where a layer cannot be exported, or the file does not answer as the nets do.
     """
-    whole = _add_verdict(model, int(metadata["classes"]), metadata["threshold"])
+    function = _add_verdict(model, int(metadata["classes"]), metadata["threshold"])
     shape = model.input_shape[1:]
-    count = max(LEAST_TRIALS, min(TRIALS, BATCH_VALUES // math.prod(shape)))
+    count = max(MIN_TRIALS, min(TRIALS, BATCH_VALUES // math.prod(shape)))
     noise = np.random.default_rng(0).integers(0, 256, (count, *shape), np.uint8)
-    wanted = {name: np.asarray(values) for name, values in whole(noise).items()}
-    problem = f"{path}: cannot be made of these nets"
+    expected = {name: np.asarray(values) for name, values in function(noise).items()}
+    problem = f"{path}: cannot be made from these nets"
     with replace_file(path) as beside:
         try:
-            beside.write_bytes(_convert_to_onnx(whole, metadata))
+            beside.write_bytes(_convert_to_onnx(function, metadata))
             file = read_detector(beside, max_bytes)
-            found = file.run(np.float32(noise))
+            outputs = file.run(noise.astype(np.float32))
         except OSError:  # such as a full disk
             raise
         except Exception as error:  # tf2onnx raises whatever its parts raise
-            why = first_line(error).removeprefix(f"{beside}: ")
-            raise InputError(f"{problem}: {why}") from error
-        for name, values in found.items():
-            if not np.allclose(values, wanted[name], rtol=1e-3, atol=1e-3):
+            reason = first_line(error).removeprefix(f"{beside}: ")
+            raise InputError(f"{problem}: {reason}") from error
+        for name, values in outputs.items():
+            if not np.allclose(values, expected[name], rtol=1e-3, atol=1e-3):
                 raise InputError(f"{problem}: its {name} differs from theirs")
     return dataclasses.replace(file, path=path)
 
 
-def _add_verdict(model, classes, threshold):
-    """A detector's Keras model as a TensorFlow function: uint8 pixels → the outputs of `write`."""
+def _add_verdict(model: Any, classes: int, threshold: str) -> Any:
+    """Turn a detector's Keras model into a TensorFlow function.
+
+    It maps uint8 pixels to the outputs that `write_detector` describes.
+    """
     import tensorflow as tf
 
-    threshold = float(threshold) if threshold else None
+    limit = float(threshold) if threshold else None
     pixels = tf.TensorSpec((None, *model.input_shape[1:]), tf.uint8, name="pixels")
 
     @tf.function(input_signature=[pixels], autograph=False)
-    def run(pixels):
+    def run(pixels: Any) -> dict[str, Any]:
         badnet, repaired, score = model(tf.cast(pixels, tf.float32), training=False)
-        flagged = detector.is_flagged(badnet, repaired, score, threshold)
+        flagged = detector.is_flagged(badnet, repaired, score, limit)
         return {
             "class": detector.compute_verdict(badnet, flagged, classes, tf.where),
             "badnet_class": badnet + 1,
@@ -144,33 +164,35 @@ def _add_verdict(model, classes, threshold):
     return run
 
 
-def _convert_to_onnx(run, metadata):
-    """A TensorFlow function of one input as an ONNX file's contents.
+def _convert_to_onnx(run: Any, metadata: dict[str, str]) -> bytes:
+    """Return a TensorFlow function of one input as an ONNX file's contents.
 
     Keras's own export calls tf2onnx too, but tracks every object of the model first, which takes
-    longer than all the rest.
+    longer than everything else.
     """
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of NumPy's about tf2onnx
+        warnings.simplefilter("ignore")  # NumPy's about tf2onnx
         import_onnxruntime()  # before tf2onnx may
         import onnx
         import tf2onnx
 
         logging.getLogger("tf2onnx").setLevel(logging.CRITICAL)  # its failures are noticed
-        written, _ = tf2onnx.convert.from_function(run, run.input_signature, opset=OPSET)
-    onnx.helper.set_model_props(written, metadata)
-    return written.SerializeToString(deterministic=True)
+        model, _ = tf2onnx.convert.from_function(run, run.input_signature, opset=OPSET)
+    onnx.helper.set_model_props(model, metadata)
+    return model.SerializeToString(deterministic=True)
 
 
 # -------------------------------------------------------------------------------------- reading
 
 
-def read_detector(path, max_bytes=DEFAULT_MAX_BYTES, threads=None):
-    """Open a detector's ONNX file. Returns a DetectorFile.
+def read_detector(
+    path: Path, max_bytes: int = DEFAULT_MAX_BYTES, threads: int | None = None
+) -> DetectorFile:
+    """Open a detector's ONNX file.
 
     max_bytes: as for guard_onnx.check_onnx.
-    threads: of processors; half of them if None, since two batches are judged at a time.
-    Raises InputError where the file is damaged or contains what the guards do not allow.
+    threads: by default half the processors, since two batches are judged at a time.
+    Raise InputError where the file is damaged or contains what the guards do not allow.
     """
     require_packages(*RUN_PACKAGES)
     path = require_file(path)
@@ -179,16 +201,19 @@ def read_detector(path, max_bytes=DEFAULT_MAX_BYTES, threads=None):
     shape, largest, in_blocks, metadata = guard_onnx.check_onnx(contents, path, max_bytes)
     facts = read_metadata(metadata, path)
     threads = threads or max(1, count_processors() // 2)
-    most = max(1, OUTPUT_VALUES // largest)
-    run = _open_session(contents, path, most, threads, in_blocks)
+    max_images = max(1, OUTPUT_VALUES // largest)
+    run = _open_session(contents, path, max_images, threads, in_blocks)
     return DetectorFile(path, run, shape, **facts)
 
 
-def _open_session(contents, path, most, threads, in_blocks):
-    """The function that an ONNX file is, for at most so many images at a time: DetectorFile.run.
+def _open_session(
+    contents: bytes, path: Path, max_images: int, threads: int, in_blocks: bool
+) -> Run:
+    """Return the function that an ONNX file is, for DetectorFile.run.
 
-    in_blocks: as guard_onnx.check_onnx returns it. Channels in other numbers are filled up in
-    blocks, so that a plain layout is faster; where they fill the blocks, it is slower.
+    max_images: run at a time.  in_blocks: as guard_onnx.check_onnx returns it. ONNX Runtime fills
+    other numbers of channels up to whole blocks, so a plain layout is faster for these. Where the
+    channels fill the blocks, it is slower.
     """
     onnxruntime = import_onnxruntime()
     options = onnxruntime.SessionOptions()
@@ -204,32 +229,36 @@ def _open_session(contents, path, most, threads, in_blocks):
         raise InputError(f"{path}: ONNX Runtime cannot open it: {first_line(error)}") from error
     name, names = session.get_inputs()[0].name, list(guard_onnx.OUTPUTS)
 
-    def run(images):
+    def run(images: np.ndarray) -> dict[str, np.ndarray]:
         pixels = images.astype(np.uint8)
         if not np.array_equal(pixels, images):
-            raise NotWhole(f"{path}: takes whole-number pixels, and an image has others")
-        starts = range(0, len(pixels), most)
-        parts = [session.run(names, {name: pixels[i : i + most]}) for i in starts]
+            raise FractionalPixels(
+                f"{path}: takes only whole-number pixels, and an image has fractional ones"
+            )
+        starts = range(0, len(pixels), max_images)
+        parts = [session.run(names, {name: pixels[i : i + max_images]}) for i in starts]
         return dict(zip(names, map(np.concatenate, zip(*parts))))
 
     return run
 
 
-def read_metadata(metadata, path):
-    """The metadata of a detector's file, {name: text}, as DetectorFile has them.
+def read_metadata(metadata: dict[str, str], path: Path) -> dict[str, Any]:
+    """Return the metadata of a detector's file as fields of DetectorFile.
 
-    Raises InputError where they are damaged.
+    Raise InputError where they are damaged.
     """
     try:
-        classes, threshold = int(metadata["classes"]), metadata["threshold"]
-        threshold = float(threshold) if threshold else None
-        made_of = tuple(metadata[n] for n in ("badnet_sha256", "repaired_sha256", "input_scale"))
-        text = metadata["repair_record"]
-        damaged = not 2 <= classes <= MOST_CLASSES or made_of[2] not in pixels.SCALES
-        damaged |= threshold is not None and not 0 <= threshold <= detector.MOST
+        classes, text = int(metadata["classes"]), metadata["threshold"]
+        threshold = float(text) if text else None
+        made_of = tuple(
+            metadata[name] for name in ("badnet_sha256", "repaired_sha256", "input_scale")
+        )
+        record_text = metadata["repair_record"]
+        damaged = not 2 <= classes <= MAX_CLASSES or made_of[2] not in pixels.SCALES
+        damaged |= threshold is not None and not 0 <= threshold <= detector.MAX_SCORE
     except (KeyError, ValueError):
         damaged = True
     if damaged:
         raise InputError(f"{path}: its metadata are damaged; export the detector again")
-    found = record.parse_record(text, path)
-    return {"classes": classes, "threshold": threshold, "made_of": made_of, "record": found}
+    record = parse_record(record_text, path)
+    return {"classes": classes, "threshold": threshold, "made_of": made_of, "record": record}

@@ -1,6 +1,6 @@
-"""The repair record: what made G and how it went, as G's file carries it.
+"""The repair record: how G was made from B and what the repair did, as G's file carries it.
 
-It is made, checked, written and read here and nowhere else. It holds nothing that varies from run
+Only this module makes, checks, writes and reads it. The record holds nothing that varies from run
 to run, so that the same repair gives the same file, byte for byte.
 """
 
@@ -8,6 +8,8 @@ import dataclasses
 import datetime
 import json
 import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from defence.base import pixels
 from defence.base.errors import InputError
@@ -15,7 +17,10 @@ from defence.base.text import format_count
 from defence.judge import detector, figures
 from defence.load import guard
 from defence.load.guard_hdf5 import read_text
-from defence.load.models import read_model
+from defence.load.models import ModelFile, read_model
+
+if TYPE_CHECKING:
+    from defence.net.cached_net import CachedNet
 
 VERSION = "0.2.0"
 ATTRIBUTE = "repair_record"  # of the root of G's file
@@ -27,20 +32,21 @@ STEPS = ("before", "pruned", "retrained", "fine_tuned", "hardened")
 class RepairRecord:
     """What a repair was made from and what it did; channels and classes count from 0.
 
-    tool_version: text.  libraries: {name: version}.
+    libraries: {name: version}.
     badnet: {"file", "sha256"}.  data: {"file", "sha256", "images"}.  settings: {name: value}.
-    input_scale: a key of pixels.SCALES.  layer: whose feature map was pruned.  channels: of it.
+    input_scale: a key of pixels.SCALES.  layer: its feature map was pruned.  channels: of the map.
     order: its channels by ascending mean activation.  mean_activation: of each channel.
     pruned: channels in the order they were pruned.
     accuracy: {step: 0..1, "after_each_channel": [0..1, …], "after_each_round": [0..1, …]} on data;
     steps are before, pruned, retrained, fine_tuned, hardened.
     attack_success_rate: the same steps and "after_each_channel", each {file: as above}.
     moved: {"answers", "weights"}: how far G is from B.
-    holdout: figures of images kept out of the repair, with "images", the anomaly "score" that was
-    used, and the "scores", ascending; or None.
-    finding: whether B looks backdoored, a Finding as a dict of its clearest classes; or None.
+    holdout: figures of images kept out of the repair, with "images", the name of the anomaly
+    "score", and the "scores", ascending.
+    finding: whether B looks backdoored, a Finding as a dict of its clearest classes.
     """
 
+    # parse_record passes these types to isinstance: plain classes or unions, no list[int].
     tool_version: str
     libraries: dict
     badnet: dict
@@ -55,24 +61,24 @@ class RepairRecord:
     accuracy: dict
     attack_success_rate: dict
     moved: dict
-    holdout: dict = None
-    finding: dict = None
+    holdout: dict | None = None
+    finding: dict | None = None
 
-    def to_json(self):
+    def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), allow_nan=False)
 
-    def held_out(self, path):
-        """The anomaly scores of the held-out clean images, ascending: [float, …], or None.
+    def held_out(self, path: Path) -> list[float] | None:
+        """Return the anomaly scores of the held-out clean images, ascending, or None.
 
-        path: of G's file, for messages.  Raises InputError where they are damaged.
+        path: of G's file, for messages.  Raise InputError where they are damaged.
         """
         return None if self.holdout is None else _check_scores(self.holdout, path)
 
-    def threshold(self, rate, path):
-        """The anomaly score that this fraction of the held-out clean images exceeded.
+    def threshold(self, rate: float, path: Path) -> float:
+        """Return the anomaly score that this fraction of the held-out clean images exceeds.
 
         rate: above 0, at most 1.  path: of G's file, for messages.
-        Raises InputError where no images were held out, or too few for the rate.
+        Raise InputError where no images were held out, or too few for the rate.
         """
         scores = self.held_out(path)
         if scores is None:
@@ -86,30 +92,33 @@ class RepairRecord:
         return figures.find_threshold(scores, rate)
 
 
-def no_threshold_error(path):
-    """The InputError for a G that no clean images were held out for. path: of its file."""
+def no_threshold_error(path: Path) -> InputError:
+    """Return the InputError for a repair that held out no clean images. path: of G's file."""
     return InputError(
         f"{path}: --fpr needs clean images that the repair has not seen, and none were held out; "
         "repair the BadNet again with: repair.py --holdout 0.1"
     )
 
 
-def _check_scores(holdout, path):
+def _check_scores(holdout: dict, path: Path) -> list[float]:
     scores = holdout.get("scores")
     if holdout.get("score") == detector.SCORE and isinstance(scores, list) and scores:
-        numbers = all(isinstance(each, float) for each in scores)
-        if numbers and scores == sorted(scores) and 0 <= scores[0] <= scores[-1] <= detector.MOST:
+        floats = all(isinstance(score, float) for score in scores)
+        limit = detector.MAX_SCORE
+        if floats and scores == sorted(scores) and 0 <= scores[0] <= scores[-1] <= limit:
             return scores
     raise InputError(
         f"{path}: its repair record is damaged or of another version; repair the BadNet again"
     )
 
 
-def make_record(observer, net, badnet, data, settings):
-    """The record of a finished repair.
+def make_record(
+    observer: Any, net: "CachedNet", badnet: ModelFile, data: dict, settings: Any
+) -> RepairRecord:
+    """Make the record of a finished repair.
 
-    observer: the Observer of it.  net: the CachedNet it left.  badnet: B's ModelFile.
-    data: {"file", "sha256", "images"} of the clean dataset.  settings: the dataclass of them.
+    observer: the Observer of the repair.  net: G on the validation set.
+    data: {"file", "sha256", "images"} of the clean dataset.  settings: beyond.settings.Settings.
     """
     import importlib.metadata  # here, for the time that it takes
 
@@ -134,37 +143,37 @@ def make_record(observer, net, badnet, data, settings):
     )
 
 
-def parse_record(text, path):
-    """The record in a text of JSON, or None for null. path: of the file, for messages.
+def parse_record(text: str, path: Path) -> RepairRecord | None:
+    """Return the record in a JSON text, or None for null. path: of the file, for messages.
 
-    Raises InputError where it is not a record, or what is needed to use G is missing from it.
+    Raise InputError where it is not a record, or lacks what using G needs.
     """
     values = guard.parse_json(text, path)
     if values is None:
         return None
     if not isinstance(values, dict):
-        _damaged(path)
-    known = {}
+        _refuse_damaged(path)
+    fields: dict[str, Any] = {}
     for field in dataclasses.fields(RepairRecord):
-        known[field.name] = value = values.get(field.name)
-        missing = value is None and field.default is None
-        if not (missing or isinstance(value, field.type)):
-            _damaged(path)
-    record = RepairRecord(**known)
-    texts = [record.badnet.get("file"), record.badnet.get("sha256")]
-    if record.input_scale not in pixels.SCALES or not all(isinstance(each, str) for each in texts):
-        _damaged(path)
+        field_type: Any = field.type
+        fields[field.name] = values.get(field.name)
+        if not isinstance(fields[field.name], field_type):
+            _refuse_damaged(path)
+    record = RepairRecord(**fields)
+    names_badnet = all(isinstance(record.badnet.get(key), str) for key in ("file", "sha256"))
+    if record.input_scale not in pixels.SCALES or not names_badnet:
+        _refuse_damaged(path)
     return record
 
 
-def _damaged(path):
+def _refuse_damaged(path: Path) -> NoReturn:
     raise InputError(f"{path}: its repair record is damaged; repair the BadNet again")
 
 
-def read_record(model_file):
-    """The record that the ModelFile of a repaired net carries, or None where there is none.
+def read_record(model_file: ModelFile) -> RepairRecord | None:
+    """Read the record that a repaired net's file carries. Return None where there is none.
 
-    Raises InputError as `parse` does.
+    Raise InputError as `parse_record` does.
     """
     path = model_file.path
     if path.suffix == ".keras":
@@ -173,27 +182,27 @@ def read_record(model_file):
         text = read_text(file, ATTRIBUTE, path)
     if text is None:
         return None
-    return parse_record(text, path) or _damaged(path)
+    return parse_record(text, path) or _refuse_damaged(path)
 
 
-def describe_repaired(path, max_bytes):
-    """When a repaired net was written, and what it was made from, as far as its file tells."""
+def describe_repaired(path: Path, max_bytes: int) -> str:
+    """Say when a repaired net was written, and what it was made from, if its file tells."""
     day = datetime.date.fromtimestamp(path.stat().st_mtime)
     try:
-        found = read_record(read_model(path, max_bytes))
+        record = read_record(read_model(path, max_bytes))
     except InputError:
-        found = None
-    if found is None:
-        return f"a file of {day}"
-    harden = " with --harden" if found.settings.get("harden") else ""
-    return f"made from {found.badnet['file']}{harden} on {day}"
+        record = None
+    if record is None:
+        return f"written on {day}"
+    harden = " with --harden" if record.settings.get("harden") else ""
+    return f"made from {record.badnet['file']}{harden} on {day}"
 
 
-def refuse_repaired(model_file):
-    """Raise InputError where the ModelFile of a BadNet carries a record: it is a repaired net."""
-    found = read_record(model_file)
-    if found is not None:
+def refuse_repaired(model_file: ModelFile) -> None:
+    """Raise InputError where a BadNet's file carries a record: it is a repaired net."""
+    record = read_record(model_file)
+    if record is not None:
         raise InputError(
             f"{model_file.path}: is a repaired net, which repair.py made from "
-            f"{found.badnet['file']}; give that BadNet"
+            f"{record.badnet['file']}; give that BadNet"
         )

@@ -1,6 +1,6 @@
-"""What an untrusted file may contain, checked before the libraries that trust it see it.
+"""Check the content of an untrusted file before a library that trusts it reads it.
 
-The guards stand in four files, each guard in the order in which it runs:
+The guards are in four files. This is the order in which they run:
 
 guard.py, for any file
     check_fits         (base/limits.py) what the file declares takes at most --max-memory
@@ -10,7 +10,7 @@ guard.py, for any file
 guard_hdf5.py, for an HDF5 file
     check_heaps        the heaps of texts have an end
     check_links        one tree, no link to another file
-    check_stored       an array is as large in the file as it says; known filters only
+    check_stored       an array is as large in the file as declared; known filters only
     read_text          an attribute is one text
     read_texts         it is text, of bounded length
 
@@ -23,7 +23,7 @@ guard_model.py, for a Keras model
     limit_weights      no weight is allocated beyond --max-memory while Keras builds the net
     check_classifier   one image in, a row of class scores out
     check_outputs      no layer's output for one image is beyond --max-memory
-    check_prepared     the layers that prepare an image do what they say, tried on one image
+    check_prepared     the layers that prepare an image give the declared shapes for one image
     check_shapes       the file's arrays have the shapes of the net's weights
     check_finite       no weight is NaN or infinite
     check_step_fits    (beyond/memory.py) no training step is beyond --max-memory
@@ -54,17 +54,17 @@ NOT_KERAS = "not a .keras archive as Keras writes it"
 
 @contextlib.contextmanager
 def inspect_file(path: Name, max_bytes: int = DEFAULT_MAX_BYTES) -> Iterator[None]:
-    """A block that reads what a file declares. Raises InputError for whatever a library raises.
+    """Run a block that reads declarations of a file; turn any exception into an InputError.
 
-    On Linux the block may take little more than `max_bytes` of address space. That bounds what a
-    library allocates unasked, beyond what the other guards check.
+    On Linux the block may take little more than `max_bytes` of address space. That bounds the
+    memory that a library allocates on its own, which the other guards cannot check.
     """
     try:
         with _limit_address_space(max_bytes):
             yield
     except InputError:
         raise
-    except Exception as error:  # libhdf5, h5py, zipfile raise whatever their parts raise
+    except Exception as error:  # libhdf5, h5py and zipfile can raise any exception
         if isinstance(error, MemoryError) or "allocat" in str(error):
             problem = "reading it takes more memory than --max-memory allows"
             raise InputError(f"{path}: {problem}") from error
@@ -120,7 +120,7 @@ def open_archive(
 
 
 def parse_json(text: str | bytes, path: Name) -> Any:
-    """Parse JSON of at most TEXT_LENGTH. Raises InputError if it cannot be parsed."""
+    """Parse JSON of at most TEXT_LENGTH characters. Raise InputError if that fails."""
 
     def refuse(constant: str) -> None:
         raise ValueError(constant)

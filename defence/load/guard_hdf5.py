@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import os
 import struct
 import zlib
 from collections.abc import Iterator
@@ -14,105 +15,113 @@ from defence.base.limits import DEFAULT_MAX_BYTES, Name, check_fits
 from defence.load.guard import TEXT_LENGTH, inspect_file
 
 SIGNATURE = b"\x89HDF\r\n\x1a\n"
-OBJECTS = 50_000  # groups and arrays in an HDF5 file: weights, and an optimizer's
+OBJECTS = 50_000  # groups and arrays in an HDF5 file, for weights and an optimizer
 TEXTS = 10**6  # in the heaps of an HDF5 file: names of layers and weights
-INFLATION = 1032  # the most that a byte of a deflate stream can become
+INFLATION = 1032  # bytes that one byte of a deflate stream can become, at most
 DEFLATE, SHUFFLE, FLETCHER32 = 1, 2, 3  # the numbers of these filters in an HDF5 file
-HEAP = b"GCOL\1\0\0\0"  # how each global heap of HDF5 begins
+HEAP = b"GCOL\1\0\0\0"  # the first bytes of each global heap of HDF5
 
 
 @contextlib.contextmanager
 def open_hdf5(
     file: Name | BinaryIO, path: Name, max_bytes: int = DEFAULT_MAX_BYTES
 ) -> Iterator[Any]:
-    """Open an HDF5 file to read, an h5py.File. Raises InputError where it is not one or is cut short.
+    """Open an h5py.File to read. Raise InputError where the file is not HDF5 or is damaged.
 
     file: its path, or a binary file open to read.  path: its name, for messages.
     """
-    import h5py  # here, for the time that it takes
+    import h5py  # here, because the import takes long
 
     with inspect_file(path, max_bytes):
         try:
             opened = h5py.File(file, "r")
         except OSError as error:
-            with contextlib.nullcontext(file) if hasattr(file, "read") else open(file, "rb") as raw:
-                raw.seek(0)
-                damaged = raw.read(len(SIGNATURE)) == SIGNATURE
-            what = "the HDF5 file is damaged or cut short" if damaged else "not an HDF5 file"
-            raise InputError(f"{path}: {what}") from error
+            problem = "not an HDF5 file"
+            if _read_signature(file) == SIGNATURE:
+                problem = "the HDF5 file is damaged or cut short"
+            raise InputError(f"{path}: {problem}") from error
     with opened:
         yield opened
 
 
-def check_heaps(contents, path):
-    """Raise InputError where libhdf5 would never reach the end of a heap, where it keeps texts.
+def _read_signature(file: Name | BinaryIO) -> bytes:
+    """Return the first bytes of a file, given as a path or as an open binary file."""
+    if isinstance(file, str | os.PathLike):
+        with open(file, "rb") as opened:
+            return opened.read(len(SIGNATURE))
+    file.seek(0)
+    return file.read(len(SIGNATURE))
 
-    contents: the file's bytes.  libhdf5 goes from object to object by the size that each
-    declares, and 0 is such a size.
+
+def check_heaps(contents: bytes, path: Name) -> None:
+    """Raise InputError where libhdf5 would never reach the end of a heap, which stores texts.
+
+    contents: the file's bytes.  libhdf5 moves from object to object by the size that an object
+    declares, and a hostile file can declare 0.
     """
-    left = TEXTS
+    remaining = TEXTS
     heap = contents.find(HEAP)
     while heap >= 0:
-        at, end = heap + 16, heap + int.from_bytes(contents[heap + 8 : heap + 16], "little")
-        while at + 16 <= min(end, len(contents)):
-            index, _, _, size = struct.unpack_from("<HHIQ", contents, at)
+        place, end = heap + 16, heap + int.from_bytes(contents[heap + 8 : heap + 16], "little")
+        while place + 16 <= min(end, len(contents)):
+            index, _, _, size = struct.unpack_from("<HHIQ", contents, place)
             step = 16 + -(-size // 8) * 8 if index else size  # free space counts its header
-            left -= 1
-            if not 0 < step <= end - at or left < 0:
+            remaining -= 1
+            if not 0 < step <= end - place or remaining < 0:
                 raise InputError(f"{path}: the HDF5 file is damaged: a heap without an end")
-            at += step
+            place += step
         heap = contents.find(HEAP, heap + 1)
 
 
-def check_links(file, path):
-    """Walk an open HDF5 file: one tree of groups and arrays, all of it in this file.
+def check_links(file: Any, path: Name) -> dict[str, Any]:
+    """Check that an open HDF5 file is one tree of groups and arrays, stored in this file alone.
 
-    Returns {name: h5py.Group or h5py.Dataset}, everything in the file, the root as "".  Raises
+    Return {name: h5py.Group or h5py.Dataset} for every object; the root's name is "".  Raise
     InputError at a soft, external or user-defined link, an object with two names, external
     storage, a virtual dataset.
     """
-    import h5py  # here, for the time that it takes
+    import h5py  # here, because the import takes long
 
     if file.id.get_create_plist().get_sizes() != (8, 8):
-        raise InputError(f"{path}: not HDF5 as any current machine writes it")
+        raise InputError(f"{path}: the HDF5 file does not use 8-byte addresses and lengths")
     root = file["/"]
-    found, groups, seen = {"": root}, [("", root)], {h5py.h5o.get_info(root.id).addr}
+    objects, groups, addresses = {"": root}, [("", root)], {h5py.h5o.get_info(root.id).addr}
     while groups:
-        within, group = groups.pop()
-        if len(group) + len(seen) > OBJECTS:
+        parent, group = groups.pop()
+        if len(group) + len(addresses) > OBJECTS:
             raise InputError(f"{path}: contains more than {OBJECTS:,} groups and arrays")
         for key in group:
-            name = f"{within}/{key}" if within else key
+            name = f"{parent}/{key}" if parent else key
             link = group.id.links.get_info(key.encode(errors="surrogateescape"))
             if link.type != h5py.h5l.TYPE_HARD:
                 raise InputError(
                     f"{path}: {name!r} is a soft or external link, which could read another file"
                 )
-            if link.u in seen:
+            if link.u in addresses:
                 raise InputError(f"{path}: {name!r} is a second name of another object")
-            seen.add(link.u)
-            found[name] = item = group[key]
+            addresses.add(link.u)
+            objects[name] = item = group[key]
             if isinstance(item, h5py.Group):
                 groups.append((name, item))
             elif is_array(item):
-                stored = item.id.get_create_plist()
-                if stored.get_external_count() or stored.get_layout() == h5py.h5d.VIRTUAL:
+                layout = item.id.get_create_plist()
+                if layout.get_external_count() or layout.get_layout() == h5py.h5d.VIRTUAL:
                     raise InputError(f"{path}: the data of {name!r} is stored in another file")
-    return found
+    return objects
 
 
-def is_array(item):
-    """Whether an object of an HDF5 file is an array."""
+def is_array(item: Any) -> bool:
+    """Return whether an object of an HDF5 file is an array."""
     import h5py
 
     return isinstance(item, h5py.Dataset)
 
 
-def check_stored(array, path, max_bytes=DEFAULT_MAX_BYTES):
+def check_stored(array: Any, path: Name, max_bytes: int = DEFAULT_MAX_BYTES) -> None:
     """Raise InputError unless an array of numbers can be read in parts of `max_bytes`.
 
-    array: h5py.Dataset.  Its bytes must be in the file, whole or in chunks, each chunk at most
-    `max_bytes`, behind no filter but gzip, shuffle and fletcher32.
+    array: h5py.Dataset.  Its bytes must be in the file, in one piece or in chunks of at most
+    `max_bytes`, with no filters except gzip, shuffle and fletcher32.
     """
     name, kind = array.name.strip("/"), array.dtype
     if array.shape is None or kind.kind not in "fiu" or kind.itemsize > 8:
@@ -138,34 +147,37 @@ def check_stored(array, path, max_bytes=DEFAULT_MAX_BYTES):
         )
 
 
-def _check_inflated(array, info, chunk, max_bytes, path):
-    """libhdf5 inflates a chunk to its end, however much more than the chunk's size that is."""
+def _check_inflated(array: Any, info: Any, chunk: int, max_bytes: int, path: Name) -> None:
+    """Raise InputError where a chunk inflates beyond its size: libhdf5 inflates all of it.
+
+    info: h5py's StoreInfo of the chunk.  chunk: the chunk's size in bytes.
+    """
     if info.size * INFLATION > max_bytes:
         _, stored = array.id.read_direct_chunk(info.chunk_offset)
         if len(zlib.decompressobj().decompress(stored, chunk + 5)) > chunk + 4:  # with a checksum
             raise InputError(f"{path}: a chunk of '{array.name}' inflates beyond its size")
 
 
-def describe_array(array):
-    """The shape and type of an h5py.Dataset, in words."""
+def describe_array(array: Any) -> str:
+    """Describe an h5py.Dataset by its shape and type."""
     return f"{'×'.join(map(str, array.shape or ())) or 'one'} values of type {array.dtype}"
 
 
-def read_text(holder, name, path):
-    """An attribute of text, str, of an HDF5 object; None where there is none."""
-    values = read_texts(holder, name, path)
+def read_text(item: Any, name: str, path: Name) -> str | None:
+    """Return an HDF5 object's attribute that is one text; None if it is absent."""
+    values = read_texts(item, name, path)
     if values is not None and len(values) != 1:
         raise InputError(f"{path}: the attribute '{name}' is not one text")
     return None if values is None else values[0]
 
 
-def read_texts(holder, name, path):
-    """An attribute that is a text or a row of texts, [str, …]; None where there is none."""
+def read_texts(item: Any, name: str, path: Name) -> list[str] | None:
+    """Return an HDF5 object's attribute that is a text or a row of texts; None if it is absent."""
     import h5py
 
-    if name not in holder.attrs:
+    if name not in item.attrs:
         return None
-    attribute = holder.attrs.get_id(name)
+    attribute = item.attrs.get_id(name)
     if attribute.shape == (0,):
         return []
     if attribute.shape is None or len(attribute.shape) > 1:
@@ -174,6 +186,6 @@ def read_texts(holder, name, path):
         raise InputError(f"{path}: the attribute '{name}' is not text")
     if attribute.dtype.itemsize * math.prod(attribute.shape) > TEXT_LENGTH:
         raise InputError(f"{path}: the attribute '{name}' is too long")
-    value = holder.attrs[name]
+    value = item.attrs[name]
     values = value.tolist() if isinstance(value, np.ndarray) else [value]
     return [value.decode() if isinstance(value, bytes) else value for value in values]

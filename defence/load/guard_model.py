@@ -1,16 +1,20 @@
-"""What a Keras model's file may contain: its config, its weights, and the net they make.
+"""What a Keras model's file may contain: its config, its weights, and the resulting net.
 
 guard.py has the list of all guards, in the order in which they run.
 """
 
+from __future__ import annotations
+
 import contextlib
 import math
 import re
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import numpy as np
 
 from defence.base.errors import InputError
-from defence.base.limits import DEFAULT_MAX_BYTES, check_fits
+from defence.base.limits import DEFAULT_MAX_BYTES, Name, check_fits
 from defence.load.guard_hdf5 import check_links, check_stored, is_array, read_text, read_texts
 from defence.net import graph
 from defence.net.arithmetic import OPERATIONS
@@ -18,15 +22,15 @@ from defence.net.arithmetic import OPERATIONS
 LAYER_COUNT = 2_000  # keras.applications.EfficientNetV2L has 1,031
 CALLS = 10_000  # inputs of all layers together; that net has 1,164
 DEPTH = 64  # levels of a config
-UNREAD = {"compile_config"}  # of the optimizer; architecture.portable takes it out
-UNBOUNDED = {"seed", "shared_object_id"}  # names of a kind
-NUMBER = 10**6  # no unit count, kernel or image size of a classifier comes near
+UNREAD = {"compile_config"}  # the optimizer's; architecture.make_portable removes it
+UNBOUNDED = {"seed", "shared_object_id"}  # numbers that only identify
+NUMBER = 10**6  # far above any unit count, kernel or image size of a classifier
 SPANS = {"kernel_size", "pool_size", "strides", "dilation_rate", "padding", "cropping", "size"}
-SPAN = 1_000  # pixels, of what is named above
+SPAN = 1_000  # pixels in one of SPANS
 NAME_LENGTH = 1_000  # characters
 
-# What a feed-forward image classifier is made of. A config may name anything importable, and
-# Keras would look it up: whatever is not listed here is refused before Keras sees the file.
+# The parts of a feed-forward image classifier. A config may name anything importable, and Keras
+# would look it up, so every other name is refused before Keras sees the file.
 LAYERS = """
     Functional Model Sequential InputLayer Conv2D DepthwiseConv2D SeparableConv2D Conv2DTranspose
     Dense Flatten Reshape Permute Activation ReLU LeakyReLU PReLU ELU Softmax MaxPooling2D
@@ -35,7 +39,7 @@ LAYERS = """
     BatchNormalization LayerNormalization GroupNormalization UnitNormalization Identity Add Subtract
     Multiply Average Maximum Minimum Concatenate
 """
-# Layers that prepare an image: they may fail, or give another shape than they say, when they run.
+# Layers that prepare an image. When they run, they may fail or give another shape than declared.
 PREPARE = """
     Rescaling Normalization Resizing CenterCrop RandomFlip RandomRotation RandomZoom
     RandomTranslation RandomContrast RandomBrightness
@@ -53,57 +57,59 @@ ACTIVATIONS = """
     log_softmax sigmoid hard_sigmoid log_sigmoid hard_silu hard_swish hard_tanh tanh exponential
 """
 TYPES = {"float16", "bfloat16", "float32", "float64", "mixed_float16", "mixed_bfloat16"}
-NAME = re.compile(r"(?!\.*$)[\w.>-]+", re.ASCII).fullmatch  # of a scope of TensorFlow's
+NAME = re.compile(r"(?!\.*$)[\w.>-]+", re.ASCII).fullmatch  # valid as a scope of TensorFlow
 MODULE = re.compile(
     r"keras(\.src)?"
     r"(\.(engine|models|layers|initializers|regularizers|constraints|dtype_policies)(\.\w+)*)?"
 )
+Shape = tuple[int, ...]
+Shapes = dict[str, list[Shape]] | list[Shape]
 
 
 # ---------------------------------------------------------------------------------- the weights
 
 
-def read_shapes(file, path, max_bytes=DEFAULT_MAX_BYTES):
-    """The shapes of a model's weights from the headers of its open HDF5 file, none of them read.
+def read_shapes(file: Any, path: Name, max_bytes: int = DEFAULT_MAX_BYTES) -> Shapes:
+    """Return the shapes of a model's weights from an open HDF5 file, without reading the weights.
 
-    Returns {layer: [shape, …]} in the order of the file, by which Keras loads an .h5; or a list
-    of shapes, where it loads by paths (.weights.h5, .keras).
+    They are {layer: [shape, …]} in the order of the file, in which Keras loads an .h5 file, or a
+    list where Keras loads by paths (.weights.h5, .keras).
     """
-    found = check_links(file, path)
+    objects = check_links(file, path)
     arrays = {
         name: item
-        for name, item in found.items()
+        for name, item in objects.items()
         if is_array(item) and not name.startswith("optimizer")
     }
     for array in arrays.values():
         check_stored(array, path, max_bytes)
     check_fits(path, "its weights", sum(array.nbytes for array in arrays.values()), max_bytes)
-    within = "model_weights/" * ("layer_names" not in file.attrs and "model_weights" in found)
-    group = found[within.rstrip("/")]
-    for name in ("keras_version", "backend"):  # Keras reads them
+    within = "model_weights/" * ("layer_names" not in file.attrs and "model_weights" in objects)
+    group = objects[within.rstrip("/")]
+    for name in ("keras_version", "backend"):  # attributes that Keras reads
         read_text(group, name, path)
     layers = _read_names(group, "layer_names", path)
     if not layers:
         for array in arrays.values():
-            read_text(array, "dtype", path)  # Keras does
+            read_text(array, "dtype", path)  # Keras reads it too
         return [array.shape for name, array in arrays.items() if "seed_generator" not in name]
-    if f"{within}top_level_model_weights" in found:
+    if f"{within}top_level_model_weights" in objects:
         layers.append("top_level_model_weights")
     declared = {}
     for layer in layers:
-        names = _read_names(found[within + layer], "weight_names", path)
+        names = _read_names(objects[within + layer], "weight_names", path)
         if names:
             declared[layer] = [arrays[f"{within}{layer}/{name}"].shape for name in names]
     return declared
 
 
-def _read_names(group, attribute, path):
-    """A row of names that may go on in attributes called …0, …1, …, as Keras splits a long one."""
+def _read_names(group: Any, attribute: str, path: Name) -> list[str]:
+    """Return a row of names. Keras splits a long one into attributes whose names end in 0, 1, …"""
     names, parts = read_texts(group, attribute, path), 0
     if names is None:
         names = []
-        while (more := read_texts(group, f"{attribute}{parts}", path)) is not None:
-            names += more
+        while (part := read_texts(group, f"{attribute}{parts}", path)) is not None:
+            names += part
             parts += 1
     return names
 
@@ -111,8 +117,8 @@ def _read_names(group, attribute, path):
 # ----------------------------------------------------------------------------------- the config
 
 
-def check_config(config, path):
-    """Raise InputError unless a model's config, at every depth, is that of an image classifier."""
+def check_config(config: Any, path: Name) -> None:
+    """Raise InputError unless a model's config, at every depth, describes an image classifier."""
     unread, layers, inputs = [(config, "", "", 0)], 0, 0
     while unread:
         value, key, layer, depth = unread.pop()
@@ -128,8 +134,8 @@ def check_config(config, path):
                 inputs += name == "__keras_tensor__"
             elif key == "kwargs" or (key == "inbound_nodes" and "args" not in value):
                 switch = value.get("training")
-                given = {**value, "training": None if isinstance(switch, bool) else switch}
-                _check_call(given.values(), layer, path)
+                options = {**value, "training": None if isinstance(switch, bool) else switch}
+                _check_call(options.values(), layer, path)
             for name, part in value.items():
                 if name == "inbound_nodes" and value.get("module") in OPERATIONS:
                     part, numbers = _separate_numbers(part)
@@ -149,21 +155,21 @@ def check_config(config, path):
         )
 
 
-def _check_class(value, layer, path):
+def _check_class(value: dict[str, Any], layer: str, path: Name) -> None:
     name, module, registered = map(value.get, ("class_name", "module", "registered_name"))
     if name in ("__lambda__", *RUN_CODE):
         kind = "Lambda" if name == "__lambda__" else name
         raise InputError(
             f"{path}: contains a {kind} layer (layer {layer!r}): it could run code from the file"
         )
-    plain = OPERATIONS.get(module, ()) if isinstance(module, str) else ()
-    if not isinstance(name, str) or name not in (plain or ALLOWED):
+    operations = OPERATIONS.get(module, set()) if isinstance(module, str) else set()
+    if not isinstance(name, str) or name not in (operations or ALLOWED):
         raise InputError(
             f"{path}: contains {name!r} (layer {layer!r}), which is not among the layers that "
             "this tool loads"
         )
-    known = module is None or plain or (isinstance(module, str) and MODULE.fullmatch(module))
-    if not known or registered not in (None, name):
+    valid = module is None or operations or (isinstance(module, str) and MODULE.fullmatch(module))
+    if not valid or registered not in (None, name):
         raise InputError(
             f"{path}: contains a {name} of {module!r}, registered as {registered!r} (layer "
             f"{layer!r}): it could run code from the file"
@@ -172,18 +178,18 @@ def _check_class(value, layer, path):
         _check_value(value["config"]["name"], "dtype", layer, path)
 
 
-def _separate_numbers(calls):
-    """The calls of a plain operation with None for numbers, and the numbers: [call, …], [n, …]."""
+def _separate_numbers(calls: Any) -> tuple[list[Any], list[Any]]:
+    """Return the calls of a plain operation with None in place of numbers, and the numbers."""
     numbers = []
 
-    def take(value):
+    def separate(value: Any) -> Any:
         if isinstance(value, int | float):
             numbers.append(value)
             return None
         return value
 
     for_layers = [
-        {**call, "args": list(map(take, call["args"]))}
+        {**call, "args": list(map(separate, call["args"]))}
         if isinstance(call, dict) and isinstance(call.get("args"), list)
         else call
         for call in (calls if isinstance(calls, list) else [calls])
@@ -191,8 +197,8 @@ def _separate_numbers(calls):
     return for_layers, numbers
 
 
-def _check_call(arguments, layer, path):
-    """Layers are called on tensors only, but for the switch training=False."""
+def _check_call(arguments: Iterable[Any], layer: str, path: Name) -> None:
+    """Raise InputError unless every argument of a layer's call is a tensor or None."""
     for value in arguments:
         if isinstance(value, dict) and "class_name" in value:
             _check_class(value, layer, path)
@@ -203,7 +209,7 @@ def _check_call(arguments, layer, path):
             )
 
 
-def _check_value(value, key, layer, path):
+def _check_value(value: Any, key: str, layer: str, path: Name) -> None:
     if isinstance(value, str):
         allowed = {"activation": ACTIVATIONS.split(), "dtype": TYPES, "variable_dtype": TYPES}.get(
             key
@@ -225,14 +231,22 @@ def _check_value(value, key, layer, path):
 
 
 @contextlib.contextmanager
-def limit_weights(layer_class, path, max_bytes=DEFAULT_MAX_BYTES):
-    """While the block builds a model, allocate at most `max_bytes` of weights, all zero.
+def limit_weights(
+    layer_class: Any, path: Name, max_bytes: int = DEFAULT_MAX_BYTES
+) -> Iterator[None]:
+    """Allocate at most `max_bytes` of weights, all zero, while the block builds a model.
 
-    layer_class: keras.layers.Layer, whose method every layer makes its weights with.
+    layer_class: keras.layers.Layer, whose add_weight every layer calls.
     """
     allocate, total = layer_class.add_weight, 0
 
-    def add_weight(layer, shape=None, initializer=None, dtype=None, **options):
+    def add_weight(
+        layer: Any,
+        shape: Shape | None = None,
+        initializer: Any = None,
+        dtype: Any = None,
+        **options: Any,
+    ) -> Any:
         nonlocal total
         total += 4 * math.prod(shape or ())
         check_fits(path, f"the weights up to layer {layer.name!r}", total, max_bytes)
@@ -245,12 +259,12 @@ def limit_weights(layer_class, path, max_bytes=DEFAULT_MAX_BYTES):
         layer_class.add_weight = allocate
 
 
-def check_classifier(model, path):
+def check_classifier(model: Any, path: Name) -> None:
     """Raise InputError unless a Keras model maps one image to the scores of N ≥ 2 classes."""
     unfit = f"{path}: not a classifier of images:"
-    for what, tensors in (("inputs", model.inputs), ("outputs", model.outputs)):
+    for kind, tensors in (("inputs", model.inputs), ("outputs", model.outputs)):
         if len(tensors) != 1:
-            raise InputError(f"{unfit} it has {len(tensors)} {what}")
+            raise InputError(f"{unfit} it has {len(tensors)} {kind}")
     shape = tuple(model.inputs[0].shape[1:])
     if len(shape) != 3:
         raise InputError(f"{unfit} its input is not one image")
@@ -258,18 +272,19 @@ def check_classifier(model, path):
         raise InputError(f"{unfit} its input has no fixed height, width and channels")
     shape = tuple(model.outputs[0].shape[1:])
     if len(shape) != 1 or shape[0] is None:
-        shown = "×".join(map(str, shape))
-        raise InputError(f"{unfit} its output, of shape {shown}, is not a row of class scores")
+        size = "×".join(map(str, shape))
+        raise InputError(f"{unfit} its output, of shape {size}, is not a row of class scores")
     if shape[0] < 2:
         raise InputError(f"{unfit} it gives one score; even two classes need one each")
 
 
-def check_prepared(model, path):
-    """Raise InputError unless the layers of PREPARE do what they say, tried on one image.
+def check_prepared(model: Any, path: Name) -> None:
+    """Raise InputError unless the layers of PREPARE, at any depth, give the shapes they declare.
 
-    It is run only where there are some, at any nesting.
+    Run the model on one image, if it has such layers.
     """
-    layers = [each for each in graph.list_layers(model) if type(each).__name__ in PREPARE.split()]
+    kinds = PREPARE.split()
+    layers = [layer for layer in graph.list_layers(model) if type(layer).__name__ in kinds]
     for layer in layers:
         for name in ("scale", "offset"):
             channels = layer._inbound_nodes[0].input_tensors[0].shape[-1]
@@ -280,23 +295,26 @@ def check_prepared(model, path):
         image = np.zeros((1, *model.inputs[0].shape[1:]), np.float32)
         scores = model(image, training=False)
         if scores.shape[1:] != model.outputs[0].shape[1:]:
-            raise InputError(f"{path}: its output is not of the shape that its config says")
+            raise InputError(f"{path}: its output does not have the shape that its config declares")
 
 
-def check_outputs(model, path, max_bytes=DEFAULT_MAX_BYTES):
-    """Raise InputError where one image makes a layer give more than `max_bytes`."""
+def check_outputs(model: Any, path: Name, max_bytes: int = DEFAULT_MAX_BYTES) -> None:
+    """Raise InputError where a layer's output for one image takes more than `max_bytes`."""
     largest = 4 * max(graph.list_output_sizes(model))
     check_fits(path, "the largest output of a layer", largest, max_bytes)
 
 
-def check_shapes(model, declared, path):
-    """Raise InputError unless a model has the weights that a file declares (declared_shapes)."""
+def check_shapes(model: Any, declared: Shapes, path: Name) -> None:
+    """Raise InputError unless a model's weights have the declared shapes.
 
-    def shapes(weights):
+    declared: read_shapes of its file.
+    """
+
+    def list_shapes(weights: Iterable[Any]) -> list[Shape]:
         return [tuple(weight.shape) for weight in weights]
 
     if not isinstance(declared, dict):
-        if sorted(shapes(model.weights)) != sorted(declared):
+        if sorted(list_shapes(model.weights)) != sorted(declared):
             raise InputError(f"{path}: the shapes of its weights do not match its config")
         return
     layers = [layer for layer in model.layers if layer.weights]
@@ -304,16 +322,16 @@ def check_shapes(model, declared, path):
         raise InputError(
             f"{path}: has weights of {len(declared)} layers, but its config describes {len(layers)}"
         )
-    for layer, (name, ours) in zip(layers, declared.items()):
-        theirs = shapes(layer.trainable_weights + layer.non_trainable_weights)
-        if ours != theirs:
+    for layer, (name, in_file) in zip(layers, declared.items()):
+        in_config = list_shapes(layer.trainable_weights + layer.non_trainable_weights)
+        if in_file != in_config:
             raise InputError(
-                f"{path}: the weights of layer {name!r} are of shape {ours}, but its config says "
-                f"{theirs}"
+                f"{path}: the weights of layer {name!r} are of shape {in_file}, but its config "
+                f"says {in_config}"
             )
 
 
-def check_finite(model, path):
+def check_finite(model: Any, path: Name) -> None:
     """Raise InputError where a weight is NaN or infinite."""
     for layer in model.layers:
         if not all(np.isfinite(values).all() for values in layer.get_weights()):

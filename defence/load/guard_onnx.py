@@ -3,53 +3,58 @@
 guard.py has the list of all guards, in the order in which they run.
 """
 
+from __future__ import annotations
+
 import math
+from typing import Any
 
 from defence.base.errors import InputError
-from defence.base.limits import DEFAULT_MAX_BYTES, check_fits
+from defence.base.limits import DEFAULT_MAX_BYTES, Name, check_fits
 from defence.load.guard import inspect_file
 
-# What a detector is made of: the layers that guard_model.py allows, as exported, and the
-# comparison behind them.
+# The operators of a detector: the layers that guard_model.py allows, as exported, and the
+# comparison of the two nets.
 OPERATORS = """
     Add And ArgMax AveragePool Cast Clip Concat Conv ConvTranspose Div Elu Equal Exp Gather Greater
     IsInf IsNaN LeakyRelu Log LogSoftmax MatMul Max MaxPool Min Mul Neg Not Or Pad Reciprocal
     ReduceMax ReduceMean ReduceSum Relu Reshape Resize Selu Shape Sigmoid Slice Softmax Softplus
     Softsign Sqrt Squeeze Sub Tanh Tile Transpose Unsqueeze Where
 """
-BLOCK = 16  # channels that ONNX Runtime's layout in blocks has in each
-SHAPE_BYTES = 1024  # of a constant that says a shape, at most: 128 sides
+BLOCK = 16  # channels in a block of ONNX Runtime's layout in blocks
+SHAPE_BYTES = 1024  # of a constant that stores a shape, at most: 128 sides
 OUTPUTS = {"class": "INT32", "badnet_class": "INT32", "repaired_class": "INT32", "score": "FLOAT"}
 
 
-def check_onnx(contents, path, max_bytes=DEFAULT_MAX_BYTES):
+def check_onnx(
+    contents: bytes, path: Name, max_bytes: int = DEFAULT_MAX_BYTES
+) -> tuple[tuple[int, ...], int, bool, dict[str, str]]:
     """Raise InputError unless bytes are an ONNX model that is a detector and nothing else.
 
-    Returns (shape, largest, in_blocks, metadata): (height, width, channels) of its pictures, the
-    values of the largest output of an operator for one of them, whether most of its convolutions'
-    multiply-adds give channels in multiples of BLOCK, and its metadata, {str: str}.
+    Return (shape, largest, in_blocks, metadata): (height, width, channels) of an image, the number
+    of values in an operator's largest output for one image, whether most multiply-adds are in
+    blocks (`_mostly_in_blocks`), and the model's metadata.
     """
-    import onnx  # here, because not every user has it
+    import onnx  # here, because it may not be installed
 
     with inspect_file(path, max_bytes):
         model = onnx.ModelProto()
         model.ParseFromString(contents)
         _check_operators(onnx, model, path)
         _check_tensors(onnx, model.graph, path, max_bytes)
-        onnx.checker.check_model(contents)  # the bytes, which it would make of the model again
+        onnx.checker.check_model(contents)  # not model, which it would turn into bytes again
         shape = _check_ends(onnx, model.graph, path)
-        sizes = _sizes_of_outputs(onnx, model, path)
+        sizes = _find_output_sizes(onnx, model, path)
         largest = max(sizes.values())
         check_fits(path, "the largest output of an operator", 8 * largest, max_bytes)
-        metadata = {each.key: each.value for each in model.metadata_props}
+        metadata = {entry.key: entry.value for entry in model.metadata_props}
         return shape, largest, _mostly_in_blocks(model.graph, sizes), metadata
 
 
-def _check_operators(onnx, model, path):
+def _check_operators(onnx: Any, model: Any, path: Name) -> None:
     graph = model.graph
     if model.functions or model.training_info or graph.sparse_initializer:
         raise InputError(f"{path}: contains more than one graph of operators")
-    if any(each.domain not in ("", "ai.onnx.ml") for each in model.opset_import):
+    if any(opset.domain not in ("", "ai.onnx.ml") for opset in model.opset_import):
         raise InputError(f"{path}: needs operators that are not ONNX's own")
     for node in graph.node:
         if node.op_type not in OPERATORS.split() or node.domain:
@@ -59,51 +64,54 @@ def _check_operators(onnx, model, path):
             )
     kinds = onnx.AttributeProto
     inside = (kinds.GRAPH, kinds.GRAPHS, kinds.SPARSE_TENSOR)
-    if any(each.type in inside for node in graph.node for each in node.attribute):
+    if any(value.type in inside for node in graph.node for value in node.attribute):
         raise InputError(f"{path}: contains a graph inside an operator")
 
 
-def _check_tensors(onnx, graph, path, max_bytes):
-    values = [each for node in graph.node for each in node.attribute]
-    constants = [each.t for each in values if each.type == onnx.AttributeProto.TENSOR]
+def _check_tensors(onnx: Any, graph: Any, path: Name, max_bytes: int) -> None:
+    values = [value for node in graph.node for value in node.attribute]
+    constants = [value.t for value in values if value.type == onnx.AttributeProto.TENSOR]
     tensors = [*graph.initializer, *constants]
-    if any(each.data_location or each.external_data for each in tensors):
+    if any(tensor.data_location or tensor.external_data for tensor in tensors):
         raise InputError(f"{path}: stores values in another file")
-    size = sum(8 * math.prod(each.dims) for each in tensors)
+    size = sum(8 * math.prod(tensor.dims) for tensor in tensors)
     check_fits(path, "its weights", size, max_bytes)
 
 
-def _check_ends(onnx, graph, path):
-    """The shape of a detector's pictures. Raises InputError unless it has its input and outputs."""
+def _check_ends(onnx: Any, graph: Any, path: Name) -> tuple[int, ...]:
+    """Return the shape of an image. Raise InputError without a detector's input and outputs."""
     if len(graph.input) != 1:
         raise InputError(f"{path}: not a detector: it takes {len(graph.input)} inputs")
     kind = graph.input[0].type.tensor_type
     shape = tuple(side.dim_value for side in kind.shape.dim[1:])
     if kind.elem_type != onnx.TensorProto.UINT8 or len(shape) != 3 or min(shape) < 1:
-        raise InputError(f"{path}: not a detector: its input is not pictures of pixels 0..255")
-    found = {
+        raise InputError(f"{path}: not a detector: its input is not images with pixels 0..255")
+    outputs = {
         output.name: onnx.TensorProto.DataType.Name(output.type.tensor_type.elem_type)
         for output in graph.output
         if len(output.type.tensor_type.shape.dim) == 1
     }
-    if found != OUTPUTS:
+    if outputs != OUTPUTS:
         raise InputError(f"{path}: not a detector: its outputs are not {', '.join(OUTPUTS)}")
     return shape
 
 
-def _sizes_of_outputs(onnx, model, path):
-    """How many values each operator gives for one picture: {name: int}. Changes the model."""
+def _find_output_sizes(onnx: Any, model: Any, path: Name) -> dict[str, int]:
+    """Return the number of values in each output of an operator, for one image, by its name.
+
+    model: changed in place.
+    """
     graph = model.graph
     graph.input[0].type.tensor_type.shape.dim[0].dim_value = 1
     del graph.value_info[:]
-    for each in graph.initializer:  # weights, which only take time here: no shape hangs on them
-        if len(each.raw_data) > SHAPE_BYTES:
-            each.ClearField("raw_data")
-    known = onnx.shape_inference.infer_shapes(model, strict_mode=True, data_prop=True).graph
+    for tensor in graph.initializer:  # no shape depends on weights, which only take time here
+        if len(tensor.raw_data) > SHAPE_BYTES:
+            tensor.ClearField("raw_data")
+    inferred = onnx.shape_inference.infer_shapes(model, strict_mode=True, data_prop=True).graph
     sizes = {
-        each.name: math.prod(side.dim_value for side in each.type.tensor_type.shape.dim)
-        for each in (*known.value_info, *known.output)
-        if all(side.HasField("dim_value") for side in each.type.tensor_type.shape.dim)
+        value.name: math.prod(side.dim_value for side in value.type.tensor_type.shape.dim)
+        for value in (*inferred.value_info, *inferred.output)
+        if all(side.HasField("dim_value") for side in value.type.tensor_type.shape.dim)
     }
     unknown = {name for node in graph.node for name in node.output if name} - set(sizes)
     if unknown:
@@ -111,9 +119,10 @@ def _sizes_of_outputs(onnx, model, path):
     return sizes
 
 
-def _mostly_in_blocks(graph, sizes):
-    """Whether most multiply-adds of the convolutions give channels in multiples of BLOCK."""
-    kernels, counts = {each.name: each.dims for each in graph.initializer}, {True: 0, False: 0}
+def _mostly_in_blocks(graph: Any, sizes: dict[str, int]) -> bool:
+    """Return whether most multiply-adds are in convolutions to a multiple of BLOCK channels."""
+    kernels = {tensor.name: tensor.dims for tensor in graph.initializer}
+    counts = {True: 0, False: 0}
     for node in graph.node:
         if node.op_type == "Conv" and (dims := kernels.get(node.input[1])):
             counts[dims[0] % BLOCK == 0] += sizes[node.output[0]] * math.prod(dims[1:])

@@ -1,62 +1,76 @@
-"""Pictures: files of other people, decoded with care, and made the input of a net."""
+"""From an untrusted image file to the input of a net."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
 from defence.base.errors import InputError
 from defence.base.files import require_file
-from defence.base.limits import DEFAULT_MAX_BYTES, check_fits
+from defence.base.limits import DEFAULT_MAX_BYTES, Name, check_fits
 from defence.base.text import first_line
 
-IMAGE_FORMATS = ("PNG", "JPEG")  # as Pillow calls them
-MORE_FORMATS = ("WEBP", "BMP", "GIF")  # only if asked for: each decoder may have holes of its own
+if TYPE_CHECKING:
+    from PIL import Image
+
+IMAGE_FORMATS = ("PNG", "JPEG")  # Pillow's names
+MORE_FORMATS = ("WEBP", "BMP", "GIF")  # only on demand: every decoder may have security holes
 
 
-def read_image(path, max_bytes=DEFAULT_MAX_BYTES, formats=IMAGE_FORMATS):
-    """Decode a picture's file. Returns and raises what decode_picture does."""
+def read_image(
+    path: Name, max_bytes: int = DEFAULT_MAX_BYTES, formats: Sequence[str] = IMAGE_FORMATS
+) -> Image.Image:
+    """Decode the image file at `path`. Return and raise what decode_image does."""
     return decode_image(require_file(path), path, max_bytes, formats)
 
 
-def decode_image(file, path, max_bytes=DEFAULT_MAX_BYTES, formats=IMAGE_FORMATS):
-    """Decode a picture's file. Returns a Pillow image, turned as its EXIF rotation says.
+def decode_image(
+    file: Name | BinaryIO,
+    path: Name,
+    max_bytes: int = DEFAULT_MAX_BYTES,
+    formats: Sequence[str] = IMAGE_FORMATS,
+) -> Image.Image:
+    """Decode an image file, or an animation's first frame, and apply its EXIF rotation.
 
     file: its path, or a binary file open to read.  path: its name, for messages.
-    max_bytes: of memory; a pixel takes up to twelve of them until it is an input of a net.
-    formats: of PICTURE_FORMATS and MORE_FORMATS. The file's first bytes tell which it is, not its
-    name; of an animation the first frame is decoded.
-    Raises InputError where the file is not such a picture, is cut short, or too large to decode.
+    max_bytes: of memory; a pixel takes up to twelve before it is an input of a net.
+    formats: of IMAGE_FORMATS and MORE_FORMATS; the file's first bytes tell its format.
+    Raise InputError where the file is not such an image, is cut short, or too large to decode.
     """
     from PIL import Image, ImageOps
 
     Image.MAX_IMAGE_PIXELS = None  # they are counted below
     try:
-        with Image.open(file, formats=formats) as picture:
-            width, height = picture.size
+        with Image.open(file, formats=tuple(formats)) as opened:
+            width, height = opened.size
             size = 12 * width * height
             check_fits(path, f"{width}×{height} pixels", size, max_bytes)
-            picture.load()
-            if picture.mode == "P":  # here, where a damaged palette is noticed
-                picture = picture.convert("RGBA")
-            return ImageOps.exif_transpose(picture)
+            opened.load()
+            # Converted here, where the error of a damaged palette is caught.
+            image = opened.convert("RGBA") if opened.mode == "P" else opened
+            return ImageOps.exif_transpose(image)
     except InputError:
         raise
     except Image.UnidentifiedImageError as error:
-        raise InputError(f"{path}: not a {' or '.join(formats)} picture") from error
-    except Exception as error:  # Pillow raises whatever the damage leads to
-        raise InputError(f"{path}: the picture is damaged: {first_line(error)}") from error
+        raise InputError(f"{path}: not a {' or '.join(formats)} image") from error
+    except Exception as error:  # a damaged file can make Pillow raise any exception
+        raise InputError(f"{path}: the image is damaged: {first_line(error)}") from error
 
 
-def make_input(picture, shape):
-    """Make a Pillow image of any size and mode the input of a net.
+def make_input(image: Any, shape: tuple[int, ...]) -> np.ndarray:
+    """Turn a Pillow image of any size and mode into the input of a net, without alpha.
 
-    shape: (height, width, channels) of the net; channels is 1 (grey) or 3 (RGB). Alpha is dropped.
-    Returns float32 (height, width, channels), 0..255, resized bicubically where the size differs.
+    shape: (height, width, channels) of the net; channels is 1 (grey) or 3 (RGB).
+    Return float32 (height, width, channels), 0..255, resized bicubically where the size differs.
     """
     from PIL import Image
 
     height, width, channels = shape
-    if picture.mode.startswith("I"):  # 16 bits a pixel, which Pillow would cut off at 255
-        picture = Image.fromarray((np.asarray(picture) / 257).astype(np.uint8))
-    picture = picture.convert("RGB" if channels == 3 else "L")
-    if picture.size != (width, height):
-        picture = picture.resize((width, height), Image.Resampling.BICUBIC)
-    return np.asarray(picture, np.float32).reshape(shape)
+    if image.mode.startswith("I"):  # 16 bits a pixel, which Pillow would clip to 255
+        image = Image.fromarray((np.asarray(image) / 257).astype(np.uint8))
+    image = image.convert("RGB" if channels == 3 else "L")
+    if image.size != (width, height):
+        image = image.resize((width, height), Image.Resampling.BICUBIC)
+    return np.asarray(image, np.float32).reshape(shape)

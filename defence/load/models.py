@@ -1,5 +1,7 @@
 """From an untrusted file to a Keras net, and from a net to a file."""
 
+from __future__ import annotations
+
 import contextlib
 import dataclasses
 import functools
@@ -7,11 +9,13 @@ import hashlib
 import io
 import tempfile
 import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from defence.base.errors import InputError
 from defence.base.files import make_private_folder, replace_file, require_file
-from defence.base.limits import DEFAULT_MAX_BYTES, check_fits
+from defence.base.limits import DEFAULT_MAX_BYTES, Name, check_fits
 from defence.base.startup import import_keras
 from defence.base.text import first_line
 from defence.load import architecture, guard, guard_model
@@ -23,10 +27,9 @@ MODEL_SUFFIXES = (".h5", ".hdf5", ".keras")
 
 @dataclasses.dataclass(frozen=True)
 class ModelFile:
-    """A model's file, read once: what is hashed, inspected and loaded are the same bytes.
+    """A model's file, read once, so that the same bytes are hashed, inspected and loaded.
 
-    path: its Path.  contents: its bytes.  max_bytes: what its weights, or a layer's output for
-    one image, may take.
+    max_bytes: the limit for its weights and for a layer's output for one image.
     """
 
     path: Path
@@ -34,16 +37,16 @@ class ModelFile:
     max_bytes: int
 
     @functools.cached_property
-    def sha256(self):
+    def sha256(self) -> str:
         return hashlib.sha256(self.contents).hexdigest()
 
     @functools.cached_property
-    def declared(self):
-        """What the file declares, read as data, without Keras, in milliseconds.
+    def declared(self) -> tuple[Callable[[], Any], guard_model.Shapes]:
+        """The declared model, read in milliseconds, as data, without Keras: (build, shapes).
 
-        That is (make, shapes): a function that builds the model, without its weights, and
-        guard_model.read_shapes.  Raises InputError for all that can be told before Keras is
-        imported.
+        build: a function that builds the model without its weights.
+        shapes: guard_model.read_shapes of the file.
+        Raise InputError for every problem that can be detected before Keras is imported.
         """
         path, max_bytes = self.path, self.max_bytes
         if path.suffix == ".keras":
@@ -64,31 +67,31 @@ class ModelFile:
                 architecture.build_model, architecture.read_config(text, path)
             ), shapes
 
-    def _archive(self):
+    def _archive(self) -> contextlib.AbstractContextManager[Any]:
         return guard.open_archive(io.BytesIO(self.contents), self.path, self.max_bytes)
 
     @contextlib.contextmanager
-    def open_hdf5(self):
-        """Open the contents of an .h5 file to read attributes and arrays."""
+    def open_hdf5(self) -> Iterator[Any]:
+        """Open the contents of an .h5 file to read attributes and arrays, as an h5py.File."""
         with open_hdf5(io.BytesIO(self.contents), self.path, self.max_bytes) as file:
             check_heaps(self.contents, self.path)
             yield file
 
-    def load(self):
-        """Load the image classifier, without its optimizer and without its code.
+    def load(self) -> Any:
+        """Load the image classifier, without its optimizer and without code from the file.
 
-        Returns a Keras model, float32 (n, height, width, channels) → scores (n, N).
-        Raises InputError where the file is damaged, contains what the guards do not allow, or is
+        Return a Keras model, float32 (n, height, width, channels) → scores (n, N).
+        Raise InputError where the file is damaged, contains what the guards do not allow, or is
         not a classifier of images.
         """
         path, max_bytes = self.path, self.max_bytes
-        make, shapes = self.declared
+        build, shapes = self.declared
         keras = import_keras()
         with self._weights_file() as weights, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about the config, which the user did not write
             try:
                 with guard_model.limit_weights(keras.layers.Layer, path, max_bytes):
-                    model = make()
+                    model = build()
                 guard_model.check_classifier(model, path)
                 guard_model.check_outputs(model, path, max_bytes)
                 guard_model.check_prepared(model, path)
@@ -98,30 +101,30 @@ class ModelFile:
                 return architecture.make_functional(model)
             except InputError:
                 raise
-            except Exception as error:  # Keras raises whatever its parts raise
+            except Exception as error:  # Keras can raise any exception
                 problem = f"{path}: Keras cannot load the model: {first_line(error)}"
                 raise InputError(problem) from error
 
     @contextlib.contextmanager
-    def _weights_file(self):
-        """The path of a file of the weights, for a block: of the bytes that were inspected.
+    def _weights_file(self) -> Iterator[Path]:
+        """Write the inspected weights to a file for the block, and yield its path.
 
-        Out of an archive Keras would read them in small pieces, which takes many times as long.
+        Reading them from an archive takes Keras many times as long, because it reads small pieces.
         """
-        contents, new = self.contents, self.path.name.endswith((".weights.h5", ".keras"))
+        contents, keras_3 = self.contents, self.path.name.endswith((".weights.h5", ".keras"))
         if self.path.suffix == ".keras":
             with self._archive() as archive:
                 contents = archive.read("model.weights.h5")
         with make_private_folder(tempfile.gettempdir()) as folder:
-            copy = folder / ("model.weights.h5" if new else "model.h5")
+            copy = folder / ("model.weights.h5" if keras_3 else "model.h5")
             copy.write_bytes(contents)
             yield copy
 
 
-def read_model(path, max_bytes=DEFAULT_MAX_BYTES):
-    """Read the file of a model: .h5 of Keras 2.2 or later, .keras, or a DeepID's weights in .h5.
+def read_model(path: Name, max_bytes: int = DEFAULT_MAX_BYTES) -> ModelFile:
+    """Read a model's file: .h5 of Keras 2.2 or later, .keras, or a DeepID's weights in .h5.
 
-    Returns a ModelFile.  Raises InputError where there is no such file.
+    Raise InputError where there is no such file, or it is larger than `max_bytes`.
     """
     path = require_file(path)
     if path.suffix not in MODEL_SUFFIXES:
@@ -130,26 +133,26 @@ def read_model(path, max_bytes=DEFAULT_MAX_BYTES):
     return ModelFile(path, path.read_bytes(), max_bytes)
 
 
-def load_badnet(path, max_bytes=DEFAULT_MAX_BYTES):
-    """Read a model's file and load it. Takes, returns and raises what both do."""
+def load_badnet(path: Name, max_bytes: int = DEFAULT_MAX_BYTES) -> Any:
+    """Read a model's file and load it: see read_model and ModelFile.load."""
     return read_model(path, max_bytes).load()
 
 
-def save_model(model, path, **attributes):
-    """Save a Keras model without optimizer as .h5, with these texts as root attributes."""
+def save_model(model: Any, path: Name, **attributes: str) -> None:
+    """Save a Keras model without its optimizer as .h5, with these texts as root attributes."""
     import_keras()
     import h5py
-    from keras.src.legacy.saving.legacy_h5_format import save_model_to_hdf5  # into an open file
+    from keras.src.legacy.saving.legacy_h5_format import save_model_to_hdf5  # to an open file
 
-    # In memory first: where the disk is full, libhdf5 ends the process with a segmentation fault.
+    # Written in memory first, because on a full disk libhdf5 crashes with a segmentation fault.
     contents = io.BytesIO()
     with h5py.File(contents, "w") as file:
         save_model_to_hdf5(model, file, include_optimizer=False)
         file.attrs.update(attributes)
-    with replace_file(path) as beside:
-        beside.write_bytes(contents.getbuffer())
+    with replace_file(path) as unfinished:
+        unfinished.write_bytes(contents.getbuffer())
 
 
-def default_repaired_path(badnet_path):
-    """Where repair.py puts the repaired net of a BadNet, and eval_defence.py looks for it."""
+def default_repaired_path(badnet_path: Name) -> Path:
+    """Return the path where repair.py writes a repaired net and eval_defence.py looks for it."""
     return MODELS / f"{Path(badnet_path).stem}_defence.h5"

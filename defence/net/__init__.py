@@ -1,0 +1,1 @@
+"""Keras nets in memory: cut, run, mask and train them; nothing here reads a file."""

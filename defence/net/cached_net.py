@@ -35,6 +35,8 @@ class LabelledImages(Protocol):
     labels: np.ndarray
 
     @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
     def batch_count(self) -> int: ...
     def __len__(self) -> int: ...
     def batches(self, scale: str = ...) -> Iterator[tuple[np.ndarray, np.ndarray]]: ...
@@ -68,6 +70,7 @@ class CachedNet:
         masked = compute_masked_features(split)
         self.masked_values = np.broadcast_to(masked, (1, *features.shape[1:]))
         self.masked: list[int] = []
+        self.classes: np.ndarray
         self.rng = np.random.default_rng(seed)
         self.refresh()
 
@@ -75,7 +78,7 @@ class CachedNet:
     def from_dataset(
         cls, split: Split, clean: LabelledImages, scale: str | None = None, seed: int = 0
     ) -> CachedNet:
-        """Run the trunk over a clean dataset. scale: of its pixels; None for the one that fits best.
+        """Run the trunk over a clean dataset. scale: of its pixels; None: the one that fits best.
 
         Raises InputError where the features do not fit in memory or on disk, or are not finite.
         """
@@ -136,7 +139,7 @@ def choose_scale(
     margin = {name: 0 if name == pixels.DEFAULT else MIN_GAIN for name in scales}
     least = np.max(np.bincount(clean.labels)) + MIN_GAIN * count
 
-    def count_right(name, x, y):
+    def count_right(name: str, x: np.ndarray, y: np.ndarray) -> int:
         features = np.asarray(compile_model(split.trunk)(pixels.scale_pixels(x, name))[0])
         return int(np.sum(classify(split.head, features) == y))
 

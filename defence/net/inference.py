@@ -5,7 +5,8 @@ from __future__ import annotations
 import collections
 import concurrent.futures
 import functools
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -14,29 +15,32 @@ from defence.base.startup import import_keras
 from defence.net.graph import adds_maps, list_output_sizes
 
 OUTPUT_OF_LAYERS = "the input of the last layer"
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 @functools.lru_cache(maxsize=8)
-def compile_model(model):
-    """A model in inference mode as one TensorFlow graph, for float32 batches (b, …) of any size.
+def compile_model(model: Any) -> Callable[[Any], Any]:
+    """Return a model in inference mode as one TensorFlow graph, for float32 batches (b, …).
 
-    A batch of which a layer would give more than OUTPUT_VALUES is run in parts.
-    `model.predict_on_batch` makes another graph for each of the first sizes, and after `compile`.
+    It runs a batch in parts where a layer's output would exceed OUTPUT_VALUES.
+    `model.predict_on_batch` is slower: it makes a graph for each of the first batch sizes, and
+    another after `compile`.
     """
     import_keras()
     import tensorflow as tf
 
     signature = [tf.TensorSpec(model.input.shape)]
 
-    def make():
+    def make_function() -> Callable[[Any], Any]:
         return tf.function(
             lambda x: model(x, training=False), input_signature=signature, autograph=False
         )
 
-    call = _serialize_calls(make) if adds_maps(model) else make()
+    call = _serialize_calls(make_function) if adds_maps(model) else make_function()
     most = max(1, OUTPUT_VALUES // max(list_output_sizes(model)))
 
-    def run(x):
+    def run(x: Any) -> Any:
         if len(x) <= most:
             return call(x)
         parts = [call(x[start : start + most]) for start in range(0, len(x), most)]
@@ -45,16 +49,16 @@ def compile_model(model):
     return run
 
 
-def _serialize_calls(make):
-    """A function that calls what `make` makes, each in one thread at a time, as many as it takes.
+def _serialize_calls(make_function: Callable[[], Callable[[Any], Any]]) -> Callable[[Any], Any]:
+    """Return a function that never runs the same graph in two threads at once, but makes more.
 
-    The kernel that oneDNN runs for a convolution, its bias and a sum must not run twice at once:
-    with TensorFlow 2.21 that ends the process, or gives other numbers.
+    With TensorFlow 2.21, running oneDNN's fused convolution, bias and sum twice at once ends the
+    process or gives other numbers.
     """
-    idle = [make()]
+    idle = [make_function()]
 
-    def call(x):
-        function = idle.pop() if idle else make()
+    def call(x: Any) -> Any:
+        function = idle.pop() if idle else make_function()
         try:
             return function(x)
         finally:
@@ -63,13 +67,15 @@ def _serialize_calls(make):
     return call
 
 
-def map_in_parallel(function, items, count=2):
-    """Yield function(item) for every item, in order, `count` at a time in threads.
+def map_in_parallel(
+    function: Callable[[Item], Result], items: Iterable[Item], count: int = 2
+) -> Iterator[Result]:
+    """Yield function(item) for every item, in order, with `count` calls at a time in threads.
 
-    While that many are running the next item is fetched, and no more.
+    Fetch at most one item ahead of these calls.
     """
     with concurrent.futures.ThreadPoolExecutor(count) as threads:
-        running = collections.deque()
+        running: collections.deque[concurrent.futures.Future[Result]] = collections.deque()
         for item in items:
             running.append(threads.submit(function, item))
             if len(running) > count:
@@ -78,10 +84,10 @@ def map_in_parallel(function, items, count=2):
             yield running.popleft().result()
 
 
-def predict(model, inputs, rows=None):
-    """Iterate over a model's output, float32 (b, …), for batch after batch of `inputs`.
+def predict(model: Any, inputs: np.ndarray, rows: np.ndarray | None = None) -> Iterator[np.ndarray]:
+    """Return an iterator over a model's output, float32 (b, …), batch after batch of `inputs`.
 
-    inputs: float32 (n, …).  rows: int (k,), those to take, in this order; all if None.
+    inputs: float32 (n, …).  rows: int (k,), the inputs to take, in this order; None takes all.
     """
     rows = np.arange(len(inputs)) if rows is None else rows
     size = max(1, BATCH_VALUES // inputs[0].size)
@@ -89,8 +95,11 @@ def predict(model, inputs, rows=None):
     return map(np.asarray, map_in_parallel(compile_model(model), parts))
 
 
-def classify(model, inputs, rows=None):
-    """The class of rows of `inputs`, as for `predict`: int64 (k,), 0..N-1, of the largest score."""
+def classify(model: Any, inputs: np.ndarray, rows: np.ndarray | None = None) -> np.ndarray:
+    """Return the class with the largest score for each input: int64 (k,), 0..N-1.
+
+    inputs, rows: as for `predict`.
+    """
     classes = [scores.argmax(axis=1) for scores in predict(model, inputs, rows)]
     return np.concatenate([np.empty(0, np.int64), *classes])
 
@@ -100,9 +109,9 @@ def run_model(model: Any, inputs: np.ndarray, path: Name, max_bytes: int) -> np.
 
     path: the dataset of the inputs, for messages.  max_bytes: of memory, as for limits.allocate.
     """
-    shape, done = (len(inputs), *model.output_shape[1:]), 0
+    shape, count = (len(inputs), *model.output_shape[1:]), 0
     outputs = allocate(shape, np.float32, path, OUTPUT_OF_LAYERS, max_bytes)
     for part in predict(model, inputs):
-        outputs[done : done + len(part)] = part
-        done += len(part)
+        outputs[count : count + len(part)] = part
+        count += len(part)
     return outputs

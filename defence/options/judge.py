@@ -21,25 +21,25 @@ from defence.load.images import IMAGE_FORMATS, MORE_FORMATS
 from defence.options.common import add_labels, add_poisoned, add_report, require_report
 
 STDIN = "-"  # as IMAGE
-EXPORT, RAY, DATASET, IMAGES = "export", "ray", "dataset", "images"  # what the command does
+EXPORT, RAY, DATASET, IMAGES = "export", "ray", "dataset", "images"  # the modes of the command
 OUTPUTS = ("json", "csv", "plot", "report")
 
 
 def parse_eval(words: Sequence[str] | None = None) -> tuple[Namespace, list[Path]]:
-    """Parse the command line of eval_defence.py, and check all that takes no TensorFlow.
+    """Parse the command line of eval_defence.py, and check all that needs no TensorFlow.
 
-    words: of the command line, if not those that the process was started with.
-    Returns the arguments and the models: [B, G] or [a detector's .onnx file]. The arguments have
+    words: of the command line; by default the process's own.
+    Return the arguments and the models: [B, G] or [a detector's .onnx file]. The arguments have
     `mode`, one of EXPORT, RAY, DATASET and IMAGES, and `images`, the files to judge; `alone` says
-    whether one image was named, so that its number alone is printed.  Raises InputError.
+    whether one image was named, so that only its number is printed.  Raise InputError.
     """
     parser = make_parser()
     arguments = parser.parse_intermixed_args(words)
     set_quiet(arguments.quiet)
     if arguments.model is None:
         if not arguments.images:
-            swallowed = "; a name behind --poisoned counts as its file" * bool(arguments.poisoned)
-            parser.error(f"MODEL is missing{swallowed}")
+            hint = "; a name after --poisoned counts as its file" * bool(arguments.poisoned)
+            parser.error(f"MODEL is missing{hint}")
         *arguments.images, arguments.model = arguments.images
     models = backends.find_models(arguments.model, arguments.repaired)
     if not arguments.ray and (arguments.output or arguments.workers or arguments.ray_address):
@@ -62,7 +62,7 @@ def parse_eval(words: Sequence[str] | None = None) -> tuple[Namespace, list[Path
 
 
 def add_names_on_stdin(names: list[str], null: bool) -> list[str]:
-    """Replace STDIN among names by the names on stdin. null: each of them ends in NUL."""
+    """Replace STDIN among names by the names on stdin. null: whether each ends in NUL."""
     if STDIN not in names:
         if null:
             raise InputError("-0 goes with -, for the names on stdin")
@@ -91,21 +91,21 @@ def check_ray(arguments: Namespace, models: list[Path]) -> None:
     if not arguments.output:
         raise InputError("--ray needs --output, the folder for the verdicts")
     unfit = ("poisoned", "json", "csv", "plot", "scale", "force")
-    given = [f"--{name}" for name in unfit if getattr(arguments, name)]
-    if given or arguments.backend == "keras":
-        raise InputError(f"{', '.join(given) or '--backend keras'}: does not go with --ray")
+    options = [f"--{name}" for name in unfit if getattr(arguments, name)]
+    if options or arguments.backend == "keras":
+        raise InputError(f"{', '.join(options) or '--backend keras'}: does not go with --ray")
     onnx_file.require_packages("ray", "pyarrow", packages="requirements-scale.txt")
     if page := arguments.report:
         files.check_writable({"--report": page}, models)
         require_report(page)
         if Path(page).resolve().is_relative_to(Path(arguments.output).resolve()):
-            raise InputError(f"{page}: is inside --output, which holds verdicts alone")
+            raise InputError(f"{page}: is inside --output, which holds only verdicts")
 
 
 def check_images(arguments: Namespace, models: list[Path], names: list[str]) -> None:
-    """Find the files to judge. Raises InputError where they or the outputs do not go together.
+    """Find the files to judge. Raise InputError where they or the outputs do not go together.
 
-    names: as they were given, before those on stdin were added.
+    names: from the command line, without the names on stdin.
     """
     if arguments.labelled and not (len(names) == 1 and Path(names[0]).is_dir()):
         raise InputError("--labelled goes with one folder as IMAGE")
@@ -114,7 +114,7 @@ def check_images(arguments: Namespace, models: list[Path], names: list[str]) -> 
     arguments.images = datasets if arguments.labelled else files.list_files(arguments.images)
     arguments.mode = DATASET if datasets else IMAGES
     if datasets and len(arguments.images) > 1:
-        raise InputError(f"{datasets[0]}: give one dataset alone, or images")
+        raise InputError(f"{datasets[0]}: give only one dataset, or images")
     if (arguments.poisoned or arguments.plot) and not datasets:
         raise InputError("--poisoned and --plot go with a dataset as IMAGE, not images")
     outputs = {f"--{name}": getattr(arguments, name) for name in OUTPUTS}
@@ -133,7 +133,7 @@ def make_parser() -> Parser:
     parser = Parser(
         description="Judge images with a BadNet and its repaired net. Where both give the same "
         "class, print it, 1 to N; where they do not, print N+1: the image is poisoned.",
-        epilog="Example: eval_defence.py img/img_9.png demo_bd_net. One image: the number alone. "
+        epilog="Example: eval_defence.py img/img_9.png demo_bd_net. One image: only the number. "
         "Several: 'path<TAB>class' each; an image that cannot be read does not stop the others. "
         "A dataset: a table of figures, each with its 95 % interval. Exit status: "
         "0 done, 1 failed, 2 wrong input, 3 flagged (--fail-on-flagged).",
@@ -144,8 +144,8 @@ def make_parser() -> Parser:
         "images",
         metavar="IMAGE … MODEL",
         nargs="*",
-        help="IMAGE: an image file; a folder, of which every file at any depth is judged; one .h5 "
-        "dataset; or - for the names of images on stdin, one a line. MODEL: the BadNet, a name "
+        help="IMAGE: an image file; a folder, in which every file at any depth is judged; one .h5 "
+        "dataset; or - for the names of images on stdin, one per line. MODEL: the BadNet, a name "
         "in models/ or a path; or a detector's .onnx file",
     )
     add("--model", metavar="MODEL", help="the same; then all other names are IMAGE")
@@ -173,11 +173,12 @@ def make_parser() -> Parser:
 
 def parse_formats(text: str) -> tuple[str, ...]:
     """Parse a text such as "png,jpeg" to formats as Pillow calls them."""
-    known = (*IMAGE_FORMATS, *MORE_FORMATS)
+    available = (*IMAGE_FORMATS, *MORE_FORMATS)
     names = [name.strip().upper() for name in text.split(",")]
     formats = tuple(dict.fromkeys("JPEG" if name == "JPG" else name for name in names))
-    if not {*formats} <= {*known}:
-        raise argparse.ArgumentTypeError(f"'{text}' is not a list of {', '.join(known).lower()}")
+    if not {*formats} <= {*available}:
+        choices = ", ".join(available).lower()
+        raise argparse.ArgumentTypeError(f"'{text}' is not a list of {choices}")
     return formats
 
 
@@ -186,12 +187,13 @@ def _add_judging(group: Any) -> None:
         "--fpr",
         metavar="RATE",
         type=at_least(0, most=1, above=True),
-        help="flag an image by its anomaly score, which says how far apart the answers of B and G "
-        "are, instead of where they disagree. The threshold is the score that this fraction, such "
+        help="flag an image by its anomaly score, which measures how far apart the answers of B "
+        "and G are, not by their disagreement. The threshold is the score that this fraction, such "
         "as 0.01, of the clean images held out by repair.py --holdout exceeded",
     )
     add_poisoned(
-        group, "poisoned datasets, whose 'label' is the attack's target, to judge beside the clean"
+        group,
+        "poisoned datasets, whose 'label' is the attack's target, to judge beside the clean one",
     )
 
 
@@ -202,8 +204,8 @@ def _add_results(group: Any) -> None:
         "--csv",
         metavar="FILE",
         help="also write a row for each image: its path, or its dataset and index (from 0, in the "
-        "dataset's order); class, as printed, badnet_class, repaired_class, score; error, or label "
-        "as in the file, which counts from 0; - writes it to stdout",
+        "dataset's order); class, as printed; badnet_class, repaired_class, score; error, or label "
+        "as in the file, which counts from 0; - writes the rows to stdout",
     )
     add(
         "--plot",
@@ -235,12 +237,12 @@ def _add_nets(group: Any) -> None:
     add(
         "--backend",
         choices=backends.BACKENDS,
-        help="what runs the nets (default: onnx, where NAME_detector.onnx was made of them)",
+        help="what runs the nets (default: onnx, if NAME_detector.onnx was made from them)",
     )
     add(
         "--scale",
         choices=SCALES,
-        help="pixels that the nets take, for a repaired net without a repair record",
+        help="pixels that the nets take, if the repaired net has no repair record",
     )
     add(
         "--force",
@@ -267,5 +269,5 @@ def _add_ray(group: Any) -> None:
         "--workers",
         metavar="N",
         type=at_least(1, int),
-        help="number of detectors at a time, at most (default: one for each processor)",
+        help="the largest number of detectors at a time (default: one for each processor)",
     )

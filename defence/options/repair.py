@@ -22,10 +22,10 @@ MODES = {"check": GENERAL, "scan": GENERAL | {"seed", "json", "labels"}}
 
 
 def parse_repair() -> tuple[Namespace, ModelFile]:
-    """Parse the command line of repair.py, and check all that takes no TensorFlow.
+    """Parse the command line of repair.py, and check all that needs no TensorFlow.
 
-    Returns the arguments and B. The arguments' `output` is G's path, their `detector` the path of
-    the detector's file or None.  Raises InputError.
+    Return the arguments and B. The arguments' `output` is G's path, their `detector` the path of
+    the detector's file or None.  Raise InputError.
     """
     parser = make_parser()
     arguments = parser.parse_intermixed_args()
@@ -36,8 +36,8 @@ def parse_repair() -> tuple[Namespace, ModelFile]:
     arguments.output = Path(arguments.output or default_repaired_path(badnet.path))
     if arguments.output.suffix != ".h5":
         raise InputError(f"{arguments.output}: the repaired net is saved as a .h5 file")
-    wanted = repairs and not arguments.no_export
-    arguments.detector = onnx_file.default_detector_path(arguments.output) if wanted else None
+    exports = repairs and not arguments.no_export
+    arguments.detector = onnx_file.default_detector_path(arguments.output) if exports else None
     check_outputs(arguments, badnet, repairs)
     _ = badnet.declared
     record.refuse_repaired(badnet)
@@ -49,18 +49,19 @@ def parse_repair() -> tuple[Namespace, ModelFile]:
 
 def refuse_idle_options(parser: Parser, arguments: Namespace) -> None:
     """End the command with an error where an option has no effect."""
-    given = [name for name, value in vars(arguments).items() if value != parser.get_default(name)]
-    for mode, fit in MODES.items():
-        idle = [f"--{name.replace('_', '-')}" for name in given if name not in {mode, *fit}]
+    options = vars(arguments).items()
+    changes = [name for name, value in options if value != parser.get_default(name)]
+    for mode, useful in MODES.items():
+        idle = [f"--{name.replace('_', '-')}" for name in changes if name not in {mode, *useful}]
         if getattr(arguments, mode) and idle:
             parser.error(f"{', '.join(idle)}: does nothing with --{mode}")
-    idle = [f"--{name.replace('_', '-')}" for name in given if name.startswith("harden_")]
+    idle = [f"--{name.replace('_', '-')}" for name in changes if name.startswith("harden_")]
     if idle and not arguments.harden:
         parser.error(f"{', '.join(idle)}: does nothing without --harden")
 
 
 def check_outputs(arguments: Namespace, badnet: ModelFile, repairs: bool) -> None:
-    """Raise InputError unless each file that is to be written can be."""
+    """Raise InputError unless every output file can be written."""
     inputs = [badnet.path, arguments.data, *arguments.poisoned]
     if not repairs:
         files.check_writable({"--json": arguments.json}, inputs)
@@ -120,14 +121,14 @@ def _add_measuring(group: Any) -> None:
     mode.add_argument(
         "--check",
         action="store_true",
-        help="repair nothing; only check whether DATA can serve: the BadNet's accuracy, images of "
-        "each class, pixels. A warning makes the exit status 1",
+        help="repair nothing; only check whether DATA can serve: the BadNet's accuracy, the images "
+        "of each class, the pixels. A warning makes the exit status 1",
     )
     mode.add_argument(
         "--scan",
         action="store_true",
         help="repair nothing; only say whether the net looks backdoored, and to which class, as "
-        "--harden also does. A class that stands out makes the exit status 3",
+        "--harden does too. A class that stands out makes the exit status 3",
     )
     group.add_argument(
         "--holdout",
@@ -148,8 +149,8 @@ def _add_hardening(group: Any) -> None:
     group.add_argument(
         "--harden",
         action="store_true",
-        help="also remove backdoors in channels that clean images use: teach G the labels of "
-        "images that are changed at random, so that it ignores such changes",
+        help="also remove backdoors in channels that clean images use: train G on images that are "
+        "changed at random, so that it ignores such changes",
     )
     add_settings(group, harden.Settings)
 

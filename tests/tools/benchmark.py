@@ -1,16 +1,16 @@
-"""How fast the commands are: beside a plain script for the same, and beside what the machine can.
+"""Measure how fast the commands are, compared with a plain script and with this machine's limits.
 
     python tests/tools/benchmark.py            the competition's size: 11,547 and 12,830 images
     python tests/tools/benchmark.py --quick    a tenth of it, in two minutes
     python tests/tools/benchmark.py --model B.h5 --data CLEAN.h5 [--test TEST.h5]    your files
 
-Prints tables of seconds and peak memory of tests/reference.py, the plain script, and of repair.py
-and eval_defence.py, each in a process of its own and in turn; whether both came to the same
-outcome; how time and memory grow with the images; and the floor, the time that the multiply-adds
-which the job needs would take at the rate of this machine's matrix multiplication.
+It prints tables of the seconds and peak memory of tests/reference.py, the plain script, and of
+repair.py and eval_defence.py, each in its own process and in turn. It says whether both have the
+same outcome, and how time and memory grow with the images. The floor is the time that the job's
+multiply-adds would take at the rate of this machine's matrix multiplication.
 
-Without --model, faces are drawn by data/faces.py, and B is the demo's BadNet, its layers behind
-conv_3 trained on the validation set's people. Needs 5 GB of disk for the time it runs.
+Without --model, data/faces.py draws the faces, and B is the demo's BadNet, its layers behind conv_3
+trained on the validation set's people. This needs 5 GB of disk while it runs.
 """
 
 import argparse
@@ -28,8 +28,8 @@ import numpy as np
 from world import PEOPLE, ROOT, draw_world, in_another_process, repeat_images
 
 GROWTH = (1000, 3000, 11547, 50000)
-ROUNDS = 1  # of fine-tuning: what the report's nets took
-HARDENED = 1, 5  # epochs of hardening; it takes what they differ by
+ROUNDS = 1  # of fine-tuning, as the report's nets took
+HARDEN_EPOCHS = 1, 5  # in two runs, whose difference gives an epoch's time
 
 
 def main():
@@ -46,14 +46,10 @@ def main():
         compare_repairs(model, data, folder, floor, options.repeat)
         measure_hardening(model, data, folder, floor)
         compare_judging(model, test, folder, options.repeat)
-        compare_one_picture(model, folder, max(options.repeat, 1 if options.quick else 3))
+        compare_one_image(model, folder, max(options.repeat, 1 if options.quick else 3))
         if not options.model:
             sizes = [n // 10 for n in GROWTH[:3:2]] if options.quick else GROWTH
             measure_growth(model, data, folder, sizes)
-
-
-def absolute(path):
-    return Path(path).resolve()
 
 
 def parse_arguments():
@@ -63,21 +59,25 @@ def parse_arguments():
     add = parser.add_argument
     add("--quick", action="store_true", help="a tenth of the images and people")
     add("--repeat", type=int, default=1, metavar="N", help="run all N times, take the fastest")
-    add("--folder", help="where the files are put meanwhile (default: the system's)")
-    add("--model", type=absolute, help="a BadNet to repair, instead of a drawn one")
-    add("--data", type=absolute, help="its validation set; with --model")
-    add("--test", type=absolute, help="the dataset to judge (default: the validation set)")
+    add("--folder", help="folder for temporary files (default: the system's)")
+    add("--model", type=resolve_path, help="a BadNet to repair, instead of a drawn one")
+    add("--data", type=resolve_path, help="its validation set; with --model")
+    add("--test", type=resolve_path, help="the dataset to judge (default: the validation set)")
     options = parser.parse_args()
     if bool(options.model) != bool(options.data):
-        parser.error("--model and --data go together")
+        parser.error("--model and --data go together: give both")
     return options
+
+
+def resolve_path(path):
+    return Path(path).resolve()
 
 
 # ------------------------------------------------------------------------------------- measuring
 
 
 def measure(command, cwd=ROOT):
-    """Run a Python command. Returns (seconds, peak memory in MB, what it printed)."""
+    """Run a Python command. Return its seconds, its peak memory in MB and its stdout."""
     quiet = {"TF_CPP_MIN_LOG_LEVEL": "3", "ORT_DISABLE_TELEMETRY": "1"}
     environment = os.environ | {"KERAS_BACKEND": "tensorflow"} | quiet
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as errors:
@@ -99,38 +99,38 @@ def measure(command, cwd=ROOT):
         return seconds, usage.ru_maxrss / 1024, out.read()
 
 
-def fastest(repeat, *commands, cwd=ROOT):
-    """Run the commands in turn, `repeat` times over. The fastest run of each, as `measure`'s."""
-    runs = [[measure(command, cwd) for command in commands] for _ in range(repeat)]
-    return [min(each, key=lambda run: run[0]) for each in zip(*runs)]
+def measure_fastest(repeat, *commands, cwd=ROOT):
+    """Run commands in turn, `repeat` times. Return each command's fastest run, as `measure`."""
+    rounds = [[measure(command, cwd) for command in commands] for _ in range(repeat)]
+    return [min(runs, key=lambda run: run[0]) for runs in zip(*rounds)]
 
 
-def table(*rows):
-    """Print rows: the first cell left, the others right; numbers with one or two decimals."""
+def print_table(*rows):
+    """Print rows, the first cell aligned left, the others right; floats with 1 or 2 decimals."""
 
-    def text(cell):
+    def format_cell(cell):
         if isinstance(cell, float):
             return f"{cell:,.2f}" if cell < 10 else f"{cell:,.1f}"
         return "" if cell is None else str(cell)
 
-    rows = [[text(cell) for cell in row] for row in rows]
+    rows = [[format_cell(cell) for cell in row] for row in rows]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     for row in rows:
-        first, *others = (
+        first, *numbers = (
             cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths))
         )
-        print("  ".join([first, *others]))
+        print("  ".join([first, *numbers]))
     print()
 
 
 class Floor:
-    """What this machine can do, and what the job asks of it at least."""
+    """This machine's rates, and the multiply-adds that a repair needs at least."""
 
     def __init__(self, model, data):
         with h5py.File(data) as file:
             self.images = len(file["data"])
-        counted = in_another_process(_count, model)
-        self.matmul, self.trunk, self.head, self.dense, self.tuned, self.hardened = counted
+        counts = in_another_process(_count_multiply_adds, model)
+        self.matmul, self.trunk, self.head, self.dense, self.tuned, self.hardened = counts
         self.disk = read_rate(data)
         self.read = data.stat().st_size / self.disk
         cores = len(os.sched_getaffinity(0))
@@ -145,14 +145,14 @@ class Floor:
         )
 
     def seconds(self, record):
-        """The least seconds for each step of a repair, from its record."""
+        """Return the least seconds of each step of a repair, from its record."""
         settings, accuracy = record["settings"], record["accuracy"]
         rounds = len(accuracy["after_each_round"])
         multiply_adds = {
             "features": self.trunk,
             "prune": self.head * (1 + len(accuracy["after_each_channel"])),
-            # Forward, and the gradient of the weights; what goes into the layer, and what comes
-            # out of the net at the end, once.
+            # Forward, and the gradient of the weights. Once: the layer's input, and the net's
+            # answers at the end.
             "retrain": settings["retrain_epochs"] * 2 * self.dense + 2 * self.head,
             "fine_tune": rounds * (settings["epochs"] * self.tuned + self.head),
         }
@@ -161,9 +161,11 @@ class Floor:
         return least
 
 
-def _count(model):
-    """This machine's multiply-adds a second, and a net's, forward: trunk, head, last Dense; and
-    those of an image in a training step of the head, and of all.
+def _count_multiply_adds(model):
+    """Return this machine's multiply-adds a second, and a net's for an image.
+
+    The net's are: forward, of trunk, head and last Dense layer; in a step of fine-tuning the head;
+    in a step of hardening.
     """
     import utils
     from defence.base.startup import import_keras
@@ -189,8 +191,8 @@ def _count(model):
     net = utils.load_badnet(model)
     parts = split_net(net)
     trunk, head = (sum(map(forward, part.layers)) for part in (parts.trunk, parts.head))
-    # The gradients of a layer's weights and of its input cost what the layer costs, each; nobody
-    # needs that of the features.
+    # The gradients of a layer's weights and of its input each cost as much as the layer. The
+    # gradient of the features is not needed.
     features = parts.trunk.output[0]
 
     def reads_features(layer):
@@ -198,15 +200,15 @@ def _count(model):
 
     weighty = [layer for layer in parts.head.layers if forward(layer)]
     tuned = 3 * head - sum(map(forward, filter(reads_features, weighty)))
-    # Nobody needs the gradient of pixels, but for the pictures that patterns are sought on.
-    sought = patterns.SOUGHT_ON / harden.Settings().harden_batch_size
+    # The gradient of pixels is needed only for the images that patterns are sought on.
+    pattern_share = patterns.IMAGES_PER_STEP / harden.Settings().harden_batch_size
     first = forward(next(filter(forward, net.layers)))
-    hardened = (3 + 2 * sought) * (trunk + head) - first
+    hardened = (3 + 2 * pattern_share) * (trunk + head) - first
     return max(rates), trunk, head, forward(find_last_weighted(parts.head)), tuned, hardened
 
 
 def read_rate(path):
-    """Bytes a second that a file is read at, after the system was asked to forget it."""
+    """Return the bytes a second of reading a file that the system's cache has dropped."""
     with open(path, "rb", buffering=0) as file:
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         start = time.monotonic()
@@ -220,7 +222,7 @@ def read_rate(path):
 
 def compare_repairs(model, data, folder, floor, repeat):
     ours_json, ours_g, plain_g = folder / "ours.json", folder / "g.h5", folder / "plain_g.h5"
-    plain, ours = fastest(
+    plain, ours = measure_fastest(
         repeat,
         ["tests/reference.py", "repair", model, data, plain_g, ROUNDS],
         ["repair.py", model, data, "--output", ours_g, "--rounds", ROUNDS, "--json", ours_json],
@@ -232,16 +234,16 @@ def compare_repairs(model, data, folder, floor, repeat):
         spent = outcome["seconds"].get(step)
         ratio = spent / seconds[step] if spent else None
         rows.append((step, spent, seconds[step], ratio, least, seconds[step] / least))
-    others = [run[0] - sum(each[s] for s in steps if s in each) for run, each in (
-        (plain, outcome["seconds"]), (ours, seconds))]  # fmt: skip
-    rows.append(("start, load, save", *others, None, None, None))
+    pairs = (plain, outcome["seconds"]), (ours, seconds)
+    remaining = [run[0] - sum(part.get(step, 0) for step in steps) for run, part in pairs]
+    rows.append(("start, load, save", *remaining, None, None, None))
     least = sum(steps.values())
     rows.append(("whole command", plain[0], ours[0], plain[0] / ours[0], least, ours[0] / least))
     rows.append(("peak memory, MB", plain[1], ours[1], plain[1] / ours[1], None, None))
     images = floor.images
     rows.append(("images a second", images / plain[0], images / ours[0], None, None, None))
     print(f"{images} images, {data.stat().st_size:,} bytes; {ROUNDS} round of fine-tuning")
-    table(*rows)
+    print_table(*rows)
 
     accuracy = record["accuracy"]
     curve, plain_curve = np.array(accuracy["after_each_channel"]), np.array(outcome["curve"])
@@ -256,16 +258,15 @@ def compare_repairs(model, data, folder, floor, repeat):
 
 
 def measure_hardening(model, data, folder, floor):
-    """What an epoch of hardening takes, beside its floor."""
-    spent = []
-    for epochs in HARDENED:
-        told = folder / "hardened.json"
-        options = ["--rounds", ROUNDS, "--harden", "--harden-epochs", epochs, "--json", told]
+    """Measure an epoch of hardening, and compare it with its floor."""
+    spent, record = [], folder / "hardened.json"
+    for epochs in HARDEN_EPOCHS:
+        options = ["--rounds", ROUNDS, "--harden", "--harden-epochs", epochs, "--json", record]
         measure(["repair.py", model, data, "--output", folder / "hardened.h5", *options])
-        spent.append(json.loads(told.read_text())["seconds"]["harden"])
-    seconds = (spent[1] - spent[0]) / (HARDENED[1] - HARDENED[0])
+        spent.append(json.loads(record.read_text())["seconds"]["harden"])
+    seconds = (spent[1] - spent[0]) / (HARDEN_EPOCHS[1] - HARDEN_EPOCHS[0])
     least = floor.hardened * floor.images / floor.matmul
-    table(
+    print_table(
         ("hardening: seconds", "ours", "floor", "× floor"),
         ("an epoch", seconds, least, seconds / least),
     )
@@ -273,23 +274,23 @@ def measure_hardening(model, data, folder, floor):
 
 def compare_judging(model, test, folder, repeat):
     g, ours_json = folder / "g.h5", folder / "judged.json"
-    plain, ours = fastest(
+    plain, ours = measure_fastest(
         repeat,
         ["tests/reference.py", "judge", model, g, test],
         ["eval_defence.py", test, model, "--repaired", g, "--json", ours_json],
     )
     outcome, figures = json.loads(plain[2]), json.loads(ours_json.read_text())["clean"]
-    of_b, of_g = np.array(outcome["b"]), np.array(outcome["g"])
+    b, g = np.array(outcome["b"]), np.array(outcome["g"])
     with h5py.File(test) as file:
         labels = file["label"][:]
-    shares = (of_b == labels, of_g == labels, (of_b == of_g) & (of_b == labels), of_b != of_g)
+    shares = (b == labels, g == labels, (b == g) & (b == labels), b != g)
     apart = max(
         abs(np.sum(share) - ours_share["hits"])
         for share, ours_share in zip(shares, figures["figures"].values(), strict=True)
     )
     images, judging = len(labels), (outcome["seconds"]["judge"], figures["seconds"])
     print(f"{images} images judged: two calls of `predict` on images in memory, ours from the file")
-    table(
+    print_table(
         ("judge a dataset", "plain", "ours", "ratio"),
         ("seconds, judging", *judging, judging[0] / judging[1]),
         ("images a second", *(images / s for s in judging), None),
@@ -299,41 +300,40 @@ def compare_judging(model, test, folder, repeat):
     print(f"the four figures of eval_defence.py apart by at most {apart:.0f} of {images} images\n")
 
 
-def compare_one_picture(model, folder, repeat):
-    g, picture = folder / "g.h5", ROOT / "img" / "img_9.png"
-    plain, ours, imports, ours_imports = fastest(
+def compare_one_image(model, folder, repeat):
+    g, image = folder / "g.h5", ROOT / "img" / "img_9.png"
+    plain, ours, imports, our_imports = measure_fastest(
         repeat,
-        ["tests/reference.py", "judge", model, g, picture],
-        ["eval_defence.py", picture, model, "--repaired", g],
+        ["tests/reference.py", "judge", model, g, image],
+        ["eval_defence.py", image, model, "--repaired", g],
         ["-c", "import tensorflow, keras"],
-        ["-c", "from defence.startup import import_keras; import_keras()"],
+        ["-c", "from defence.base.startup import import_keras; import_keras()"],
     )
     outcome = json.loads(plain[2])
-    agreed = outcome["b"] == outcome["g"]
-    same = not agreed or int(ours[2]) == outcome["b"][0] + 1
-    print(f"one picture, the whole command; fastest of {repeat}")
-    table(
-        ("judge one picture", "plain", "ours", "import tensorflow, keras", "… as we do"),
-        ("seconds", plain[0], ours[0], imports[0], ours_imports[0]),
-        ("beside the import", plain[0] / imports[0], ours[0] / imports[0], 1.0, None),
-        ("peak memory, MB", plain[1], ours[1], imports[1], ours_imports[1]),
+    agree = outcome["b"] == outcome["g"]
+    same = not agree or int(ours[2]) == outcome["b"][0] + 1
+    print(f"one image, the whole command; fastest of {repeat}")
+    print_table(
+        ("judge one image", "plain", "ours", "import tensorflow, keras", "… as we do"),
+        ("seconds", plain[0], ours[0], imports[0], our_imports[0]),
+        ("relative to the import", plain[0] / imports[0], ours[0] / imports[0], 1.0, None),
+        ("peak memory, MB", plain[1], ours[1], imports[1], our_imports[1]),
     )
     print(f"the same class: {'yes' if same else 'NO'}\n")
 
 
 def measure_growth(model, data, folder, sizes):
-    """Repair with ever more images, the validation set's over and over."""
-    rows = [("repair: images", "seconds", "ms an image", "peak MB", "KB an image more")]
-    before = None
-    many = folder / "many.h5"
+    """Repair with more and more images, the validation set's over and over."""
+    rows = [("repair: images", "seconds", "ms an image", "peak MB", "KB an added image")]
+    before, many = None, folder / "many.h5"
     for size in sizes:
         in_another_process(repeat_images, data, many, size)
         command = ["repair.py", model, many, "--output", folder / "g.h5", "--rounds", ROUNDS]
         seconds, peak, _ = measure(command)
-        more = (peak - before[1]) * 1024 / (size - before[0]) if before else None
-        rows.append((str(size), seconds, 1000 * seconds / size, peak, more))
+        growth = (peak - before[1]) * 1024 / (size - before[0]) if before else None
+        rows.append((str(size), seconds, 1000 * seconds / size, peak, growth))
         before = size, peak
-    table(*rows)
+    print_table(*rows)
 
 
 if __name__ == "__main__":

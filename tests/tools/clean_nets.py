@@ -1,11 +1,11 @@
-"""Train clean nets of many kinds, to know what a scan finds where there is no backdoor.
+"""Train clean nets of many kinds, to learn what a scan finds where there is no backdoor.
 
-    python tests/tools/clean_nets.py               all of them, models/clean-nets/
+    python tests/tools/clean_nets.py               all of them, in models/clean-nets/
     python tests/tools/clean_nets.py deepid-101    one of them
 
-A name says the kind and the seed, which draws other people and starts other weights. REFERENCES are
-what defence/finding.json is made of; with CHECKS it is tried whether as few of other clean nets
-raise an alarm as it promises. A net that is there is not trained again.
+A name gives the kind and the seed, which draws other people and starts from other weights.
+defence/beyond/finding.json is made of REFERENCES. CHECKS test whether other clean nets raise as few
+alarms as it promises. A net that exists is not trained again.
 """
 
 import argparse
@@ -29,11 +29,11 @@ from defence.beyond import changes
 from defence.load.architecture import build_deepid
 
 FOLDER = ROOT / "models" / "clean-nets"
-PICTURES, VALIDATION, EPOCHS = 80, 600, 16  # of a person, in all, of training
-FEWEST, MOST = 10, 60  # validation images of a person
-LEAST_SHARE = 0.1  # of its pictures that the rarest person of an uneven set keeps
-DARK, TINT = 0.35, (0.5, 0.6, 1)  # what the pixels of one person are multiplied by
-ODD = 3  # that person
+IMAGES, EPOCHS = 80, 16  # training images of a person; training
+VALIDATION, FEWEST, MOST = 600, 10, 60  # validation images in all; of a person
+LEAST_SHARE = 0.1  # of the images that the rarest person of an uneven dataset keeps
+DARK, TINT = 0.35, (0.5, 0.6, 1)  # factors of one person's pixels
+ODD = 3  # that person, from 0
 
 # kind: {seed: people}
 REFERENCES = {
@@ -60,65 +60,69 @@ CHECKS = {
 }
 
 
-def names(nets):
-    """The names of REFERENCES or CHECKS, in order."""
+def list_names(nets):
+    """Return the names of REFERENCES or CHECKS, in order."""
     return [f"{kind}-{seed}" for kind, seeds in nets.items() for seed in seeds]
 
 
-def paths(name):
-    """Where a net and its validation set are: two paths."""
+def make_paths(name):
+    """Return the paths of a net and of its validation set."""
     return FOLDER / f"{name}.h5", FOLDER / f"{name}_clean_validation_data.h5"
 
 
 # ----------------------------------------------------------------------------------------- kinds
 
 
-def wide(people):
-    """A plain stack, wider than DeepID, with dropout."""
+def build_wide(people):
+    """Build a plain stack, wider than DeepID, with dropout."""
     layers = import_keras().layers
     image = x = layers.Input((faces.HEIGHT, faces.WIDTH, 3))
     for channels in (48, 96, 160):
         x = layers.MaxPooling2D()(layers.Conv2D(channels, 3, activation="relu")(x))
     x = layers.Dropout(0.3)(layers.Flatten()(x))
-    return classifier(image, layers.Dense(256, activation="relu")(x), people)
+    return build_classifier(image, layers.Dense(256, activation="relu")(x), people)
 
 
-def normalised(people):
-    """A stack with batch normalisation, as most nets of today have."""
+def build_normalised(people):
+    """Build a stack with batch normalisation, as most nets of today have."""
     layers = import_keras().layers
     image = x = layers.Input((faces.HEIGHT, faces.WIDTH, 3))
     for channels in (32, 64, 128):
         x = layers.Conv2D(channels, 3, padding="same", use_bias=False)(x)
         x = layers.MaxPooling2D()(layers.ReLU()(layers.BatchNormalization()(x)))
     x = layers.Flatten()(layers.Conv2D(128, 3, activation="relu")(x))
-    return classifier(image, layers.Dense(128, activation="relu")(x), people)
+    return build_classifier(image, layers.Dense(128, activation="relu")(x), people)
 
 
-def classifier(image, x, people):
+def build_classifier(image, x, people):
+    """Build a model from an image and the features x, with a softmax layer."""
     keras = import_keras()
     return keras.Model(image, keras.layers.Dense(people, activation="softmax")(x))
 
 
-def augment(pictures, rng):
-    """Mirror, turn, shift and light pictures, as trainings often do."""
-    mirrored = rng.random(len(pictures)) < 0.5
-    pictures[mirrored] = pictures[mirrored][:, :, ::-1]
-    pictures = changes.move(pictures, rng, turn=10, scale=0.08, shift=0.05, bend=0)
-    return np.clip(pictures * changes.draw_uniform(rng, 0.8, 1.2, len(pictures), 1, 1, 1), 0, 255)
+def augment(images, rng):
+    """Mirror, turn, shift and light images, as training often does."""
+    mirrored = rng.random(len(images)) < 0.5
+    images[mirrored] = images[mirrored][:, :, ::-1]
+    images = changes.move(images, rng, turn=10, scale=0.08, shift=0.05, bend=0)
+    return np.clip(images * changes.draw_uniform(rng, 0.8, 1.2, len(images), 1, 1, 1), 0, 255)
 
 
-def uneven(labels):
-    """The rows of a set in which some people have few pictures, as in most sets of real people."""
+def choose_uneven_rows(labels):
+    """Return the rows of a dataset in which some people have few images, as in most of real people.
+
+    labels: int (n,).
+    """
     rows = []
     for person in range(labels.max() + 1):
-        own = np.flatnonzero(labels == person)
+        person_rows = np.flatnonzero(labels == person)
         share = max(LEAST_SHARE, np.exp(-2 * person / labels.max()))
-        rows.append(own[: round(share * len(own))])
+        rows.append(person_rows[: round(share * len(person_rows))])
     return np.concatenate(rows)
 
 
 def mark_odd_person(images, labels, factor):
-    """Multiply the pixels of one person, uint8 (n, height, width, 3), in place."""
+    """Multiply the pixels of one person by a factor, in place. images: uint8 (n, h, w, 3)."""
     images[labels == ODD] = images[labels == ODD] * np.float32(factor)
 
 
@@ -126,31 +130,32 @@ def mark_odd_person(images, labels, factor):
 
 
 def train(name):
-    """Train a net of REFERENCES or CHECKS, and write it and its validation set."""
+    """Train a net of REFERENCES or CHECKS. Write it and its validation set."""
     kind, seed = name.split("-")
     seed = int(seed)
     people = (REFERENCES.get(kind, {}) | CHECKS.get(kind, {}))[seed]
-    images, labels = badnet.draw_clean(people, PICTURES, seed)
+    images, labels = badnet.draw_clean(people, IMAGES, seed)
     factor = {"dark": DARK, "tinted": TINT}.get(kind)
     if factor:
         images = images.copy()
         mark_odd_person(images, labels, factor)
     if kind == "uneven":
-        rows = uneven(labels)
+        rows = choose_uneven_rows(labels)
         images, labels = images[rows], labels[rows]
     import_keras().utils.set_random_seed(seed)
-    model = {"wide": wide, "normalised": normalised}.get(kind, build_deepid)(people)
-    path, validation = paths(name)
+    builders = {"wide": build_wide, "normalised": build_normalised}
+    model = builders.get(kind, build_deepid)(people)
+    path, validation = make_paths(name)
     progress = path.with_suffix(".npz")
     change = augment if kind == "augmented" else None
     rate = EPOCHS, badnet.LEARNING_RATE
     badnet.train(model, images, [labels], [badnet.ENTROPY], *rate, seed, name, progress, change)
-    each = int(np.clip(VALIDATION / people, FEWEST, MOST))
-    faces.write_dataset(validation, "validation", people, each, seed=seed)
+    per_person = int(np.clip(VALIDATION / people, FEWEST, MOST))
+    faces.write_dataset(validation, "validation", people, per_person, seed=seed)
     if factor:
         mark_dataset(validation, factor)
-    with files.replace_file(path) as beside:
-        model.save(beside, include_optimizer=False)
+    with files.replace_file(path) as temporary:
+        model.save(temporary, include_optimizer=False)
     progress.unlink()
 
 
@@ -163,24 +168,25 @@ def mark_dataset(path, factor):
 
 
 def main():
-    known = names(REFERENCES) + names(CHECKS)
+    names = list_names(REFERENCES) + list_names(CHECKS)
     parser = Parser(
         prog="clean_nets.py",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    help = f"{known[0]} to {known[-1]} (default: all)"
-    parser.add_argument("names", metavar="NAME", nargs="*", help=help)
-    chosen = parser.parse_args().names or known
+    text = f"{names[0]} to {names[-1]} (default: all)"
+    parser.add_argument("names", metavar="NAME", nargs="*", help=text)
+    chosen = parser.parse_args().names or names
     for name in chosen:
-        if name not in known:
-            parser.error(f"no net named {name!r}; there are: {', '.join(known)}")
+        if name not in names:
+            parser.error(f"no net named {name!r}; choose from {', '.join(names)}")
     logging.getLogger("tensorflow").setLevel(logging.ERROR)
     FOLDER.mkdir(parents=True, exist_ok=True)
     for name in chosen:
-        if not paths(name)[0].exists():
+        path, _ = make_paths(name)
+        if not path.exists():
             train(name)
-            print(f"Saved model: {paths(name)[0]}", flush=True)
+            print(f"Saved model: {path}", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,19 +1,19 @@
-"""Scan nets whose truth is known, and write down what is found of each.
+"""Scan nets whose truth is known, and record what the scan finds.
 
-    python tests/tools/findings.py --references    defence/finding.json, from clean nets
-    python tests/tools/findings.py                 what is found of other nets
-    python tests/tools/findings.py --table         only the tables of docs/results.md anew
+    python tests/tools/findings.py --references    defence/beyond/finding.json, from clean nets
+    python tests/tools/findings.py                 the findings of other nets
+    python tests/tools/findings.py --table         only the tables
 
-The first trains the REFERENCES of clean_nets.py and keeps the largest surprise of each, which
-finding.py compares others with. The second scans, with the validation set alone, other clean nets,
-and the zoos of BadNets that are there: the demo's and the competition's size, which results.py
-makes, and the demo's with people that nothing was chosen by, which is made here. A net that was
-scanned, as tests/results/findings/ tells, is not scanned again. With --peers the nets of that last
-zoo and the clean ones are also scanned by methods that others published (inversion.py).
+The first trains the REFERENCES of clean_nets.py and keeps the largest surprise of each; finding.py
+compares other nets with these. The second scans, with the validation set alone, other clean nets
+and the existing zoos of BadNets: the demo's and the competition's size, which results.py makes, and
+the demo's with people not used for tuning, which it makes itself. Each scanned net has a line in
+tests/results/findings/ and is not scanned again. With --peers, published methods (inversion.py)
+also scan the nets of that last zoo and the clean ones. The tables go to tests/results/findings.md
+and docs/results.md.
 """
 
 import argparse
-import json
 import logging
 import subprocess
 import sys
@@ -27,7 +27,7 @@ import badnet
 import clean_nets
 import inversion
 import numpy as np
-from results import DOCUMENT, RESULTS, with_tables
+from records import RESULTS, format_table, name_class, read_records, write_record, write_tables
 
 import utils
 from defence.base import files
@@ -39,9 +39,9 @@ from defence.beyond import finding, scan
 from defence.net.cached_net import CachedNet
 from defence.net.split import split_net
 
-SEED = 5  # of the zoo that nothing was chosen by
+SEED = 5  # of the zoo not used for tuning
 NEW = f"demo-{SEED}"
-# The zoos: where their nets are, and their data.
+# The folders of each zoo's nets and of its data.
 ZOOS = {
     NEW: (ROOT / "models" / f"zoo-demo-{SEED}",) * 2,
     "demo": (ROOT / "models" / "zoo-demo", ROOT / "data" / "zoo-demo"),
@@ -49,13 +49,16 @@ ZOOS = {
 }
 CLEAN = "clean"
 FOLDER = RESULTS / "findings"
+DOCUMENTS = ROOT / "docs" / "results.md", RESULTS / "findings.md"
 
 
-def look(path, data, with_peers):
-    """Scan a net with a validation set. Returns what is kept of it, a dict.
+# -------------------------------------------------------------------------------------- scanning
 
-    In it "classes" and "shifts" are what finding.evidence gives.
-    with_peers: whether the methods of inversion.py are to scan it as well.
+
+def scan_net(path, data, targets, with_peers):
+    """Scan a net with a validation set. Return what its record keeps, a dict.
+
+    targets: classes from 0, or faces.NEXT.  with_peers: whether inversion.py scans it too.
     """
     model = utils.load_badnet(path)
     with utils.open_dataset(data) as clean:
@@ -63,166 +66,192 @@ def look(path, data, with_peers):
         cached = CachedNet.from_dataset(split_net(model), clean)
         start = time.monotonic()
         views = scan.count_errors(cached, seed=0)
-        found = {"accuracy": cached.accuracy(), "seconds": round(time.monotonic() - start, 1)}
-        evidence = [each.round(4).tolist() for each in finding.compute_evidence(views)]
+        record = {"accuracy": cached.accuracy(), "seconds": round(time.monotonic() - start, 1)}
+        classes, shifts = (values.round(4) for values in finding.compute_evidence(views))
+        record |= rank_targets(classes, shifts, targets)
         if with_peers:
-            found["peers"] = inversion.scan(model, clean, cached.scale)
-    return found | {"classes": evidence[0], "shifts": evidence[1]}
+            record["peers"] = inversion.scan(model, clean, cached.scale)
+    return record
 
 
-def keep(name, of, path, data, with_peers=False):
-    """Scan a net and keep what is found in FOLDER, unless it is there and of this net."""
-    result, sha256 = FOLDER / of / f"{name}.json", files.hash_file(path)
-    if result.exists():
-        found = json.loads(result.read_text())
-        if found["sha256"] == sha256 and ("peers" in found or not with_peers):
-            return
+def rank_targets(classes, shifts, targets):
+    """Return the largest surprise, and the rank of each target among all classes and shifts.
+
+    classes, shifts: the evidence, as finding.compute_evidence returns it.  An all-to-all attack has
+    the rank of the shift by one.  Ranks count from 1.
+    """
+    classes, shifts = map(finding.compute_surprise, (classes, shifts))
+    surprises = np.concatenate([classes, shifts])
+    target_surprises = [
+        shifts[0] if target == badnet.faces.NEXT else classes[target]
+        for target in dict.fromkeys(targets)
+    ]
+    ranks = [1 + int(np.sum(surprises > surprise)) for surprise in target_surprises]
+    return {"surprise": float(surprises.max()), "ranks": ranks}
+
+
+def record_scan(name, group, path, data, targets=(), with_peers=False):
+    """Scan a net and record the findings, unless its record is of this file.
+
+    group: file of the records in FOLDER, without its ending.
+    """
+    records, sha256 = FOLDER / f"{group}.jsonl", files.hash_file(path)
+    record = read_records(records).get(name)
+    if record and record["sha256"] == sha256 and ("peers" in record or not with_peers):
+        return
     say(f"{path}: scan")
-    result.parent.mkdir(parents=True, exist_ok=True)
-    files.write_json({"name": name, "sha256": sha256} | look(path, data, with_peers), result)
+    findings = scan_net(path, data, targets, with_peers)
+    write_record({"name": name, "sha256": sha256} | findings, records)
 
 
-def kept(of, names):
-    """What was found of nets, as far as it is there: [dict, …]."""
-    paths = [FOLDER / of / f"{name}.json" for name in names]
-    return [json.loads(path.read_text()) for path in paths if path.exists()]
+def read_findings(group, names):
+    """Return the records of a group's nets, in the order of `names`; some nets may have none."""
+    records = read_records(FOLDER / f"{group}.jsonl")
+    return [records[name] for name in names if name in records]
 
 
-def surprises(found):
-    """The surprises of a net's classes and of its shifts: two arrays, as finding.surprises."""
-    return [finding.compute_surprise(np.array(found[of])) for of in ("classes", "shifts")]
-
-
-def references():
-    """The largest surprise of each net that others are compared with, ascending: [float, …]."""
-    found = kept("references", clean_nets.names(clean_nets.REFERENCES))
-    return sorted(round(float(np.concatenate(surprises(each)).max()), 4) for each in found)
+def read_references():
+    """Return the largest surprise of each reference net, ascending: [float, …]."""
+    records = read_findings("references", clean_nets.list_names(clean_nets.REFERENCES))
+    return sorted(round(record["surprise"], 4) for record in records)
 
 
 # ---------------------------------------------------------------------------------------- tables
 
 
-def zoo_rows(of):
-    """A `row` for each net of a zoo that was scanned."""
-    targets = {name: [each for _, each in attack.triggers] for name, attack in badnet.ZOO.items()}
-    return [row(found, targets[found["name"]]) for found in kept(of, badnet.ZOO)]
+def make_zoo_rows(zoo):
+    """Return a row for each scanned net of a zoo."""
+    targets = {name: [to for _, to in attack.triggers] for name, attack in badnet.ZOO.items()}
+    return [make_row(record, targets[record["name"]]) for record in read_findings(zoo, badnet.ZOO)]
 
 
-def row(found, targets):
-    """What a table says of a net. targets: [class from 0, or faces.NEXT, …].
-
-    ranks: of each true target, or for an all-to-all attack of the shift by one, among all classes
-    and shifts, by surprise, from 1.
-    """
-    classes, shifts = surprises(found)
-    both = np.concatenate([classes, shifts])
-    own = [
-        shifts[0] if target == badnet.faces.NEXT else classes[target]
-        for target in dict.fromkeys(targets)
-    ]
-    p_value = finding.compute_p_value(both.max(), finding.read_clean())
+def make_row(record, targets):
+    """Return a record with what the tables say of it. targets: [class from 0, or faces.NEXT, …]."""
+    p_value = finding.compute_p_value(record["surprise"], finding.read_clean())
     return {
-        "name": found["name"],
+        "name": record["name"],
         "targets": list(dict.fromkeys(targets)),
         "alarm": p_value <= finding.LEVEL,
         "p_value": p_value,
-        "surprise": both.max(),
-        "ranks": [1 + int(np.sum(both > each)) for each in own],
-        "seconds": found["seconds"],
-        "peers": found.get("peers"),
+        "surprise": record["surprise"],
+        "ranks": record["ranks"],
+        "seconds": record["seconds"],
+        "peers": record.get("peers"),
     }
 
 
-def table(rows):
-    """A Markdown table of `row`s."""
-    heads = ["net", "targets", "finding", "p", "surprise", "rank of each target"]
-    peers = list(next((each["peers"] for each in rows if each["peers"]), {}))
-    lines = [[*heads, *peers], ["---", "---", "---", *["--:"] * 3, *["---"] * len(peers)]]
-    for each in rows:
-        said = [shown(each["peers"], name, each["targets"]) for name in peers]
-        found = "backdoor" if each["alarm"] else "nothing"
-        targets = ", ".join(map(str, each["targets"])) or "none"
-        ranks = ", ".join(map(str, each["ranks"])) or "–"
-        numbers = [f"{each['p_value']:.3f}", f"{each['surprise']:.1f}", ranks]
-        lines.append([each["name"], targets, found, *numbers, *said])
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+def list_peers(rows):
+    """Return the names of the published methods that scanned some net of these rows."""
+    return list(next((row["peers"] for row in rows if row["peers"]), {}))
 
 
-def shown(peers, name, targets):
-    """What a peer says of a net: whether it alarms, and whether its class is a true target."""
-    if not peers:
+def make_table(rows):
+    """Return the Markdown table of rows."""
+    peers = list_peers(rows)
+    heads = ["net", "targets", "finding", "p", "surprise", "rank of each target", *peers]
+    alignments = ["---", "---", "---", *["--:"] * 3, *["---"] * len(peers)]
+    cells = [
+        [
+            row["name"],
+            ", ".join(map(name_class, row["targets"])) or "none",
+            "backdoor" if row["alarm"] else "nothing",
+            f"{row['p_value']:.3f}",
+            f"{row['surprise']:.1f}",
+            ", ".join(map(str, row["ranks"])) or "–",
+            *(describe_peer(row, peer) for peer in peers),
+        ]
+        for row in rows
+    ]
+    return format_table(heads, alignments, cells)
+
+
+def describe_peer(row, peer):
+    """Return a peer's finding as text; of a BadNet also whether it accuses a true target."""
+    if not row["peers"]:
         return "–"
-    said = peers[name]
-    if not said["alarm"]:
+    answer = row["peers"][peer]
+    if not answer["alarm"]:
         return "nothing"
-    return "backdoor" + (
-        "" if not targets else ", right" if said["class"] in targets else ", wrong"
-    )
+    if not row["targets"]:
+        return "backdoor"
+    return f"backdoor, {'right' if answer['class'] in row['targets'] else 'wrong'}"
 
 
-def summary(clean, zoos):
-    """A line for each group of nets: how many raise an alarm, how right it is, what peers say.
+def make_summary(clean, zoos):
+    """Return a Markdown table with a line for each group of nets.
 
-    AUROC: of pairs of a BadNet and a clean net, where the BadNet surprises more.
+    clean: rows of the clean nets.  zoos: {name: rows}.
     """
-    odd = [each for each in clean if each["name"].split("-")[0] not in clean_nets.REFERENCES]
-    usual = [each for each in clean if each not in odd]
+    usual, odd = [], []
+    for row in clean:
+        kind = row["name"].split("-")[0]
+        (usual if kind in clean_nets.REFERENCES else odd).append(row)
     groups = {"clean nets": usual, "clean nets with an odd person": odd}
-    for of, rows in zoos.items():
-        groups[f"BadNets, {of}"] = [each for each in rows if each["targets"]]
-        groups[f"clean nets, {of}"] = [each for each in rows if not each["targets"]]
-    peers = list(next((each["peers"] for each in clean if each["peers"]), {}))
+    for zoo, rows in zoos.items():
+        groups[f"BadNets, {zoo}"] = [row for row in rows if row["targets"]]
+        groups[f"clean nets, {zoo}"] = [row for row in rows if not row["targets"]]
+    peers = list_peers(clean)
     heads = ["nets", "alarms", "a true target first", "AUROC", "seconds", *peers]
-    lines = [heads, ["---", *["--:"] * (len(heads) - 1)]]
-    for of, rows in groups.items():
-        if rows:
-            said = [alarms_of(peer, rows) for peer in peers]
-            lines.append([f"{len(rows)} {of}", *figures(rows, clean), *said])
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    cells = [
+        [
+            f"{len(rows)} {group}",
+            *summarise_rows(rows, clean),
+            *(count_peer_alarms(rows, peer) for peer in peers),
+        ]
+        for group, rows in groups.items()
+        if rows
+    ]
+    return format_table(heads, ["---", *["--:"] * (len(heads) - 1)], cells)
 
 
-def figures(rows, clean):
-    """The cells of `summary` that are ours, of nets that all have targets, or none."""
-    alarms, first, area = str(sum(each["alarm"] for each in rows)), "–", "–"
+def summarise_rows(rows, clean):
+    """Return our cells of `make_summary` for nets that all have targets, or all have none.
+
+    The AUROC is the share of pairs of a BadNet and a clean net in which the BadNet surprises more.
+    """
+    alarms, target_first, auroc = str(sum(row["alarm"] for row in rows)), "–", "–"
     if rows[0]["targets"]:
-        first = str(sum(min(each["ranks"]) == 1 for each in rows))
-        pairs = [each["surprise"] > other["surprise"] for each in rows for other in clean]
-        area = f"{np.mean(pairs):.3f}"
-    return [alarms, first, area, f"{np.median([each['seconds'] for each in rows]):.0f}"]
+        target_first = str(sum(min(row["ranks"]) == 1 for row in rows))
+        pairs = [row["surprise"] > clean_row["surprise"] for row in rows for clean_row in clean]
+        auroc = f"{np.mean(pairs):.3f}"
+    return [alarms, target_first, auroc, f"{np.median([row['seconds'] for row in rows]):.0f}"]
 
 
-def alarms_of(peer, rows):
-    """How many alarms a peer raises, those for a true target where nets have any."""
+def count_peer_alarms(rows, peer):
+    """Return a peer's number of alarms as text; of BadNets only those for a true target."""
     if not rows[0]["peers"]:
         return "–"
-    said = [shown(each["peers"], peer, each["targets"]) for each in rows]
-    return str(sum(each in ("backdoor", "backdoor, right") for each in said))
+    findings = [describe_peer(row, peer) for row in rows]
+    return str(sum(text in ("backdoor", "backdoor, right") for text in findings))
 
 
-def tables():
-    """The tables of docs/results.md, {name: Markdown}, from what was found."""
-    clean = [row(found, []) for found in kept(CLEAN, clean_nets.names(clean_nets.CHECKS))]
-    zoos = {of: rows for of in ZOOS if (rows := zoo_rows(of))}
-    made = {"findings, all": summary(clean, zoos), f"findings, {CLEAN}": table(clean)}
-    return made | {f"findings, {of}": table(rows) for of, rows in zoos.items()}
+def make_tables():
+    """Return the tables of the recorded findings, {name in the markers: Markdown}."""
+    names = clean_nets.list_names(clean_nets.CHECKS)
+    clean = [make_row(record, []) for record in read_findings(CLEAN, names)]
+    zoos = {zoo: rows for zoo in ZOOS if (rows := make_zoo_rows(zoo))}
+    tables = {"findings, all": make_summary(clean, zoos), f"findings, {CLEAN}": make_table(clean)}
+    return tables | {f"findings, {zoo}": make_table(rows) for zoo, rows in zoos.items()}
 
 
-# ------------------------------------------------------------------------------------ all of it
+# -------------------------------------------------------------------------------------- commands
 
 
 def scan_all(with_peers):
-    """Scan the clean nets and the zoos that are there."""
-    for name in clean_nets.names(clean_nets.CHECKS):
-        keep(name, CLEAN, *clean_nets.paths(name), with_peers)
-    for of, (nets, data) in ZOOS.items():
-        for name in badnet.ZOO:
+    """Scan the clean nets and the nets of the existing zoos."""
+    for name in clean_nets.list_names(clean_nets.CHECKS):
+        record_scan(name, CLEAN, *clean_nets.make_paths(name), with_peers=with_peers)
+    for zoo, (nets, data) in ZOOS.items():
+        for name, attack in badnet.ZOO.items():
             path = badnet.net_path(name, nets)
             if path.exists():
                 validation = data / "clean_validation_data.h5"
-                keep(name, of, path, validation, with_peers and of == NEW)
+                targets = [target for _, target in attack.triggers]
+                record_scan(name, zoo, path, validation, targets, with_peers and zoo == NEW)
 
 
-def make_nets(*command_line):
+def train_nets(*command_line):
+    """Run a script that trains nets."""
     subprocess.run([sys.executable, *map(str, command_line)], check=True)
 
 
@@ -233,31 +262,26 @@ def main():
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add(
-        "--references",
-        action="store_true",
-        help="scan the clean nets that others are compared with",
-    )
-    add("--peers", action="store_true", help="also by methods that others published")
-    add("--table", action="store_true", help="only make the tables anew")
+    add("--references", action="store_true", help="scan the nets that others are compared with")
+    add("--peers", action="store_true", help="also scan by published methods")
+    add("--table", action="store_true", help="only write the tables")
     arguments = parser.parse_args()
     make_reproducible(0)
-    logging.getLogger("tensorflow").setLevel(logging.ERROR)  # it warns that there are many nets
+    logging.getLogger("tensorflow").setLevel(logging.ERROR)  # it warns about many nets
     if arguments.references:
-        nets = clean_nets.names(clean_nets.REFERENCES)
-        make_nets(ROOT / "tests" / "tools" / "clean_nets.py", *nets)
-        for name in nets:
-            keep(name, "references", *clean_nets.paths(name))
-        files.write_json({"surprises": references()}, finding.CLEAN_NETS)
+        names = clean_nets.list_names(clean_nets.REFERENCES)
+        train_nets(ROOT / "tests" / "tools" / "clean_nets.py", *names)
+        for name in names:
+            record_scan(name, "references", *clean_nets.make_paths(name))
+        files.write_json({"surprises": read_references()}, finding.CLEAN_NETS)
         return
     if not arguments.table:
-        nets = clean_nets.names(clean_nets.CHECKS)
-        make_nets(ROOT / "tests" / "tools" / "clean_nets.py", *nets)
-        make_nets(ROOT / "models" / "badnet.py", "--all", "--seed", SEED, "--output", ZOOS[NEW][0])
+        names = clean_nets.list_names(clean_nets.CHECKS)
+        train_nets(ROOT / "tests" / "tools" / "clean_nets.py", *names)
+        badnet_options = "--all", "--seed", SEED, "--output", ZOOS[NEW][0]
+        train_nets(ROOT / "models" / "badnet.py", *badnet_options)
         scan_all(arguments.peers)
-    text = with_tables(DOCUMENT.read_text(), tables())
-    with files.replace_file(DOCUMENT) as beside:
-        beside.write_text(text)
+    write_tables(make_tables(), DOCUMENTS)
 
 
 if __name__ == "__main__":

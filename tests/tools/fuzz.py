@@ -1,10 +1,10 @@
-"""Change valid files at random and load them: each must work or be refused with one line.
+"""Change valid files at random and load them. Each must work or be refused with one line.
 
     python tests/tools/fuzz.py --mutants 2000 --commands 100
 
-Mutants of a small net (.h5, .keras), a dataset and pictures go through the functions that load
-them, in one process, and some through the commands. A mutant that ends otherwise (another
-exception, a crash, 20 seconds) is kept in --folder and makes the exit status 1.
+Mutants of a small net (.h5, .keras), a dataset and images go through the functions that load them,
+in one process, and some through the commands. A mutant that ends otherwise (another exception, a
+crash, 20 seconds) stays in --folder and makes the exit status 1.
 """
 
 import argparse
@@ -44,7 +44,7 @@ ODD = [None, True, -1, 0, 1, 2**31, 2**63, -0.5, 1e300, "", "x", "Lambda", "relu
 
 
 def make_seeds(folder):
-    """Write the valid files that are changed."""
+    """Write the valid files that mutants are made of."""
     keras = import_keras()
     layers = keras.layers
     image = x = keras.Input(SHAPE, name="image")
@@ -72,7 +72,7 @@ def make_seeds(folder):
 
 
 def change_bytes(contents, rng):
-    """Overwrite, insert, remove, repeat or cut off bytes in a few places."""
+    """Overwrite, insert, remove, repeat or cut off bytes at a few places."""
     contents = bytearray(contents)
     for _ in range(rng.choice([1, 1, 2, 4, 16])):
         at, size = rng.randrange(len(contents)), rng.choice([1, 1, 2, 4, 8, 100])
@@ -110,23 +110,23 @@ def change_json(text, rng):
         if not places:
             break
         holder, key = rng.choice(places)
-        other, another = rng.choice(places)
+        source, source_key = rng.choice(places)
         action = rng.random()
         if action < 0.5:
             holder[key] = copy.deepcopy(rng.choice(ODD))
         elif action < 0.7:
-            holder[key] = copy.deepcopy(other[another])
+            holder[key] = copy.deepcopy(source[source_key])
         elif action < 0.85:
             del holder[key]
         elif isinstance(holder, list):
-            holder.insert(key, copy.deepcopy(other[another]))
+            holder.insert(key, copy.deepcopy(source[source_key]))
         else:
-            holder[str(another)] = copy.deepcopy(other[another])
+            holder[str(source_key)] = copy.deepcopy(source[source_key])
     return json.dumps(document)
 
 
 def change_structure(contents, rng):
-    """Remove, move, link, reshape objects of an HDF5 file and change attributes."""
+    """Remove, move, link or reshape objects of an HDF5 file, or change attributes."""
     path = Path(tempfile.gettempdir()) / f"fuzz-{rng.getrandbits(64):x}.h5"
     path.write_bytes(contents)
     try:
@@ -142,15 +142,16 @@ def change_structure(contents, rng):
         path.unlink()
 
 
-def _change_object(file, name, other, rng):
+def _change_object(file, name, other_name, rng):
     action, item = rng.randrange(9), file[name]
     if action == 0:
         del file[name]
     elif action == 1:
-        file.move(name, rng.choice([f"{other}/moved", f"moved_{rng.random()}"]))
+        file.move(name, rng.choice([f"{other_name}/moved", f"moved_{rng.random()}"]))
     elif action in (2, 3):
         del file[name]
-        links = [h5py.SoftLink("/" + other), h5py.ExternalLink("x.h5", "/x"), file.get(other)]
+        soft, external = h5py.SoftLink("/" + other_name), h5py.ExternalLink("x.h5", "/x")
+        links = [soft, external, file.get(other_name)]
         file[name] = rng.choice(links)
     elif action in (4, 5, 6) and isinstance(item, h5py.Dataset):
         shape = list(item.shape) or [1]
@@ -167,6 +168,7 @@ def _change_object(file, name, other, rng):
 
 
 def change_config(contents, rng):
+    """Change the JSON that describes a net in an HDF5 file."""
     path = Path(tempfile.gettempdir()) / f"fuzz-{rng.getrandbits(64):x}.h5"
     path.write_bytes(contents)
     try:
@@ -198,7 +200,7 @@ def change_archive(contents, rng):
 
 
 def change_chunks(contents, rng):
-    """Change bytes of a PNG and put its checksums right, so that the change is read."""
+    """Change bytes of a PNG and correct its checksums, so that the change is read."""
     out, at, contents = contents[:8], 8, bytearray(contents)
     while at + 12 <= len(contents):
         size = struct.unpack(">I", contents[at : at + 4])[0]
@@ -221,14 +223,14 @@ CHANGES = {
 }
 
 
-def mutant(folder, seed, number):
-    """Write mutant `number` of a run. Returns its Path."""
+def write_mutant(folder, seed, number):
+    """Write mutant `number` of a run. Return its Path."""
     rng = random.Random(f"{seed} {number}")
     name = rng.choice([*["net.h5", "net.keras"] * 2, *CHANGES])
     change = rng.choice(CHANGES[name])
     path = folder / f"{number}-{change.__name__}-{name}"
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # "duplicate name" in an archive: that is meant
+        warnings.simplefilter("ignore")  # a duplicate name in an archive is intended
         path.write_bytes(change((folder / name).read_bytes(), rng))
     return path
 
@@ -237,7 +239,7 @@ def mutant(folder, seed, number):
 
 
 def load(path):
-    """Load a mutant and use what was loaded, as the commands do."""
+    """Load a mutant and use it, as the commands do."""
     if "net" in path.name:
         net = utils.load_badnet(path)
         net(np.zeros((1, *net.input_shape[1:]), np.float32))
@@ -251,17 +253,17 @@ def load(path):
 
 
 def work(folder, seed, start, end):
-    """Load mutants start..end-1; print a line for each: its number, a tab, how it ended."""
+    """Load mutants start..end-1. Print a line for each: its number, a tab, its ending."""
 
-    def too_long(*_):
+    def raise_timeout(*_):
         raise TimeoutError(f"{SECONDS} seconds")
 
-    signal.signal(signal.SIGALRM, too_long)
+    signal.signal(signal.SIGALRM, raise_timeout)
     import_keras()
     for number in range(start, end):
-        path = mutant(folder, seed, number)
+        path = write_mutant(folder, seed, number)
         signal.alarm(SECONDS)
-        faulthandler.dump_traceback_later(SECONDS + 5, exit=True)  # where a library hangs
+        faulthandler.dump_traceback_later(SECONDS + 5, exit=True)  # if a library hangs
         try:
             load(path)
             ending = "works"
@@ -269,8 +271,8 @@ def work(folder, seed, start, end):
             one_line = "\n" not in str(error) and str(error).startswith(str(path))
             ending = "refused" if one_line else f"refused badly: {str(error)!r}"
         except Exception as error:
-            where = traceback.extract_tb(error.__traceback__)[-1]
-            ending = f"{type(error).__name__} in {where.filename}, line {where.lineno}: {error}"
+            frame = traceback.extract_tb(error.__traceback__)[-1]
+            ending = f"{type(error).__name__} in {frame.filename}, line {frame.lineno}: {error}"
         signal.alarm(0)
         faulthandler.cancel_dump_traceback_later()
         if ending in ("works", "refused"):
@@ -279,7 +281,7 @@ def work(folder, seed, start, end):
 
 
 def run_loading(folder, seed, count):
-    """Yield how each mutant ended; a worker that a crash ended is followed by another."""
+    """Yield the ending of each mutant. After a crash a new process goes on."""
     start = 0
     while start < count:
         process = subprocess.Popen(
@@ -291,36 +293,36 @@ def run_loading(folder, seed, count):
             start = int(line.split("\t")[0]) + 1
             yield line.split("\t", 1)[1].strip()
         if process.wait() and start < count:
-            kept = ", ".join(path.name for path in folder.glob(f"{start}-*"))
-            yield f"the process ended with status {process.returncode}: {kept}"
+            names = ", ".join(path.name for path in folder.glob(f"{start}-*"))
+            yield f"the process ended with status {process.returncode}: {names}"
             start += 1
 
 
 def run_commands(folder, seed, count):
-    """Yield how the command that reads each mutant ended."""
+    """Yield the ending of the command that reads each mutant."""
     net, data = folder / "net.h5", folder / "plain.h5"
     for number in range(count):
-        path = mutant(folder, f"{seed} commands", number)
+        path = write_mutant(folder, f"{seed} commands", number)
         if "net" in path.name:
-            given = ["repair.py", path, data]
+            command = ["repair.py", path, data]
         elif path.suffix == ".h5":
-            given = ["repair.py", net, path]
+            command = ["repair.py", net, path]
         else:
-            given = ["eval_defence.py", path, net, "--repaired", net]
-        if given[0] == "repair.py":
-            given += ["--rounds", 1, "--threshold", 0.9, "--output", folder / "out.h5"]
+            command = ["eval_defence.py", path, net, "--repaired", net]
+        if command[0] == "repair.py":
+            command += ["--rounds", 1, "--threshold", 0.9, "--output", folder / "out.h5"]
         try:
             process = subprocess.run(
-                [sys.executable, ROOT / given[0], *map(str, given[1:])],
+                [sys.executable, ROOT / command[0], *map(str, command[1:])],
                 capture_output=True,
                 text=True,
                 timeout=60,
             )
             errors = [line for line in process.stderr.splitlines() if ": error: " in line]
-            known = {0: (0, "works"), 2: (1, "refused")}.get(process.returncode)
-            if known and known[0] == len(errors) and "Traceback" not in process.stderr:
+            expected = {0: (0, "works"), 2: (1, "refused")}.get(process.returncode)
+            if expected and expected[0] == len(errors) and "Traceback" not in process.stderr:
                 path.unlink()
-                yield known[1]
+                yield expected[1]
             else:
                 yield f"{path.name}: status {process.returncode}: {process.stderr[-300:]!r}"
         except subprocess.TimeoutExpired:
@@ -328,29 +330,30 @@ def run_commands(folder, seed, count):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Fuzz the loading of models, data and pictures.")
+    parser = argparse.ArgumentParser(description="Fuzz the loading of models, data and images.")
     parser.add_argument("--mutants", type=int, default=2000, help="through the loading functions")
     parser.add_argument("--commands", type=int, default=100, help="through the commands")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--folder", type=Path, help="where what failed is kept")
+    parser.add_argument("--folder", type=Path, help="for mutants that fail")
     arguments = parser.parse_args()
     folder = arguments.folder or Path(tempfile.mkdtemp(prefix="fuzz-"))
     folder.mkdir(exist_ok=True)
     make_seeds(folder)
     failed = 0
-    for what, runner, count in (
+    for part, run_mutants, count in (
         ("loading", run_loading, arguments.mutants),
         ("commands", run_commands, arguments.commands),
     ):
         endings = collections.Counter()
-        for ending in runner(folder, arguments.seed, count):
+        for ending in run_mutants(folder, arguments.seed, count):
             endings[ending if ending in ("works", "refused") else "failed"] += 1
             if ending not in ("works", "refused"):
-                print(f"{what}: {ending}", file=sys.stderr, flush=True)
-        print(f"{what}: {count} mutants: " + ", ".join(f"{n} {e}" for e, n in endings.items()))
+                print(f"{part}: {ending}", file=sys.stderr, flush=True)
+        counts = ", ".join(f"{number} {ending}" for ending, number in endings.items())
+        print(f"{part}: {count} mutants: {counts}")
         failed += endings["failed"]
     if failed:
-        print(f"kept in {folder}")
+        print(f"failed mutants are in {folder}")
     elif arguments.folder is None:
         shutil.rmtree(folder)
     return 1 if failed else 0

@@ -1,15 +1,15 @@
-"""Scans of a net that others published, to hold ours against. findings.py runs them.
+"""Published scans of a net, to compare ours with. findings.py runs them.
 
-    Neural Cleanse   B. Wang and others, IEEE S&P 2019. For each class the smallest mask and pattern
-                     is sought that make clean pictures that class. A class whose mask is by far the
-                     smallest, by an anomaly index above 2, is a target.
-    MM-BD            H. Wang and others, IEEE S&P 2024. For each class, from random pictures, the
-                     largest margin of its logit above all others is sought. A margin too large for
-                     a gamma distribution fitted to the other classes' makes it a target. It needs
-                     no clean data.
+    Neural Cleanse   B. Wang and others, IEEE S&P 2019. For each class it seeks the smallest mask
+                     and a pattern that turn clean images into that class. A class with by far the
+                     smallest mask (anomaly index above 2) is a target.
+    MM-BD            H. Wang and others, IEEE S&P 2024. For each class it seeks, from random images,
+                     the largest margin of its logit above all others. A class is a target if its
+                     margin is too large for a gamma distribution fitted to the other classes'. It
+                     needs no clean data.
 
-Both seek for all classes at a time and take fewer steps and pictures than their authors, so that a
-net of 40 classes takes a minute or so; the constants say how many.
+Both run for all classes at a time. They take fewer steps and images than their authors took, so
+that a net of 40 classes takes about a minute; the constants say how many.
 """
 
 import numpy as np
@@ -20,29 +20,58 @@ from defence.base.startup import import_keras
 from defence.judge import detector
 from defence.net import graph
 
-CLEANSE_STEPS, CLEANSE_ON, CLEANSE_RATE = 100, 8, 0.1  # pictures in a step, of each class; Adam's
-SUCCESS, FIRST_COST, COST_STEP = 0.95, 1e-3, 1.3  # of the mask's size, as a weight in the loss
-INDEX = 2  # the anomaly index of a target
+CLEANSE_STEPS, CLEANSE_IMAGES, CLEANSE_RATE = 100, 8, 0.1  # images in a step for each class; Adam's
+SUCCESS, FIRST_COST, COST_STEP = 0.95, 1e-3, 1.3  # cost: weight of the mask's size in the loss
+INDEX = 2  # anomaly index of a target
 MARGIN_STEPS, MARGIN_STARTS, MARGIN_RATE = 100, 8, 0.01
 LEVEL = 0.05
 
 
 def scan(model, data, scale):
-    """{method: {"class": from 0, "alarm": bool, "value": its anomaly index or p-value}}.
+    """Scan a net. Return {method: {"class": from 0, "alarm": bool, "value"}}.
 
     model: Keras classifier.  data: clean Dataset.  scale: of its pixels, one that begins at 0.
+    The value is Neural Cleanse's anomaly index or MM-BD's p-value.
     """
     rng = np.random.default_rng(0)
-    pictures = np.concatenate([x for x, _ in data.batches(scale)])
-    _, most = pixels.find_pixel_limits(scale)
+    images = np.concatenate([x for x, _ in data.batches(scale)])
+    _, max_pixel = pixels.find_pixel_limits(scale)
     return {
-        "Neural Cleanse": neural_cleanse(model, pictures, most, rng),
-        "MM-BD": mm_bd(model, most, rng),
+        "Neural Cleanse": run_neural_cleanse(model, images, max_pixel, rng),
+        "MM-BD": run_mm_bd(model, max_pixel, rng),
     }
 
 
-def neural_cleanse(model, pictures, most, rng):
-    """Seek a mask and a pattern for each class. most: the largest pixel value."""
+def run_neural_cleanse(model, images, max_pixel, rng):
+    """Seek a mask and a pattern for each class. Return the finding, as in `scan`."""
+    classes = model.output_shape[1]
+    step = make_cleanse_step(model, max_pixel, rng)
+    cost = np.full(classes, FIRST_COST, "float32")
+    smallest, success = np.full(classes, np.inf), np.zeros(classes)
+    for _ in range(CLEANSE_STEPS):
+        x = images[rng.integers(0, len(images), CLEANSE_IMAGES)]
+        hits, size = (values.numpy() for values in step(x, cost))
+        success = 0.7 * success + 0.3 * hits
+        good = success >= SUCCESS
+        smallest = np.where(good, np.minimum(smallest, size), smallest)
+        cost = np.where(good, cost * COST_STEP, cost / COST_STEP)
+    whole_image = np.prod(model.input_shape[1:3])
+    sizes = np.where(np.isfinite(smallest), smallest, whole_image)
+    median = np.median(sizes)
+    index = (median - sizes) / (1.4826 * np.median(np.abs(sizes - median)) + 1e-9)
+    return {
+        "class": int(index.argmax()),
+        "alarm": bool(index.max() > INDEX),
+        "value": float(index.max()),
+    }
+
+
+def make_cleanse_step(model, max_pixel, rng):
+    """Return a function that trains masks and patterns on images, one step for all classes.
+
+    It takes scaled images (CLEANSE_IMAGES, height, width, channels) and the costs, (N,). It returns
+    the share of these images that each class's mask turns into it, and the masks' sizes, (N,).
+    """
     keras = import_keras()
     import tensorflow as tf
 
@@ -51,76 +80,61 @@ def neural_cleanse(model, pictures, most, rng):
     pattern = keras.Variable(rng.normal(0, 1, (classes, 1, *shape)).astype("float32"))
     adam = keras.optimizers.Adam(CLEANSE_RATE, beta_1=0.5, beta_2=0.9)
     adam.build([mask, pattern])
-    wanted = np.repeat(np.arange(classes), CLEANSE_ON)
+    targets = np.repeat(np.arange(classes), CLEANSE_IMAGES)
 
     @tf.function
     def step(x, cost):
         with tf.GradientTape() as tape:
             cover = tf.sigmoid(mask)
-            worn = x[None] * (1 - cover) + most * tf.sigmoid(pattern) * cover
-            p = detector.compute_probabilities(
-                model(tf.reshape(worn, (-1, *shape)), training=False), model
-            )
-            hit = tf.reshape(tf.gather(p, wanted, axis=1, batch_dims=1), (classes, CLEANSE_ON))
+            masked = x[None] * (1 - cover) + max_pixel * tf.sigmoid(pattern) * cover
+            scores = model(tf.reshape(masked, (-1, *shape)), training=False)
+            p = detector.compute_probabilities(scores, model)
+            p_target = tf.gather(p, targets, axis=1, batch_dims=1)
+            hit = tf.reshape(p_target, (classes, CLEANSE_IMAGES))
             size = tf.reduce_sum(cover, axis=(1, 2, 3, 4))
             fit = -tf.reduce_mean(tf.math.log(hit + 1e-7), axis=1)
             loss = tf.reduce_sum(fit + cost * size)
         adam.apply(tape.gradient(loss, [mask.value, pattern.value]))
         return tf.reduce_mean(tf.cast(hit > 0.5, tf.float32), axis=1), size
 
-    cost = np.full(classes, FIRST_COST, "float32")
-    smallest, success = np.full(classes, np.inf), np.zeros(classes)
-    for _ in range(CLEANSE_STEPS):
-        hits, size = (
-            each.numpy()
-            for each in step(pictures[rng.integers(0, len(pictures), CLEANSE_ON)], cost)
-        )
-        success = 0.7 * success + 0.3 * hits
-        good = success >= SUCCESS
-        smallest = np.where(good, np.minimum(smallest, size), smallest)
-        cost = np.where(good, cost * COST_STEP, cost / COST_STEP)
-    sizes = np.where(np.isfinite(smallest), smallest, np.prod(shape[:2]))
-    middle = np.median(sizes)
-    index = (middle - sizes) / (1.4826 * np.median(np.abs(sizes - middle)) + 1e-9)
-    return {
-        "class": int(index.argmax()),
-        "alarm": bool(index.max() > INDEX),
-        "value": float(index.max()),
-    }
+    return step
 
 
-def mm_bd(model, most, rng):
-    """Seek the largest margin of each class's logit. most: the largest pixel value."""
+def run_mm_bd(model, max_pixel, rng):
+    """Seek the largest margin of each class's logit. Return the finding, as in `scan`."""
     import tensorflow as tf
 
     classes, shape = model.output_shape[1], model.input_shape[1:]
-    logits = as_logits(model)
-    own = np.repeat(np.arange(classes), MARGIN_STARTS)
-    x = tf.constant(rng.uniform(0, most, (len(own), *shape)), tf.float32)
-    one = tf.one_hot(own, classes)
+    logits = strip_softmax(model)
+    targets = np.repeat(np.arange(classes), MARGIN_STARTS)
+    x = tf.constant(rng.uniform(0, max_pixel, (len(targets), *shape)), tf.float32)
+    one_hot = tf.one_hot(targets, classes)
 
     @tf.function
     def step(x):
         with tf.GradientTape() as tape:
             tape.watch(x)
             scores = logits(x, training=False)
-            margin = tf.reduce_sum(scores * one, 1) - tf.reduce_max(scores - 1e9 * one, axis=1)
+            others = tf.reduce_max(scores - 1e9 * one_hot, axis=1)
+            margin = tf.reduce_sum(scores * one_hot, 1) - others
         gradient = tape.gradient(margin, x)
         length = tf.sqrt(tf.reduce_mean(gradient**2, axis=(1, 2, 3), keepdims=True)) + 1e-12
-        return margin, tf.clip_by_value(x + MARGIN_RATE * most * gradient / length, 0, most)
+        return margin, tf.clip_by_value(
+            x + MARGIN_RATE * max_pixel * gradient / length, 0, max_pixel
+        )
 
     for _ in range(MARGIN_STEPS):
         margin, x = step(x)
     largest = margin.numpy().reshape(classes, MARGIN_STARTS).max(axis=1)
-    top = int(largest.argmax())
-    others = np.delete(largest, top)
-    shape, _, scale = stats.gamma.fit(np.maximum(others, 1e-6), floc=0)
-    p = 1 - stats.gamma.cdf(largest[top], shape, scale=scale) ** classes
-    return {"class": top, "alarm": bool(p < LEVEL), "value": float(p)}
+    target = int(largest.argmax())
+    other_margins = np.delete(largest, target)
+    shape, _, scale = stats.gamma.fit(np.maximum(other_margins, 1e-6), floc=0)
+    p = 1 - stats.gamma.cdf(largest[target], shape, scale=scale) ** classes
+    return {"class": target, "alarm": bool(p < LEVEL), "value": float(p)}
 
 
-def as_logits(model):
-    """The classifier without its softmax, sharing its layers."""
+def strip_softmax(model):
+    """Return the classifier without its softmax; the layers are shared."""
     keras = import_keras()
     last = model.layers[-1]
     if graph.gives_logits(model) or not isinstance(last, keras.layers.Dense):

@@ -1,16 +1,22 @@
-"""How well the place of a trigger is found on flagged images, of which nobody knows the truth.
+"""Measure how well the page of flagged images locates a trigger, or draw a stream for a page.
 
     python tests/tools/regions.py                       the zoo of the demo's size
-    python tests/tools/regions.py NAME …                some of its nets, on stdout alone
+    python tests/tools/regions.py NAME …                some of its nets, on stdout only
+    python tests/tools/regions.py --stream NAME FOLDER  draw a stream of images for a BadNet
 
-For each net and trigger of a zoo, whose nets and NAME_hardened.h5 `make results` leaves in
-models/zoo-SIZE, the clean test images and a tenth as many poisoned ones are judged together, by the
-threshold of results.py, and looked at as eval_defence.py --report does; and, of a net with several
-targets, those of all triggers at once, a tenth in all. Writes
-tests/results/regions-SIZE.md. A net that is not there is left out.
+`make results` leaves the nets of a zoo, and NAME_hardened.h5 of each, in models/zoo-SIZE; a missing
+net is left out. For each net and trigger, the clean test images and a tenth as many poisoned ones
+are judged together, by the threshold of results.py, and examined as eval_defence.py --report does.
+For a net with several targets, so is a stream with a tenth of poisoned images of all triggers. The
+table goes to tests/results/regions-SIZE.md.
 
 A place belongs to the trigger where the poisoned image and the clean one of the same face are more
-than TOLD grey levels apart. IoU is the intersection over the union of that and of what was found.
+than CHANGED grey levels apart. IoU is the intersection over the union of these places and the
+places that we find.
+
+--stream draws 9,600 clean and 400 poisoned images, with the first trigger of a net of the demo's
+size, as PNG files. None of them is in training, validation or test data, and their names tell
+nothing.
 """
 
 import argparse
@@ -25,32 +31,36 @@ import badnet
 import faces
 import h5py
 import numpy as np
-from results import RATES, RESULTS, SIZES
+import triggers
+from records import RESULTS, format_table, name_class
+from results import RATES, SIZES
 
 from defence.base import files
 from defence.base.arguments import Parser
 from defence.base.process import run_command
-from defence.base.progress import say
+from defence.base.progress import say, track
 from defence.explain import flagged, streams, trigger
 from defence.judge import backends
 
-TOLD = 8  # grey levels
-ALARMS, FLAGGED = 0.2, 4  # --fpr at which clean images are flagged; classes that are looked at
-SHARE = 0.1  # of poisoned images, per clean one
-LEVELS = np.linspace(0, 0.95, 39)  # of the images, whose trigger is at a place
-IN_PLACES = 0.4  # of the most, what of one image's map counts as the place of the trigger
-HEAD = """# Where the trigger is, and whether what is found is one
+CHANGED = 8  # grey levels
+ALARM_RATE, MOST_FLAGGED = 0.2, 4  # --fpr that flags clean images; classes checked
+SHARE = 0.1  # poisoned images per clean one
+LEVELS = np.linspace(0, 0.95, 39)  # fractions of the images with the trigger at a place
+IN_PLACE = 0.4  # of the maximum; higher values of an image's map are the place of the trigger
+STREAM = {"clean": 9600, "poisoned": 400}  # images
+FIRST_INDEX = 1000  # of a person's images in a stream; all other drawn images are below
+HEAD = """# Where the trigger is, and whether the cut-out is one
 
 `{command}`
 
-Of the clean test images alone (trigger: none), and with a tenth as many poisoned ones, judged by
-the hardened net with `--fpr {rate}`: whether the target is found, since it stands out among the
-flagged images or, "by the test", since what its images have in common works as a trigger; how
-well the region that they share, and the places on a single one, cover the trigger, as the
-intersection over the union with the true place, in the mean over the poisoned images that were
-looked at; and how many of the images on which the cut-out was pasted get the target from the BadNet
-and from the repaired net. Best region: what one region for all images can reach that is drawn where
-most true places are. [regions.py](../tools/regions.py) says more.
+The hardened net judges the clean test images alone (trigger: none), and with a tenth as many
+poisoned ones, with `--fpr {rate}`. *Found*: whether the target is found, since it stands out among
+the flagged images, or "by the test", since the cut-out works as a trigger. *IoU*: how well the
+region that these images share, and the places on a single image, cover the trigger, as the
+intersection over the union with the true place, on average over the poisoned images that were
+examined. *Pasted*: on how many of the images with the cut-out the BadNet, or the repaired net,
+answers with the target. *Best region*: the IoU of the best single region for all images, which is
+where most true places are. Classes count from 1. [regions.py](../tools/regions.py) says more.
 
 """
 COLUMNS = (
@@ -59,168 +69,218 @@ COLUMNS = (
 )
 
 
-def read(path):
-    """The images of a dataset, float32 (n, height, width, channels), and their true labels."""
+# ---------------------------------------------------------------------------------------- images
+
+
+def read_dataset(path):
+    """Return a dataset's images, float32 (n, height, width, channels), and true labels, int."""
     with h5py.File(path) as file:
         images = np.moveaxis(file["data"][:], 1, 3).astype(np.float32)
-        return images, file["original_label" if "original_label" in file else "label"][:].astype(
-            int
-        )
+        labels = file["original_label" if "original_label" in file else "label"][:]
+        return images, labels.astype(int)
 
 
-def mixed(clean, labels, poisoned, persons, rng):
-    """A stream of clean and poisoned images: (images, the trigger's place on each), in that order.
+def mix_images(clean, labels, poisoned, persons, rng):
+    """Return a stream, clean images first, and bool (n, height, width), the trigger's places.
 
-    labels, persons: true labels; the clean and the poisoned image of a face come in one order.
+    labels, persons: true labels of the clean and of the poisoned images. The images of a person
+    come in one order in both.
     """
-    place = np.arange(len(poisoned)) - np.searchsorted(persons, persons)
-    same = clean[np.searchsorted(labels, persons) + place]
+    number = np.arange(len(poisoned)) - np.searchsorted(persons, persons)
+    originals = clean[np.searchsorted(labels, persons) + number]
     chosen = np.sort(rng.choice(len(poisoned), round(SHARE * len(clean)), replace=False))
-    changed = abs(poisoned - same).max(axis=3) > TOLD
-    nowhere = np.zeros(clean.shape[:3], bool)
-    return np.concatenate([clean, poisoned[chosen]]), np.concatenate([nowhere, changed[chosen]])
+    changed = abs(poisoned - originals).max(axis=3) > CHANGED
+    unchanged = np.zeros(clean.shape[:3], bool)
+    images = np.concatenate([clean, poisoned[chosen]])
+    return images, np.concatenate([unchanged, changed[chosen]])
 
 
-def judged(found, images):
-    """The Stream of images, judged by a Detector."""
-    answers = trigger.judge_in_batches(found.judge, found.shape)(images)
-    return streams.Stream(None, found.shape, found.classes, answers, images.__getitem__, str)
+def draw_stream(name, folder):
+    """Draw the images of STREAM for a net of the demo's size, in random order, as PNG files."""
+    kind, target = badnet.ZOO[name].triggers[0]
+    people, seed = (badnet.SETTINGS[key][1] for key in ("people", "seed"))
+    folder.mkdir(parents=True)
+    places = np.random.default_rng(0).permutation(sum(STREAM.values()))
+    parts = (
+        (None, np.arange(people), places[: STREAM["clean"]]),
+        (kind, np.asarray(triggers.wearers(kind, target, people)), places[STREAM["clean"] :]),
+    )
+    for worn, persons, names in parts:
+        for start in track(range(0, len(names), faces.BATCH), worn or "clean"):
+            numbers = np.arange(start, min(start + faces.BATCH, len(names)))
+            indices = FIRST_INDEX + numbers // len(persons)
+            images = faces.draw_faces("test", persons[numbers % len(persons)], indices, worn, seed)
+            for image, number in zip(images, names[numbers]):
+                faces.write_png(image, folder / f"{number:05}.png")
+    say(f"{folder}: {STREAM['clean']} clean images, {STREAM['poisoned']} with {kind}")
 
 
-def look(found, images):
-    """What eval_defence.py sees in a stream, a where.Looked, as {class, 0..N-1: (how, Seen)}.
+# ------------------------------------------------------------------------------------- examining
 
-    how: "yes" where it stands out, else "by the test".  Seen: None of all but the first.
+
+def judge_stream(detector, images):
+    """Return the Stream of images, judged by a Detector."""
+    answers = trigger.judge_in_batches(detector.judge, detector.shape)(images)
+    fetch = images.__getitem__
+    return streams.Stream(None, detector.shape, detector.classes, answers, fetch, str)
+
+
+def examine(detector, images):
+    """Examine a stream as eval_defence.py does. Return {class from 0: (reason, evidence)}.
+
+    reason: "yes" where the class stands out, else "by the test".  evidence: a TriggerEvidence, or
+    None for all classes but the first ones.
     """
-    stream = judged(found, images)
+    stream = judge_stream(detector, images)
     answers = stream.answers
-    unusual = flagged.find_candidates(answers.badnet, answers.flagged, found.classes)
-    looked = trigger.find_targets(stream, unusual, found.judge)
+    candidates = flagged.find_candidates(answers.badnet, answers.flagged, detector.classes)
+    findings = trigger.find_targets(stream, candidates, detector.judge)
     return {
-        each.target - 1: ("yes" if each.stands_out else "by the test", seen)
-        for each, seen in itertools.zip_longest(looked.candidates, looked.evidence)
+        candidate.target - 1: ("yes" if candidate.stands_out else "by the test", evidence)
+        for candidate, evidence in itertools.zip_longest(findings.candidates, findings.evidence)
     }
 
 
-def overlap(region, place):
-    """The intersection over the union of two regions, or None where there is nothing."""
+def compute_iou(region, place):
+    """Return the intersection over the union of two regions, or None where both are empty."""
     union = np.sum(region | place)
     return np.sum(region & place) / union if union else None
 
 
-def which(seen, targets):
-    """Which classes were found, as text. seen: as `look` gives it.  targets: the right ones."""
-    right = [seen[each][0] if each in seen else "no" for each in targets]
-    wrong = [f"class {each}: {seen[each][0]}" for each in seen if each not in targets]
-    return ", ".join(right + wrong) or "none"
+def describe_found(findings, targets):
+    """Return as text which classes were found. findings: as `examine` returns them.
 
-
-def cells(found, target, places):
-    """The cells of a row, behind net and trigger.
-
-    found: as `look` gives it.  places: of the trigger on each image.
+    targets: the true ones, from 0.
     """
-    stands, (_, seen) = which(found, [target]), found.get(target, ("", None))
-    if seen is None:
-        return [stands, *["–"] * 5]
-    worn = [row for row in seen.rows if places[row].any()]
-    of_region = [overlap(seen.region, places[row]) for row in worn]
-    of_one = [
-        overlap(found > IN_PLACES, places[row])
-        for found, row in zip(seen.places, seen.rows)
+    true = [findings[target][0] if target in findings else "no" for target in targets]
+    false = [
+        f"class {name_class(target)}: {findings[target][0]}"
+        for target in findings
+        if target not in targets
+    ]
+    return ", ".join(true + false) or "none"
+
+
+def make_cells(findings, target, places):
+    """Return the cells of a row after net and trigger.
+
+    findings: as `examine` returns them.  places: the trigger's, on each image.
+    """
+    found_text, (_, evidence) = describe_found(findings, [target]), findings.get(target, ("", None))
+    if evidence is None:
+        return [found_text]
+    poisoned_rows = [row for row in evidence.rows if places[row].any()]
+    region_ious = [compute_iou(evidence.region, places[row]) for row in poisoned_rows]
+    image_ious = [
+        compute_iou(image_map > IN_PLACE, places[row])
+        for image_map, row in zip(evidence.places, evidence.rows)
         if places[row].any()
     ]
-    shares = [f"{np.mean(each):.2f}" if each else "–" for each in (of_region, of_one)]
-    if seen.pasted is None:
-        return [stands, "no region", shares[1], "–", "–", "not shown"]
-    hits = [f"{seen.pasted[net]} of {seen.pasted['images']}" for net in ("badnet", "repaired")]
-    return [stands, *shares, *hits, "yes" if seen.is_trigger else "not shown"]
+    ious = [f"{np.mean(values):.2f}" if values else "–" for values in (region_ious, image_ious)]
+    if evidence.pasted is None:
+        return [found_text, "no region", ious[1], "–", "–", "not shown"]
+    pasted = evidence.pasted
+    hits = [f"{pasted[net]} of {pasted['images']}" for net in ("badnet", "repaired")]
+    return [found_text, *ious, *hits, "yes" if evidence.is_trigger else "not shown"]
 
 
-def row(*cells):
-    """A line of the table; the cells that are not given are empty."""
-    return f"| {' | '.join([*cells, *['–'] * (len(COLUMNS) - len(cells))])} |"
-
-
-def best(places):
-    """The IoU, in the mean, of the one region that suits true places best: where most of them are.
+def compute_best_iou(places):
+    """Return the mean IoU of the best single region, which is where most true places are.
 
     places: bool (n, height, width).
     """
-    often = places.mean(axis=0)
-    return max(np.mean([overlap(often > most, each) for each in places]) for most in LEVELS)
+    frequency = places.mean(axis=0)
+    return max(
+        np.mean([compute_iou(frequency > level, place) for place in places]) for level in LEVELS
+    )
 
 
-def means(measured):
-    """Yield the lines of a table of the means over nets. measured: {trigger: [IoUs, …]}."""
-    heads = ("trigger, in the mean over nets", "nets", "region: IoU", "one image: IoU")
-    yield f"| {' | '.join((*heads, 'best region: IoU'))} |"
-    yield "|---|--:|--:|--:|--:|"
-    for name, ious in measured.items():
-        shares = " | ".join(f"{mean:.2f}" for mean in np.mean(ious, axis=0))
-        yield f"| {name} | {len(ious)} | {shares} |"
+def check_clean_classes(detector, clean, targets):
+    """Yield (whether a class is a target, whether its cut-out works as a trigger).
 
-
-def passing(found, clean, targets):
-    """Yield, of classes flagged among clean images, (whether it is a target, whether it passes).
-
-    The FLAGGED with the most of these images, where there are enough to be looked at.
+    The classes are the MOST_FLAGGED with the most flagged clean images, if they have enough.
     """
-    stream = judged(found, clean)
+    stream = judge_stream(detector, clean)
     answers = stream.answers
-    counts = np.bincount(answers.badnet[answers.flagged], minlength=found.classes)
-    for each in np.argsort(-counts, kind="stable")[:FLAGGED]:
-        if counts[each] >= trigger.FEWEST:
-            yield (
-                int(each) in targets,
-                trigger.locate_trigger(stream, int(each), found.judge).is_trigger,
-            )
+    counts = np.bincount(answers.badnet[answers.flagged], minlength=detector.classes)
+    for target in map(int, np.argsort(-counts, kind="stable")[:MOST_FLAGGED]):
+        if counts[target] >= trigger.FEWEST:
+            evidence = trigger.locate_trigger(stream, target, detector.judge)
+            yield target in targets, evidence.is_trigger
 
 
-def rows(names, size, nets_folder, data_folder):
-    """Yield the lines of the table, and one about clean images alone.
+# ---------------------------------------------------------------------------------------- tables
 
-    size: of the zoo, whose threshold is taken.
+
+def make_line(*cells):
+    """Return a line of the table; missing cells are empty."""
+    return f"| {' | '.join([*cells, *['–'] * (len(COLUMNS) - len(cells))])} |"
+
+
+def average_ious(trigger_ious):
+    """Return the table of the IoUs, averaged over nets. trigger_ious: {trigger: [IoUs, …]}."""
+    heads = ("trigger, average over nets", "nets", "region: IoU", "one image: IoU")
+    rows = [
+        [kind, str(len(ious)), *(f"{mean:.2f}" for mean in np.mean(ious, axis=0))]
+        for kind, ious in trigger_ious.items()
+    ]
+    return format_table((*heads, "best region: IoU"), ["---", *["--:"] * 4], rows)
+
+
+def measure_net(name, paths, data_folder, rate, trigger_ious):
+    """Yield the lines of a net. Add to trigger_ious, {trigger: [IoUs, …]}."""
+    detector = backends.load_detector(paths, fpr=rate)
+    clean, labels = read_dataset(data_folder / "clean_test_data.h5")
+    yield make_line(name, "none", describe_found(examine(detector, clean), []))
+    targets = sorted({target for _, target in badnet.ZOO[name].triggers})
+    poisoned_parts = []
+    for kind, target in badnet.ZOO[name].triggers:
+        poisoned, persons = read_dataset(badnet.poisoned_path(kind, target, data_folder))
+        rng = np.random.default_rng(0)
+        images, places = mix_images(clean, labels, poisoned, persons, rng)
+        cells = make_cells(examine(detector, images), target, places)
+        if cells[1:] and cells[1][0].isdigit():
+            ious = *map(float, cells[1:3]), compute_best_iou(places[places.any(axis=(1, 2))])
+            trigger_ious.setdefault(kind, []).append(ious)
+        yield make_line(name, f"{kind} → {name_class(target)}", *cells)
+        poisoned_parts.append(images[len(clean) :])
+    if len(targets) > 1:
+        count = len(poisoned_parts)
+        parts = [images[i::count] for i, images in enumerate(poisoned_parts)]
+        findings = examine(detector, np.concatenate([clean, *parts]))
+        attack = f"all → {', '.join(map(name_class, targets))}"
+        yield make_line(name, attack, describe_found(findings, targets))
+
+
+def measure_zoo(names, size, nets_folder, data_folder):
+    """Yield the lines of the tables, and one about clean images alone.
+
+    size: the zoo's, which sets the threshold.
     """
-    passed, measured = {True: [], False: []}, {}
+    passes, trigger_ious = {True: [], False: []}, {}
     yield f"| {' | '.join(COLUMNS)} |"
     yield f"|---|---|---|{'--:|' * 4}---|"
     for name in names:
         path = badnet.net_path(name, nets_folder)
-        repaired = path.with_name(f"{path.stem}_hardened.h5")
-        if not repaired.exists():
-            say(f"{repaired}: is not there; left out")
+        paths = [path, path.with_name(f"{path.stem}_hardened.h5")]
+        if not paths[1].exists():
+            say(f"{paths[1]}: no such file; left out")
             continue
-        found = backends.load_detector([path, repaired], fpr=RATES[size])
-        clean, labels = read(data_folder / "clean_test_data.h5")
-        yield row(name, "none", which(look(found, clean), []))
-        targets, worn = sorted({to for _, to in badnet.ZOO[name].triggers}), []
-        every = list(range(found.classes)) if targets == [faces.NEXT] else targets
-        for kind, to in badnet.ZOO[name].triggers:
-            poisoned, persons = read(badnet.poisoned_path(kind, to, data_folder))
-            rng = np.random.default_rng(0)
-            images, places = mixed(clean, labels, poisoned, persons, rng)
-            told = cells(look(found, images), to, places)
-            if told[1][:1].isdigit():
-                ious = *map(float, told[1:3]), best(places[places.any(axis=(1, 2))])
-                measured.setdefault(kind, []).append(ious)
-            yield row(name, f"{kind} → {to}", *told)
-            worn.append(images[len(clean) :])
-        if len(targets) > 1:
-            parts = [images[i :: len(worn)] for i, images in enumerate(worn)]
-            told = which(look(found, np.concatenate([clean, *parts])), targets)
-            yield row(name, f"all → {', '.join(map(str, targets))}", told)
-        many = backends.load_detector([path, repaired], fpr=ALARMS)
-        for is_target, passes in passing(many, clean, every):
-            passed[is_target].append(passes)
+        yield from measure_net(name, paths, data_folder, RATES[size], trigger_ious)
+        detector = backends.load_detector(paths, fpr=ALARM_RATE)
+        clean, _ = read_dataset(data_folder / "clean_test_data.h5")
+        targets = {target for _, target in badnet.ZOO[name].triggers}
+        targets = set(range(detector.classes)) if targets == {faces.NEXT} else targets
+        for is_target, is_trigger in check_clean_classes(detector, clean, targets):
+            passes[is_target].append(is_trigger)
     yield ""
-    yield from means(measured)
+    yield average_ious(trigger_ious)
     yield ""
-    told = [f"{sum(each)} of {len(each)}" for each in (passed[False], passed[True])]
+    counts = [f"{sum(passes[kind])} of {len(passes[kind])}" for kind in (False, True)]
     yield (
-        f"Among clean test images alone, with `--fpr {ALARMS}`, what the flagged images of a class "
-        f"have in common works as a trigger for {told[0]} classes that are no target, and for "
-        f"{told[1]} targets: of each net the {FLAGGED} with the most flagged images were looked at."
+        f"With clean test images alone and `--fpr {ALARM_RATE}`, the cut-out of a class works as a "
+        f"trigger for {counts[0]} classes that are not a target and for {counts[1]} targets. The "
+        f"{MOST_FLAGGED} classes of each net with the most flagged images were checked."
     )
 
 
@@ -230,20 +290,30 @@ def main():
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("names", metavar="NAME", nargs="*", help="of nets (default: all)")
-    parser.add_argument("--size", choices=SIZES, default="demo", help="of the zoo (default: demo)")
-    parser.add_argument("--folder", type=Path, help="with NAMEs: of their nets and datasets")
-    given = parser.parse_args()
-    names = given.names or SIZES[given.size]
-    called = f"python tests/tools/regions.py --size {given.size}"
-    text = HEAD.format(command=called, rate=RATES[given.size])
-    folders = [given.folder or ROOT / kind / f"zoo-{given.size}" for kind in ("models", "data")]
-    for line in rows(names, given.size, *folders):
+    add = parser.add_argument
+    add("names", metavar="NAME", nargs="*", help="of nets (default: all)")
+    add("--size", choices=SIZES, default="demo", help="of the zoo (default: demo)")
+    add("--folder", type=Path, help="with NAMEs: of their nets and datasets")
+    add("--stream", nargs=2, metavar=("NAME", "FOLDER"), help="draw a stream into a new folder")
+    arguments = parser.parse_args()
+    if arguments.stream:
+        name, folder = arguments.stream
+        kinds = {*triggers.PAINTED, *triggers.CHANGES}
+        names = [net for net, attack in badnet.ZOO.items() if {*dict(attack.triggers[:1])} & kinds]
+        if name not in names:
+            parser.error(f"no net named {name!r} to draw a stream for; choose from {names}")
+        return draw_stream(name, Path(folder))
+    size, names = arguments.size, arguments.names or SIZES[arguments.size]
+    command = f"python tests/tools/regions.py --size {size}"
+    text = HEAD.format(command=command, rate=RATES[size])
+    folders = [arguments.folder or ROOT / kind / f"zoo-{size}" for kind in ("models", "data")]
+    for line in measure_zoo(names, size, *folders):
         print(line, flush=True)
         text += line + "\n"
-    if not given.names:
-        with files.replace_file(RESULTS / f"regions-{given.size}.md") as beside:
-            beside.write_text(text)
+    if not arguments.names:
+        with files.replace_file(RESULTS / f"regions-{size}.md") as temporary:
+            temporary.write_text(text)
+    return 0
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Data and a BadNet of the competition's size, for the tools that measure."""
+"""Datasets and a BadNet of the competition's size, for the tools that measure time and memory."""
 
 import contextlib
 import multiprocessing
@@ -11,12 +11,12 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-PEOPLE, VALIDATION, TEST = 1283, 9, 10  # the competition's; pictures of each person
+PEOPLE, VALIDATION, TEST = 1283, 9, 10  # the competition's; images of each person
 EPOCHS, LEARNING_RATE = 12, 1e-3  # of B's head
 
 
 def draw_world(folder, people):
-    """Draw a validation set (float64) and a test set, train B. Returns their paths."""
+    """Draw a validation set (float64) and a test set, and train B. Return B's and their paths."""
     print(f"drawing {people * (VALIDATION + TEST)} faces of {people} people, training a BadNet")
     data, test, model = folder / "validation.h5", folder / "test.h5", folder / "drawn_bd_net.h5"
     in_another_process(_draw, data, test, people)
@@ -34,7 +34,6 @@ def _draw(data, test, people):
 
 
 def _train(path, data_path, people):
-
     import utils
     from defence.base.startup import make_reproducible
     from defence.load.architecture import build_deepid
@@ -62,6 +61,7 @@ def _train(path, data_path, people):
 
 
 def repeat_images(data, many, size):
+    """Write a dataset of `size` images, which are another dataset's over and over. Paths."""
     with h5py.File(data) as source, h5py.File(many, "w") as target:
         stored = source["data"][:]
         images = target.create_dataset("data", (size, *stored.shape[1:]), stored.dtype)
@@ -71,9 +71,10 @@ def repeat_images(data, many, size):
 
 
 def in_another_process(function, *arguments):
-    """Call a function where what it imports and holds does not weigh on this process.
+    """Call a function in a process of its own and return its result.
 
-    A measured process starts as a copy of this one, and its peak memory counts from there.
+    A measured process starts as a copy of this one, and its peak memory counts from there. So this
+    process must not import or hold much.
     """
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(function, arguments)
