@@ -1,4 +1,4 @@
-"""README and docs: what their console blocks show is what the commands print today."""
+"""README and docs: the commands print what the console blocks show."""
 
 import os
 import re
@@ -16,21 +16,22 @@ from defence.load import guard_model
 
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 SLOW = {"serving.md"}  # starts Ray and Node
-LINES, COLUMNS = 200, 8  # of README; of any table
-VARIES = re.compile(r"\d+(\.\d+)?(?= %|,|$)")  # seconds and rates, which machines round otherwise
-POINTS = 1.0  # that a rate may differ, in %
-CODE = {"python": "judge.py", "js": "judge.mjs"}  # where the documents say to save such a block
+LINES, ALL_LINES, COLUMNS = 180, 1400, 8  # at most: of README; of docs/; of any table
+RESULT_LINES = 5000  # of tests/results/, at most
+VARIES = re.compile(r"\d+(\.\d+)?(?= %|,|$)")  # seconds and rates, which differ between machines
+POINTS = 1.0  # by which a rate may differ, in %
+CODE = {"python": "judge.py", "js": "judge.mjs"}  # where the documents say to save a block
 LINK = re.compile(r"\]\(([^)#:]+)(#[^)]*)?\)")
 
 
-def blocks(path, language, evaluate=lambda example: None):
-    """The examples of a language in a document, in their order."""
-    parser = CodeBlockParser(language, evaluate)
+def list_blocks(path, language):
+    """Return the code blocks of a language in a document, in their order."""
+    parser = CodeBlockParser(language, lambda example: None)
     return list(Sybil([parser]).parse(path).examples())
 
 
-def copy_of_the_checkout(folder):
-    """What README's reader has: the committed files, and what the documents say to install."""
+def copy_checkout(folder):
+    """Copy what a reader has: the committed files, and the packages to install."""
     files = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True)
     for name in files.stdout.decode().rstrip("\0").split("\0"):
         if (ROOT / name).is_file():
@@ -42,29 +43,30 @@ def copy_of_the_checkout(folder):
 
 
 def run_console(example, folder):
-    """Run the commands of a console block, and hold what they print against what it shows.
+    """Run the commands of a console block, and compare their output with the block.
 
-    Returns a command that was not run since Node or its packages are absent, or None.
+    Return a command that was not run because Node or its packages are absent, or None.
     """
-    for shown in re.split(r"^\$ ", str(example.parsed), flags=re.MULTILINE)[1:]:
-        line, _, wanted = shown.partition("\n")
+    for text in re.split(r"^\$ ", str(example.parsed), flags=re.MULTILINE)[1:]:
+        line, _, expected = text.partition("\n")
         if line.startswith("node ") and not (folder / "node_modules" / "pngjs").exists():
             return line
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-        done = subprocess.run(
+        process = subprocess.run(
             ["bash", "-c", line],
             cwd=folder,
             env={**os.environ, "PATH": path},
             stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT if "error: " in wanted else subprocess.PIPE,
+            stderr=subprocess.STDOUT if "error: " in expected else subprocess.PIPE,
             text=True,
         )
-        assert agree(done.stdout, wanted), f"$ {line}\n{done.stdout}{done.stderr or ''}"
+        output = process.stdout
+        assert agree(output, expected), f"$ {line}\n{output}{process.stderr or ''}"
 
 
-def agree(printed, wanted):
-    """Whether two texts are equal but for seconds, and for rates that differ by a point."""
-    ours, theirs = printed.splitlines(), wanted.rstrip().splitlines()
+def agree(printed, expected):
+    """Return whether two texts are equal, except for seconds and for rates within POINTS."""
+    ours, theirs = printed.splitlines(), expected.rstrip().splitlines()
     return len(ours) == len(theirs) and all(map(lines_agree, ours, theirs))
 
 
@@ -72,9 +74,9 @@ def lines_agree(ours, theirs):
     if ours == theirs:
         return True
     timed, rates = ours.startswith("seconds: "), "%" in ours
-    numbers = [[float(found[0]) for found in VARIES.finditer(line)] for line in (ours, theirs)]
+    numbers = [[float(match[0]) for match in VARIES.finditer(line)] for line in (ours, theirs)]
     same = VARIES.sub("0", ours) == VARIES.sub("0", theirs)
-    near = all(abs(one - other) <= POINTS for one, other in zip(*numbers))
+    near = all(abs(a - b) <= POINTS for a, b in zip(*numbers))
     return same and (timed or (rates and near))
 
 
@@ -97,20 +99,20 @@ def test_lines_agree_where_they_should_and_only_there():
         for path in DOCUMENTS
     ],
 )
-def test_the_console_blocks_print_what_they_show(path, tmp_path):
-    consoles = blocks(path, "console")
+def test_the_commands_print_what_console_blocks_show(path, tmp_path):
+    consoles = list_blocks(path, "console")
     if not consoles:
         pytest.skip("has no console block")
-    copy_of_the_checkout(tmp_path)
+    copy_checkout(tmp_path)
     for language, name in CODE.items():
-        for example in blocks(path, language):
+        for example in list_blocks(path, language):
             (tmp_path / name).write_text(str(example.parsed))
-    if missed := list(filter(None, [run_console(example, tmp_path) for example in consoles])):
-        pytest.skip(f"all else agrees, but Node or its packages are absent: {', '.join(missed)}")
+    if skipped := list(filter(None, [run_console(example, tmp_path) for example in consoles])):
+        pytest.skip(f"the rest agrees, but Node or its packages are absent: {', '.join(skipped)}")
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
-def test_documents_are_short_and_their_links_lead_somewhere(path):
+def test_documents_are_short_and_their_links_work(path):
     text = path.read_text()
     assert path.name != "README.md" or len(text.splitlines()) <= LINES
     rows = [line for line in text.splitlines() if line.startswith("|")]
@@ -119,11 +121,19 @@ def test_documents_are_short_and_their_links_lead_somewhere(path):
         assert (path.parent / target).exists(), target
 
 
-def test_the_list_of_what_a_model_may_hold_is_the_guards():
+def test_the_documents_and_the_results_stay_short():
+    def count(paths):
+        return sum(len(path.read_text().splitlines()) for path in paths if path.is_file())
+
+    assert count(DOCUMENTS[1:]) <= ALL_LINES
+    assert count((ROOT / "tests" / "results").glob("**/*")) <= RESULT_LINES
+
+
+def test_the_documented_lists_equal_the_guards_lists():
     path = ROOT / "docs" / "security.md"
     for language, allowed in (
         ("layers", guard_model.LAYERS + guard_model.PREPARE),
         ("activations", guard_model.ACTIVATIONS),
     ):
-        (example,) = blocks(path, language)
+        (example,) = list_blocks(path, language)
         assert re.split(r",\s+", str(example.parsed).strip()) == allowed.split()
