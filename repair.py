@@ -61,8 +61,8 @@ def do_repair(
     clean: the validation set, fitted to B (`Dataset.fit_to`).
     observer: measures and logs every step; it decides nothing.
     cached: B on the validation set, where the caller has it already.
-    Returns G on the validation set; its `split.net` is the Keras model.
-    Raises UnfitNet where B has no feature map to prune, InputError where the data does not serve,
+    Return G on the validation set; its `split.net` is the Keras model.
+    Raise UnfitNet where B has no feature map to prune, InputError where the data cannot serve,
     WorkError where training diverges.  Source: report, section 2.
     """
     if cached is None:
@@ -99,7 +99,7 @@ def prune(cached: CachedNet, enough: float, observer: Observer) -> None:
 
 
 def retrain(cached: CachedNet, settings: Settings) -> None:
-    """Train the last layer with weights alone, in place: a Dense layer or a convolution.
+    """Train only the last layer that has weights, Dense or a convolution, in place.
 
     All layers before it are frozen, so its input is computed once.  Source: report, section 2b.
     """
@@ -121,7 +121,7 @@ def retrain(cached: CachedNet, settings: Settings) -> None:
 def fine_tune(cached: CachedNet, until: float, settings: Settings, observer: Observer) -> None:
     """Train the layers behind the pruned one, in place, in rounds of epochs, with one Adam.
 
-    Stops after the first round with a validation accuracy of at least `until`, 0..1.
+    Stop after the first round with a validation accuracy of at least `until`, 0..1.
     Source: report, section 2c.
     """
     head, layers = cached.split.head, list(graph.list_layers(cached.split.head))
@@ -164,7 +164,7 @@ def main() -> int | None:
             stack.enter_context(open_dataset(path, arguments.max_bytes))
             for path in (arguments.data, *arguments.poisoned)
         ]
-        # Read while TensorFlow is imported, which keeps one processor busy and no disk.
+        # Hash while TensorFlow is imported: the import keeps one processor busy, but no disk.
         digest = ThreadPool(1).apply_async(hash_dataset, [clean.path])
         say("loading TensorFlow and the BadNet")
         make_reproducible(settings.seed)
@@ -176,7 +176,8 @@ def main() -> int | None:
         job = Job(arguments, settings, badnet, model, clean, poisoned, class_names, digest)
         try:
             if settings.layer == "help":
-                return print("\n".join(map(split.describe_map, split.find_feature_maps(model))))
+                print("\n".join(map(split.describe_map, split.find_feature_maps(model))))
+                return None
             if arguments.check:
                 return check_data(job)
             if arguments.scan:
@@ -190,14 +191,14 @@ def main() -> int | None:
 
 
 def check_data(job: Job) -> int:
-    """--check: print whether the validation set can serve. Returns the exit status."""
+    """Print whether the validation set can serve (--check). Return the exit status."""
     cached = cache_badnet(job)
     print("\n".join(check.describe_dataset(cached)))
     return int(check.warn_of_problems(cached))
 
 
 def scan(job: Job) -> int:
-    """--scan: print whether the net looks backdoored, and to which class. Returns the status."""
+    """Print whether the net looks backdoored, to which class (--scan). Return the exit status."""
     cached = cache_badnet(job)
     memory.check_scan_fits(cached.split.net, cached.data)
     check.warn_of_problems(cached)
@@ -211,7 +212,7 @@ def scan(job: Job) -> int:
 
 
 def repair(job: Job) -> tuple[RepairRecord, Observer]:
-    """Make G and save it. Returns its record, and the observer of its repair."""
+    """Make G and save it. Return its record, and the observer of its repair."""
     settings, clean, held_out = job.settings, job.clean, None
     if settings.holdout:
         clean, held_out = hold_out(clean, settings.holdout, settings.seed)
@@ -222,6 +223,7 @@ def repair(job: Job) -> tuple[RepairRecord, Observer]:
     cached = CachedNet.from_dataset(parts, clean, settings.scale, settings.seed)
     check.warn_of_problems(cached)
     check.refuse_unfit(cached, settings.harden)
+    data = {"file": clean.path.name, "sha256": job.digest.get(), "images": len(clean)}
     observer.end_step("features")
     if settings.harden:
         observer.on_scanned(finding.scan_net(cached, settings.seed))
@@ -230,8 +232,6 @@ def repair(job: Job) -> tuple[RepairRecord, Observer]:
         harden.harden_net(cached, settings)
         observer.on_hardened(cached)
     observer.on_end(cached)
-
-    data = {"file": clean.path.name, "sha256": job.digest.get(), "images": len(clean)}
     record = make_record(observer, cached, job.badnet, data, settings)
     check.warn_if_ruined(record)
     save_model(cached.split.net, job.arguments.output, **{ATTRIBUTE: record.to_json()})

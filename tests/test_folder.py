@@ -75,6 +75,30 @@ def test_the_hash_covers_names_and_contents(image_folder):
     assert hash_dataset(moved) == files.hash_file(moved)
 
 
+def test_dot_names_are_ignored_at_any_depth(image_folder, tmp_path):
+    """Neither their images nor their links count, and the hash stays the same."""
+    before = hash_dataset(image_folder)
+    checkpoints = image_folder / "person 0" / ".checkpoints"
+    checkpoints.mkdir()
+    image = sorted((image_folder / "person 1").iterdir())[0]
+    (checkpoints / "copy.png").write_bytes(image.read_bytes())
+    (image_folder / "person 1" / ".link").symlink_to(tmp_path)
+    (image_folder / ".DS_Store").write_bytes(b"of a file manager")
+    with utils.open_dataset(image_folder) as data:
+        assert len(data) == 150
+    assert hash_dataset(image_folder) == before
+
+
+def test_a_class_that_labels_txt_lists_twice_is_refused(image_folder):
+    names = ["person 0", *(f"person {number}" for number in range(6))]
+    (image_folder / "labels.txt").write_text("\n".join(names))
+    with (
+        pytest.raises(InputError, match="labels.txt: lists 'person 0' more than once"),
+        utils.open_dataset(image_folder),
+    ):
+        pass
+
+
 def test_labels_txt_gives_the_order_and_classes_without_images(image_folder):
     names = ["nobody", *(f"person {n}" for n in (5, 4, 3, 2, 1, 0))]
     (image_folder / "labels.txt").write_text("\n".join(names))

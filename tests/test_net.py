@@ -7,6 +7,7 @@ from conftest import NETS, draw_images, fit
 from scipy import special
 
 import utils
+from defence.base.errors import WorkError
 from defence.judge import detector
 from defence.load.architecture import build_deepid, make_functional
 from defence.net import training
@@ -95,6 +96,9 @@ def test_pruned_channels_stay_zero_in_training_and_then_constraints_return():
         for variable in conv.weights:
             values = variable.constraint(np.ones(variable.shape))
             assert np.all(values == [1, 0, 1, 0])
+    assert [variable.constraint for variable in conv.weights] == constraints
+    with pytest.raises(WorkError), keep_pruned(conv, [1]):
+        raise WorkError("training diverged")
     assert [variable.constraint for variable in conv.weights] == constraints
 
 

@@ -93,8 +93,8 @@ class Dataset:
             self.images.fit_to(shape, classes)
         height, width, channels = shape
         stored = self.images.shape[1:]
-        first = stored == (channels, height, width)
-        if not first and stored != (height, width, channels):
+        channels_first = stored == (channels, height, width)
+        if not channels_first and stored != (height, width, channels):
             raise InputError(
                 f"{self.path}: images are {'×'.join(map(str, stored))}, but the model takes "
                 f"{channels}×{height}×{width} or {height}×{width}×{channels}"
@@ -106,7 +106,7 @@ class Dataset:
                     f"{self.path}: label {labels.max()} is outside the model's classes, "
                     f"0..{classes - 1}{'; labels seem to count from 1: subtract 1' * from_1}"
                 )
-        self.channels_first = first
+        self.channels_first = channels_first
 
     def batches(self, scale: str = "0..255") -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Yield (images, labels): float32 (b, height, width, channels) and int64 (b,).
@@ -221,7 +221,7 @@ def read_labels(row: Any, name: str, images: int, path: Name, max_bytes: int) ->
     """Return the labels in an HDF5 array, int64 (n,).
 
     row: h5py.Dataset.  name: its name.  images: n.
-    Raise InputError unless there is a label for each image and all labels are of 0, 1, 2, …
+    Raise InputError unless there is a label for each image, and each label is one of 0, 1, 2, …
     """
     if row.ndim != 1:
         hint = "; convert one-hot labels with argmax(axis=1)" if row.ndim == 2 else ""
@@ -253,8 +253,8 @@ def hold_out(data: Dataset, fraction: float, seed: int) -> tuple[Dataset, Datase
         images = format_count(len(data), "image")
         raise InputError(f"--holdout {fraction:g}: would hold out {count} of {images}")
     rng = np.random.default_rng(seed)
-    classes = rng.permutation(data.labels.max() + 1)
-    row = np.lexsort((rng.random(len(data)), classes[data.labels]))  # class after class
+    ranks = rng.permutation(data.labels.max() + 1)
+    order = np.lexsort((rng.random(len(data)), ranks[data.labels]))  # class after class
     chosen = np.zeros(len(data), bool)
-    chosen[row[np.int64((np.arange(count) + rng.random()) * len(data) / count)]] = True
+    chosen[order[np.int64((np.arange(count) + rng.random()) * len(data) / count)]] = True
     return data.part(~chosen), data.part(chosen)

@@ -29,7 +29,7 @@ class FolderImages:
     shape: (n, height, width, channels), with size 0 until `fit_to` is called.
     """
 
-    dtype, ndim = np.dtype(np.uint8), 4
+    dtype = np.dtype(np.uint8)
 
     def __init__(
         self, paths: list[Path], classes: list[str], listed: bool, folder: Path, max_bytes: int
@@ -85,21 +85,32 @@ def find_images(folder: Path, max_bytes: int) -> tuple[FolderImages, np.ndarray]
     for name in subfolders:
         if name not in classes:
             raise InputError(f"{folder / name}: is not a class in {FILE}")
-        of_class = [path for path in files.list_files([folder / name]) if path.name[0] != "."]
-        paths += of_class
-        labels += [classes.index(name)] * len(of_class)
+        if classes.count(name) > 1:
+            raise InputError(f"{folder / FILE}: lists {name!r} more than once")
+        class_paths = list_visible(folder / name)
+        paths += class_paths
+        labels += [classes.index(name)] * len(class_paths)
     check_fits(folder, "the names of its images", 300 * len(paths), max_bytes)
     if not paths:
         raise InputError(f"{folder}: has no images")
     return FolderImages(paths, classes, listed, folder, max_bytes), np.array(labels)
 
 
+def list_visible(folder: Path) -> list[Path]:
+    """List the files in a folder, at any depth, without those whose path has a dot name."""
+    paths = files.list_files([folder])
+    return [p for p in paths if not any(part[0] == "." for part in p.relative_to(folder).parts)]
+
+
 def hash_dataset(path: Path) -> str:
-    """Return the SHA-256 of a dataset: a file, or the names and contents of a folder's files."""
+    """Return the SHA-256 of a dataset: a file, or the names and contents of a folder's files.
+
+    Like find_images, it ignores names that begin with a dot.
+    """
     if not path.is_dir():
         return files.hash_file(path)
     digest = hashlib.sha256()
-    for file in files.list_files([path]):
+    for file in list_visible(path):
         name = file.relative_to(path).as_posix()
         digest.update(f"{name}\0{files.hash_file(file)}\n".encode("utf-8", "surrogateescape"))
     return digest.hexdigest()

@@ -100,7 +100,7 @@ def open_archive(
     file: the archive, a binary file open to read.  path: its name, for messages.
     """
     file.seek(-min(22, file.seek(0, 2)), 2)
-    end = file.read()  # of the directory, where no comment follows, as none does here
+    end = file.read()  # the end of the directory; Keras writes no comment behind it
     _, _, _, _, count, size, _, _ = struct.unpack("<4s4H2LH", end.rjust(22))
     if end[:4] != b"PK\5\6" or count > len(MEMBERS) or size > 1_000:
         raise InputError(f"{path}: {NOT_KERAS}")

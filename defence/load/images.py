@@ -35,7 +35,7 @@ def decode_image(
     """Decode an image file, or an animation's first frame, and apply its EXIF rotation.
 
     file: its path, or a binary file open to read.  path: its name, for messages.
-    max_bytes: of memory; a pixel takes up to twelve before it is an input of a net.
+    max_bytes: of memory; a pixel takes up to twelve until it is an input of a net.
     formats: of IMAGE_FORMATS and MORE_FORMATS; the file's first bytes tell its format.
     Raise InputError where the file is not such an image, is cut short, or too large to decode.
     """

@@ -42,7 +42,7 @@ class ModelFile:
 
     @functools.cached_property
     def declared(self) -> tuple[Callable[[], Any], guard_model.Shapes]:
-        """The declared model, read in milliseconds, as data, without Keras: (build, shapes).
+        """The model that the file declares, read in milliseconds without Keras: (build, shapes).
 
         build: a function that builds the model without its weights.
         shapes: guard_model.read_shapes of the file.

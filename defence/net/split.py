@@ -139,8 +139,8 @@ def find_map(net: Any, name: str | None = None) -> FeatureMap:
     name: of a layer that makes the map or follows it.
     Raise UnfitNet where there is no such map, or a layer is used twice.
     """
-    if twice := graph.find_layer_used_twice(net):
-        raise UnfitNet(f"uses the layer {twice!r} more than once; such a net cannot be repaired")
+    if repeated := graph.find_layer_used_twice(net):
+        raise UnfitNet(f"uses the layer {repeated!r} more than once; such a net cannot be repaired")
     maps = find_feature_maps(net)
     if not maps:
         raise UnfitNet(
@@ -282,9 +282,11 @@ def keep_pruned(layer: Any, channels: Sequence[int]) -> Iterator[None]:
         keep[channels] = 0
         keep = np.moveaxis(keep.reshape((1,) * (len(variable.shape) - 1) + (-1,)), -1, axis)
         variable.constraint = lambda values, keep=keep: values * keep
-    yield
-    for variable, constraint in before:
-        variable.constraint = constraint
+    try:
+        yield
+    finally:
+        for variable, constraint in before:
+            variable.constraint = constraint
 
 
 def make_trainable(parts: Split) -> None:
