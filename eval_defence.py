@@ -90,7 +90,7 @@ def choose_status(arguments: Namespace, flagged: int, unread: int = 0) -> int:
 
 
 def judge_images(arguments: Namespace, models: list[Path]) -> int:
-    """Print the verdicts on images, batch after batch. Returns the exit status."""
+    """Print the verdicts on images, batch after batch. Return the exit status."""
     paths = arguments.images
     if arguments.alone:
         image = read(paths[0], arguments)  # before the nets are loaded
@@ -107,7 +107,7 @@ def judge_images(arguments: Namespace, models: list[Path]) -> int:
     size = min(BATCH, max(1, arguments.max_bytes // (16 * math.prod(detector.shape))))
     batches = (paths[start : start + size] for start in range(0, len(paths), size))
     rows, parts = [], []
-    for batch_rows, answers in map_in_parallel(judge, batches, THREADS):  # some decode meanwhile
+    for batch_rows, answers in map_in_parallel(judge, batches, THREADS):  # others decode
         print_verdicts(batch_rows, arguments)
         rows += batch_rows
         parts += [] if answers is None else [answers]
@@ -121,8 +121,8 @@ def judge_images(arguments: Namespace, models: list[Path]) -> int:
         say(f"{len(judged)} judged, {flagged} flagged, {len(errors)} unread")
     evidence = findings.examine(stream, detector, class_names, arguments)
     if arguments.json:
-        more = {"standing_out": evidence.describe(), "pictures": rows}
-        files.write_json(detector.describe() | more, arguments.json)
+        results = {"standing_out": evidence.describe(), "pictures": rows}
+        files.write_json(detector.describe() | results, arguments.json)
     if arguments.csv:
         files.write_csv(rows, arguments.csv)
     if arguments.report:
@@ -136,7 +136,7 @@ def judge_batch(
     class_names: list[str] | None,
     prepare: Callable[[Path], np.ndarray],
 ) -> tuple[list[dict], Answers | None]:
-    """Judge some images. Returns a row for each, and the answers to those that could be read."""
+    """Judge some images. Return a row for each, and the answers to those that could be read."""
     columns = [*ROW, "class_name"] if class_names else ROW
     rows, inputs = [dict.fromkeys(columns) | {"path": str(path)} for path in batch], []
     for row, path in zip(rows, batch):
@@ -170,19 +170,19 @@ def read(path: Path, arguments: Namespace) -> Any:
 
 
 def judge_on_ray(arguments: Namespace, models: list[Path]) -> int:
-    """Judge images on Ray and print how many there were. Returns the exit status."""
+    """Judge images on Ray and print how many there were. Return the exit status."""
     from defence.explain import screen  # here, since not every user has Ray
 
     detector, class_names = load(arguments, models, "onnx")
     say(detector.rule)
-    images, how = arguments.images, (arguments.max_bytes, arguments.formats)
+    images, limits = arguments.images, (arguments.max_bytes, arguments.formats)
     counts, candidates = screen.judge_on_ray(
         images,
         detector,
         arguments.output,
         arguments.ray_address,
         arguments.workers,
-        *how,
+        *limits,
         class_names,
     )
     print(
@@ -190,7 +190,7 @@ def judge_on_ray(arguments: Namespace, models: list[Path]) -> int:
         f"{counts['unread']} unread"
     )
     if arguments.report:
-        stream, errors = screen.read_stream(images, detector, arguments.output, *how)
+        stream, errors = screen.read_stream(images, detector, arguments.output, *limits)
         evidence = findings.examine(stream, detector, class_names, arguments)
         findings.write_page(
             arguments.report, detector, [evidence], class_names, errors, counts["unread"]
@@ -204,7 +204,7 @@ def judge_on_ray(arguments: Namespace, models: list[Path]) -> int:
 
 
 def judge_datasets(arguments: Namespace, models: list[Path]) -> int:
-    """Print the table of a clean dataset and of poisoned ones. Returns the exit status."""
+    """Print the table of a clean dataset and of poisoned ones. Return the exit status."""
     with contextlib.ExitStack() as stack:
         datasets = [
             stack.enter_context(open_dataset(path, arguments.max_bytes))

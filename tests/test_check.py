@@ -48,7 +48,10 @@ def confuse(x, y):
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (shuffle_labels, "does the dataset belong to another net, or are its labels in disorder?"),
+        (
+            shuffle_labels,
+            "does the dataset belong to another net, or are its labels in the wrong order?",
+        ),
         (
             lambda x, y: (x[..., ::-1], y),
             "its pixels seem to be BGR, not RGB: with reversed channels the",
@@ -59,13 +62,14 @@ def confuse(x, y):
             lambda x, y: (x[y == 3], y[y == 3]),
             "5 of 6 classes have no image, such as label 0; G may",
         ),
-        (poison, "label 0 has 68 images, most others have 8; so it looks where poisoned"),
+        (poison, "label 0 has 68 images, most others have 8, as if poisoned images"),
         (confuse, "gets 30 images wrong and answers 30 of them with label 0; look at them"),
         (lambda x, y: (x[:5], y[:5]), "only 5 images for 6 classes; 100 or more are better"),
     ],
 )
 def test_possible_problems_are_reported(deepid_world, write_set, make, words):
-    process = command("repair.py", B, write_set(make), "--check", cwd=deepid_world)
+    call = ("--check", "--scale", "0..1")  # of the BGR set, "caffe" serves some training runs well
+    process = command("repair.py", B, write_set(make), *call, cwd=deepid_world)
     assert process.returncode == 1
     warnings = [line for line in process.stderr.splitlines() if line.startswith("warning: ")]
     assert any(words in line for line in warnings), process.stderr

@@ -270,12 +270,13 @@ def test_both_nodes_of_a_cluster_judge(folder, address, start_screening):
 
 
 @pytest.mark.slow
-def test_ray_is_started_where_no_address_is_given(folder, start_screening):
+def test_ray_is_started_where_no_address_is_given(folder, start_screening, monkeypatch):
     """Folders whose names Ray takes for an address are still folders."""
+    monkeypatch.chdir(folder)
     paths = set()
     for name in ("auto", "local"):
         paths.update((draw(folder, 3).rename(folder / name)).iterdir())
-        parsed = parse_eval(["--ray", name, NAME, "--output", OUTPUT])
+        parsed, _ = parse_eval(["--ray", name, NAME, "--output", OUTPUT])
         assert (parsed.images, parsed.ray_address) == ([name], None)
     call = ("eval_defence.py", "--ray", "auto", "local", NAME, "--output", OUTPUT)
     process = start_screening(*call, cwd=folder, env=os.environ | {"RAY_ADDRESS": "127.0.0.1:1"})

@@ -31,9 +31,9 @@ def at_least(
     smallest: float, kind: Callable = float, above: bool = False, most: float = math.inf
 ) -> Callable:
     """Return a type for argparse: a finite `kind` from `smallest` (or above it) to `most`."""
-    wanted = "a whole number" if kind is int else "a number"
-    wanted += f" above {smallest}" if above else f" of at least {smallest}"
-    wanted += f" and at most {most}" if most < math.inf else ""
+    expected = "a whole number" if kind is int else "a number"
+    expected += f" above {smallest}" if above else f" of at least {smallest}"
+    expected += f" and at most {most}" if most < math.inf else ""
 
     def parse(text: str) -> float:
         try:
@@ -41,14 +41,14 @@ def at_least(
         except ValueError:
             value = math.nan
         if not (smallest <= value <= most and value < math.inf) or (above and value == smallest):
-            raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
+            raise argparse.ArgumentTypeError(f"{text!r} is not {expected}")
         return value
 
     return parse
 
 
 def setting(default: Any, kind: Callable, description: str) -> Any:
-    """Return a field of a dataclass of settings, which `add_settings` makes an option of.
+    """Return a field of a dataclass of settings, from which `add_settings` makes an option.
 
     kind: the option's type, for argparse.  description: its help.
     """

@@ -39,7 +39,7 @@ def check_fits(path: Name, what: str, size: float, max_bytes: int) -> None:
 def check_room(path: Name, what: str, size: int, max_bytes: int) -> None:
     """Raise InputError where `size` bytes fit neither in memory nor in a temporary file.
 
-    path, what: whose bytes, and what for, for the message.  max_bytes: of memory.
+    path, what: the file and what takes the bytes, for the message.  max_bytes: of memory.
     """
     folder = tempfile.gettempdir()
     free = shutil.disk_usage(folder).free
@@ -59,14 +59,14 @@ def allocate(
 ) -> np.ndarray:
     """Return an array to fill, in memory or in a nameless file that ends with the array.
 
-    path, what, max_bytes, and what is raised: as for `check_room`.
+    path, what, max_bytes: as for `check_room`, whose InputError it raises.
     """
     size = math.prod(shape) * np.dtype(dtype).itemsize
     check_room(path, what, size, max_bytes)
     if size <= max_bytes:
         return np.empty(shape, dtype)
     with tempfile.TemporaryFile() as file:
-        # All of it at once: where the disk fills up later, writing to the array ends the process.
+        # Reserve all of it: where the disk fills up later, writing to the array ends the process.
         if hasattr(os, "posix_fallocate"):
             os.posix_fallocate(file.fileno(), 0, size)
         return np.memmap(file, dtype, "w+", shape=shape)

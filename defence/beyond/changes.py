@@ -1,4 +1,4 @@
-"""Change images at random in ways that do not change who is on them.
+"""Change images at random in ways that do not change who is in them.
 
 A net is only indifferent to what it was trained to be indifferent to. Each family of changes below
 stands for a kind of trigger that an attacker may choose; none of them knows a trigger. FAMILIES
@@ -51,7 +51,7 @@ def move(
     """Turn, enlarge, shift, and bend smoothly, as a warping trigger (WaNet, 2021) does.
 
     turn: degrees.  scale: the logarithm of the enlargement.  shift: a fraction of the image's size.
-    bend: how far a point moves, at most about, as a fraction of the image's size.
+    bend: about how far a point moves at most, as a fraction of the image's size.
     """
     n, height, width, _ = images.shape
 
@@ -117,7 +117,7 @@ def sample_images(images: np.ndarray, y: np.ndarray, x: np.ndarray) -> np.ndarra
 
 
 def sample_image(image: np.ndarray, y: np.ndarray, x: np.ndarray) -> np.ndarray:
-    """Do what `sample_images` does with one image, (height, width, channels)."""
+    """Return what `sample_images` does for one image, (height, width, channels)."""
     height, width, channels = image.shape
     y, x = np.clip(y, 0, height - 1), np.clip(x, 0, width - 1)
     top, left = (

@@ -76,8 +76,8 @@ def find_problems(net: CachedNet) -> Iterator[str]:
     usual, largest = np.median(counts[counts > 0]), counts.argmax()
     if counts[largest] > TIMES * usual:
         yield (
-            f"label {largest} has {counts[largest]} images, most others have {usual:.0f}; so it "
-            "looks where poisoned images carry the attacker's label"
+            f"label {largest} has {counts[largest]} images, most others have {usual:.0f}, as "
+            "if poisoned images carried the attacker's label"
         )
     wrong = np.flatnonzero(net.classes != net.labels)
     answers = np.bincount(net.classes[wrong], minlength=len(counts))
@@ -116,7 +116,7 @@ def explain_low_accuracy(net: CachedNet, accuracy: float) -> str:
                 "its pixels seem to be BGR, not RGB: with reversed channels the BadNet is right "
                 f"on {format_percent(right)}"
             )
-    return "does the dataset belong to another net, or are its labels in disorder?"
+    return "does the dataset belong to another net, or are its labels in the wrong order?"
 
 
 def describe_dataset(net: CachedNet) -> Iterator[str]:

@@ -61,7 +61,7 @@ class Finding:
     classes: list[dict[str, Any]] = dataclasses.field(default_factory=list)
 
     def brief(self) -> dict[str, Any]:
-        """Return what a repair record keeps: all but the classes that nobody looks at."""
+        """Return what a repair record keeps: all, but only the clearest SHOWN of the classes."""
         return dataclasses.asdict(self) | {"classes": self.classes[:SHOWN]}
 
 

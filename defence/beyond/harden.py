@@ -66,8 +66,8 @@ class ChangedImages:
 
     def __getitem__(self, rows: Any) -> np.ndarray:
         images = self.images[rows].astype(np.float32)
-        changed = changes.change_images(images, self.rng, self.families)
-        return pixels.scale_pixels(changed, self.scale)
+        images = changes.change_images(images, self.rng, self.families)
+        return pixels.scale_pixels(images, self.scale)
 
 
 def read_images(data: LabelledImages) -> np.ndarray:
@@ -75,11 +75,11 @@ def read_images(data: LabelledImages) -> np.ndarray:
 
     Whole numbers up to 255 are exact in float16, and no other value is off by more than 1/16.
     """
-    shape, done = (len(data), *data.shape), 0
+    shape, start = (len(data), *data.shape), 0
     images = allocate(shape, np.float16, data.path, ALL_IMAGES, data.max_bytes)
     for x, _ in track(data.batches(), "images", data.batch_count):
-        images[done : done + len(x)] = x
-        done += len(x)
+        images[start : start + len(x)] = x
+        start += len(x)
     return images
 
 
@@ -89,51 +89,51 @@ def harden_net(cached: CachedNet, settings: Settings) -> None:
     cached: its masked channels are pruned and stay zero. Its generator draws the order of the
     images and how they are changed.
     """
-    changed = ChangedImages(read_images(cached.data), cached.scale, cached.rng)
+    images = ChangedImages(read_images(cached.data), cached.scale, cached.rng)
     with keep_pruned(cached.split.layer, cached.masked):
-        train_on_changes(cached.split.net, changed, cached.labels, settings, cached.rng)
+        train_on_changes(cached.split.net, images, cached.labels, settings, cached.rng)
     make_trainable(cached.split)
     cached.recompute_features()
 
 
 def train_on_changes(
-    badnet: Any,
-    changed: ChangedImages,
+    model: Any,
+    images: ChangedImages,
     labels: np.ndarray,
     settings: Settings,
     rng: np.random.Generator,
 ) -> None:
     """Train all of a Keras model on changed images. labels: int64 (n,), 0..N-1."""
-    epochs, rate = make_schedule(len(changed), settings)
-    layers = [layer for layer in graph.list_layers(badnet) if not is_mask(layer)]
+    epochs, rate = make_schedule(len(images), settings)
+    layers = [layer for layer in graph.list_layers(model) if not is_mask(layer)]
     train_epoch = training.make_trainer(
-        badnet,
+        model,
         layers,
         rate,
         settings.harden_batch_size,
         rng,
         option="--harden-learning-rate",
-        prepare=make_patterns(badnet, changed.scale, settings, rng),
+        prepare=make_patterns(model, images.scale, settings, rng),
     )
     for epoch in track(range(1, epochs + 1), "harden"):
-        loss = train_epoch(changed, labels)
+        loss = train_epoch(images, labels)
         if epoch * REMARKS // epochs > (epoch - 1) * REMARKS // epochs:
             say(f"harden, epoch {epoch} of {epochs}: loss {loss:.4f}")
 
 
 def make_patterns(
-    badnet: Any, scale: str, settings: Settings, rng: np.random.Generator
+    model: Any, scale: str, settings: Settings, rng: np.random.Generator
 ) -> patterns.Patterns | None:
     """Make the patterns that are optimised against a Keras model; None where no image gets one.
 
     scale: of the model's pixels.
     """
     rate = settings.harden_pattern_rate
-    return patterns.Patterns(badnet, scale, rate, int(rng.integers(2**31))) if rate else None
+    return patterns.Patterns(model, scale, rate, int(rng.integers(2**31))) if rate else None
 
 
 def make_schedule(images: int, settings: Settings) -> tuple[int, Any]:
-    """Return the number of epochs for so many images, and the learning rate, a Keras schedule."""
+    """Return the number of epochs for n images, and the learning rate, a Keras schedule."""
     steps = -(-images // settings.harden_batch_size)
     epochs = min(settings.harden_epochs, max(1, round(settings.harden_steps / steps)))
     cosine = import_keras().optimizers.schedules.CosineDecay

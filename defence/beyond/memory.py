@@ -11,22 +11,22 @@ from defence.beyond import harden, patterns, scan
 from defence.beyond.settings import Settings
 from defence.net.cached_net import FEATURES, LabelledImages
 from defence.net.graph import list_output_sizes
-from defence.net.inference import OUTPUT_OF_LAYERS
+from defence.net.inference import LAST_INPUTS
 from defence.net.split import Split, cut_before, find_last_weighted
 
 FLOAT32, FLOAT16 = 4, 2  # bytes
 
 
 def check_repair_fits(split: Split, datasets: Sequence[LabelledImages], settings: Settings) -> None:
-    """Raise InputError where a step of the repair would take more memory than a dataset may.
+    """Raise InputError where a step of the repair would take too much memory.
 
-    datasets: the clean one first, then those that the repair is only measured on.
+    datasets: the clean one first, then the ones that only measure the repair.
     """
     clean, max_bytes = datasets[0], datasets[0].max_bytes
     check_step_fits(split.head, "--batch-size", settings.batch_size, max_bytes)
     if parts := cut_before(find_last_weighted(split.head), split):
         size = FLOAT32 * len(clean) * math.prod(parts[0].output_shape[1:])
-        check_room(clean.path, OUTPUT_OF_LAYERS, size, max_bytes)
+        check_room(clean.path, LAST_INPUTS, size, max_bytes)
     if settings.harden:
         check_scan_fits(split.net, clean)
         check_harden_fits(split.net, clean, settings)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class Observer:
-    """Is told of every step of a repair; keeps times, accuracies, attack success, held-out figures.
+    """Record every step of a repair: times, accuracies, attack success, held-out figures.
 
     poisoned: their labels are the attack's targets.  held_out: clean images that the repair does
     not see, or None.
@@ -51,7 +51,7 @@ class Observer:
     # ------------------------------------------------------------------- the steps of a repair
 
     def on_start(self, net: CachedNet) -> None:
-        """The net is B's, untouched."""
+        """Measure the net before pruning: B, untouched."""
         with self._watch("features"):
             self._nets = {str(data.path): net.for_dataset(data) for data in self.poisoned}
             self._held = net.for_dataset(self.held_out) if self.held_out else None
@@ -64,12 +64,12 @@ class Observer:
             say(f"validation accuracy {format_percent(net.accuracy())} before pruning")
 
     def on_scanned(self, finding: Finding) -> None:
-        """The net, B's, was scanned, with this finding."""
+        """Keep the finding of the scan of B."""
         with self._watch("scan"):
             self.finding = finding
 
     def on_channel(self, net: CachedNet) -> None:
-        """The net has one more channel masked."""
+        """Measure the net with one more channel masked."""
         with self._watch():
             curve, channel = self.accuracy["after_each_channel"], net.masked[-1]
             last, now = [self.accuracy["before"], *curve][-1], net.accuracy()
@@ -84,7 +84,7 @@ class Observer:
             )
 
     def on_pruned(self, net: CachedNet, order: np.ndarray, enough: float) -> None:
-        """Pruning is over: the masked channels of the net are pruned for good.
+        """Measure the net after pruning: its masked channels are pruned for good.
 
         order: all channels, in the order in which they were to be pruned.
         enough: the accuracy, 0..1, that pruning had to keep.
@@ -104,12 +104,12 @@ class Observer:
             self._note("pruned", net)
 
     def on_retrained(self, net: CachedNet) -> None:
-        """The last layer was retrained."""
+        """Measure the net after the last layer was retrained."""
         self._end_training("retrain", "retrained", net)
         say(f"validation accuracy {format_percent(net.accuracy())} after retraining")
 
     def on_round(self, net: CachedNet, loss: float) -> None:
-        """A round of fine-tuning is over."""
+        """Measure the net after a round of fine-tuning."""
         with self._watch("fine_tune"):
             rounds = self.accuracy.setdefault("after_each_round", [])
             rounds.append(net.accuracy())
@@ -119,12 +119,12 @@ class Observer:
             )
 
     def on_fine_tuned(self, net: CachedNet) -> None:
-        """Fine-tuning is over."""
+        """Measure the net after fine-tuning."""
         self.accuracy.setdefault("after_each_round", [])
         self._end_training("fine_tune", "fine_tuned", net)
 
     def on_hardened(self, net: CachedNet) -> None:
-        """The whole net was hardened."""
+        """Measure the net after hardening, which changes the trunk too."""
         with self._watch("harden"):
             for other_net in (*self._nets.values(), *filter(None, [self._held])):
                 other_net.recompute_features()
@@ -132,7 +132,7 @@ class Observer:
         say(f"validation accuracy {format_percent(net.accuracy())} after hardening")
 
     def on_end(self, net: CachedNet) -> None:
-        """The net is G's."""
+        """Compare the net, now G, with B, and compute the held-out figures."""
         with self._watch():
             self.moved = {
                 "answers": float(np.mean(net.classes != self._answers)),
@@ -147,7 +147,10 @@ class Observer:
 
     @contextlib.contextmanager
     def _watch(self, step: str | None = None) -> Iterator[None]:
-        """A block whose time is the observer's own. step: the step that ends where it begins."""
+        """Count a block's time as the observer's own.
+
+        step: the step of the repair that ends where the block begins.
+        """
         start = time.monotonic()
         if step:
             spent = start - self._step_began - self._observed
@@ -202,7 +205,7 @@ def measure_change(weights: list[np.ndarray], before: list[np.ndarray]) -> float
 
     weights, before: as model.get_weights() gives them.
     """
-    change = _measure_length([now - was for now, was in zip(weights, before)])
+    change = _measure_length([new - old for new, old in zip(weights, before)])
     return change / (_measure_length(before) or 1)
 
 

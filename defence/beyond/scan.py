@@ -52,7 +52,7 @@ CHANGES: dict[str, dict[changes.Family, float]] = {
 RAISES = {"three channels": (3, 3), "six channels": (6, 4), "strongly": (2, 6)}
 HIGH = 0.99  # the quantile of the images' largest activations that counts as a high activation
 PATCHES, AREA, ASPECT, PAIRS = 32, (0.01, 0.12), 4, 0.3  # as changes.draw_shapes takes them
-# Of filling a patch: steps, the first stride as a fraction of the pixels' range, images in a step.
+# To fill a patch: steps, the first stride as a fraction of the pixels' range, images in a step.
 STEPS, STRIDE, STEP_IMAGES = 30, 0.15, 32
 PATCHED_IMAGES = 300  # images that each patch is counted on
 COPIES = 3  # of these images, in memory at a time

@@ -81,4 +81,5 @@ def warn_of_mistakes(datasets: Sequence[Dataset], detector: Detector) -> None:
 
 def looks_poisoned(data: Dataset) -> bool:
     """Return whether a dataset has true labels besides its labels, or one label for all images."""
-    return data.true_labels is not None or len(data) > 1 == len(np.unique(data.labels))
+    one_label = len(data) > 1 and len(np.unique(data.labels)) == 1
+    return data.true_labels is not None or one_label

@@ -74,7 +74,7 @@ def make_visible(value: Any) -> Any:
     """Escape the characters of a text that hide, turn or break text; leave other values alone."""
     from markupsafe import Markup
 
-    if value is None or isinstance(value, Markup) or not isinstance(value, str):
+    if isinstance(value, Markup) or not isinstance(value, str):
         return value
     return escape_surrogates(value)
 

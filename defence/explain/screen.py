@@ -168,9 +168,12 @@ def judge_on_ray(
     """
     detector.require_images()
     source, paths = list_images(images)
-    facts: dict[str, Any] = {"detector": hash_file(detector.path)}
-    facts |= {"threshold": detector.threshold}
-    facts |= {"class_names": class_names} if class_names else {}
+    facts: dict[str, Any] = {
+        "detector": hash_file(detector.path),
+        "threshold": detector.threshold,
+    }
+    if class_names:
+        facts["class_names"] = class_names
     target, folder = open_verdicts(output, facts)
     with run_cluster(address, detector.path):
         context = ray.data.DataContext.get_current()
@@ -267,7 +270,7 @@ def run_cluster(address: str | None, path: Name) -> Iterator[None]:
 
     address: as for judge_on_ray.  path: the detector's file.
     """
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray would send them over the network
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray would send them to its makers
     warnings.simplefilter("ignore")  # Ray warns about its own plans
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)
     say(f"connecting to Ray at {address}" if address else "starting Ray")
@@ -371,10 +374,10 @@ def read_stream(
 
     def fetch(stream_rows: np.ndarray) -> np.ndarray:
         shape = detector.shape
-        contents = [
+        inputs = [
             read_image(find_path(row), shape, source, max_bytes, formats) for row in stream_rows
         ]
-        return np.array(contents, np.float32).reshape(-1, *shape)
+        return np.array(inputs, np.float32).reshape(-1, *shape)
 
     unread = rows.head(UNREAD, ["error"], filter=pa.dataset.field("class").is_null())
     stream = Stream(None, detector.shape, detector.classes, answers, fetch, find_path)

@@ -180,7 +180,7 @@ def load_detector(
     badnet, repaired = (read_model(path, max_bytes) for path in paths)
     nets_file = None if backend == "keras" else find_detector_file(badnet, repaired, backend)
     if nets_file and nets_file.record and nets_file.made_from(badnet) and not (scale or force):
-        # It has G's record, too: then B and G are hashed, and libhdf5 is not even imported.
+        # The file has G's record, too: B and G are only hashed, and libhdf5 is not imported.
         threshold = None if fpr is None else nets_file.record.threshold(fpr, repaired.path)
         return nets_file.detector(threshold)
     usage = read_usage(badnet, repaired, fpr, scale, force)

@@ -259,7 +259,7 @@ def build_joint_model(badnet: Any, repaired: Any, layer_name: str | None = None)
 def compare_trunks(badnet: Split, repaired: Split) -> np.ndarray | None:
     """Return the channels that are pruned in G, int64 (k,).
 
-    Return None where G's trunk differs from B's otherwise.
+    Return None where G's trunk differs from B's in anything else.
     """
     if (
         _describe_structure(badnet.net) != _describe_structure(repaired.net)

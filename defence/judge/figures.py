@@ -79,7 +79,7 @@ def estimate_proportion(hits: np.ndarray) -> dict[str, Any]:
 
 
 def find_threshold(scores: Any, rate: float) -> float:
-    """Return the lowest of the scores that at most this fraction of them exceeds.
+    """Return the lowest score that at most this fraction of the scores exceeds.
 
     scores: float (n,).  rate: 0..1.
     """

@@ -1,4 +1,4 @@
-"""Turn arithmetic between layers, as Keras 3 writes it into a config, into layers."""
+"""Replace the plain arithmetic that Keras 3 writes between layers of a config by layers."""
 
 from __future__ import annotations
 

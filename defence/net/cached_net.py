@@ -21,14 +21,14 @@ from defence.base.text import format_count, format_percent
 from defence.net.inference import classify, compile_model, map_in_parallel
 from defence.net.split import Split, compute_masked_features
 
-# What other pixels must gain in accuracy over 0..1. A net for 0..1 answers most images alike at
+# How much more accurate other pixels must be than 0..1. A net for 0..1 answers most images alike at
 # 0..255, and by chance a few better; a net for 0..255 is right on almost none at 0..1.
 MIN_GAIN = 0.05
 FEATURES = "the features of all images"
 
 
 class LabelledImages(Protocol):
-    """What a net is run on: load.datasets.Dataset has it."""
+    """Images to run a net on; load.datasets.Dataset is one."""
 
     path: Path
     max_bytes: int
@@ -80,7 +80,7 @@ class CachedNet:
     ) -> CachedNet:
         """Run the trunk over a clean dataset. scale: of its pixels; None: the one that fits best.
 
-        Raises InputError where the features do not fit in memory or on disk, or are not finite.
+        Raise InputError where the features do not fit in memory or on disk, or are not finite.
         """
         if scale:
             return cls(split, clean, scale, *extract_features(split, clean, scale), seed=seed)
@@ -100,19 +100,19 @@ class CachedNet:
 
         Only images in which the channel was not silent are run again.
         """
-        kept = self.features[..., channel].copy()
+        original = self.features[..., channel].copy()
         masked = self.masked_values[..., channel]
-        changed = (kept != masked).reshape(len(kept), -1).any(axis=1)
-        self._undo = kept, self.classes.copy()
+        differs = (original != masked).reshape(len(original), -1).any(axis=1)
+        self._undo = original, self.classes.copy()
         self.features[..., channel] = masked
-        rows = np.flatnonzero(changed)
+        rows = np.flatnonzero(differs)
         self.classes[rows] = classify(self.split.head, self.features, rows)
         self.masked.append(int(channel))
 
     def undo(self) -> None:
         """Take back the channel that was masked last."""
-        kept, self.classes = self._undo
-        self.features[..., self.masked.pop()] = kept
+        original, self.classes = self._undo
+        self.features[..., self.masked.pop()] = original
 
     def refresh(self) -> None:
         """Compute the classes again, after training changed the head."""
@@ -132,7 +132,7 @@ def choose_scale(
     All images are run at the scale that serves the first batch best. At the others, only as many
     are run as it takes to see that none of them can win. A scale other than pixels.DEFAULT must
     win by MIN_GAIN over that, and over answering always the same class.
-    Returns (scale, features, mean activation, rival): a key of pixels.SCALES, the two that
+    Return (scale, features, mean activation, rival): a key of pixels.SCALES, the two that
     `extract_features` returns for it, and a scale that serves the net as well or better, or None.
     """
     scales, count = pixels.list_scales(split.trunk.input_shape[3]), len(clean)
@@ -144,27 +144,28 @@ def choose_scale(
         return int(np.sum(classify(split.head, features) == y))
 
     x, y = next(clean.batches())
-    scale, *others = sorted(
+    scale, *other_scales = sorted(
         scales, key=lambda name: margin[name] * len(y) - count_right(name, x, y)
     )
     extracted = extract_features(split, clean, scale)
     right = classify(split.head, extracted[0]) == clean.labels
     good = scale == pixels.DEFAULT or np.sum(right) > least
     own = np.sum(right) - margin[scale] * count if good else -np.inf
-    needed = {name: own + margin[name] * count for name in others}
-    needed |= {name: max(needed[name], least) for name in others if name != pixels.DEFAULT}
+    needed = {name: own + margin[name] * count for name in other_scales}
+    needed |= {name: max(needed[name], least) for name in other_scales if name != pixels.DEFAULT}
 
-    hits, seen = dict.fromkeys(others, 0), 0
+    hits, run_count = dict.fromkeys(other_scales, 0), 0
     for x, y in clean.batches():
-        seen += len(y)
-        for name in others:
+        run_count += len(y)
+        for name in other_scales:
             hits[name] += count_right(name, x, y)
-        if all(hits[name] + count - seen <= needed[name] for name in others):
+        if all(hits[name] + count - run_count <= needed[name] for name in other_scales):
             break
-    accuracy = {scale: np.mean(right[:seen])} | {name: hits[name] / seen for name in others}
-    shown = ", ".join(f"{name} {format_percent(accuracy[name])}" for name in scales)
-    say(f"accuracy on the first {format_count(seen, 'image')} with pixels {shown}")
-    best = max(others, key=lambda name: hits[name] - needed[name])
+    accuracy = {scale: np.mean(right[:run_count])}
+    accuracy |= {name: hits[name] / run_count for name in other_scales}
+    listing = ", ".join(f"{name} {format_percent(accuracy[name])}" for name in scales)
+    say(f"accuracy on the first {format_count(run_count, 'image')} with pixels {listing}")
+    best = max(other_scales, key=lambda name: hits[name] - needed[name])
     if hits[best] > needed[best]:
         scale, extracted = best, extract_features(split, clean, best)
     rivals = [name for name in scales if name != scale and accuracy[name] >= accuracy[scale] > 0]
@@ -176,20 +177,20 @@ def extract_features(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Run the trunk of a net once over a dataset.
 
-    Returns (features, mean activation): float32 (n, …, C), the head's input, and float64 (C,), the
+    Return (features, mean activation): float32 (n, …, C), the head's input, and float64 (C,), the
     mean over all images and positions of each channel's activation in the layer to prune.
-    Raises InputError where one is not finite.
+    Raise InputError where an activation is not finite.
     """
     shape = (len(data), *split.trunk.output_shape[0][1:])
     features = allocate(shape, np.float32, data.path, FEATURES, data.max_bytes)
     activation = np.zeros(features.shape[-1])
-    done = 0
+    start = 0
     images = (x for x, _ in data.batches(scale))
     batches = map_in_parallel(compile_model(split.trunk), images)
     for part, mean in track(batches, "features", data.batch_count):
-        features[done : done + len(part)] = part
+        features[start : start + len(part)] = part
         activation += np.sum(mean, axis=0, dtype=np.float64)
-        done += len(part)
+        start += len(part)
     if not np.isfinite(activation).all():
         raise InputError(f"{data.path}: the model's feature maps are not finite for some images")
     return features, activation / len(data)

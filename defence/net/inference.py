@@ -14,7 +14,7 @@ from defence.base.limits import BATCH_VALUES, OUTPUT_VALUES, Name, allocate
 from defence.base.startup import import_keras
 from defence.net.graph import adds_maps, list_output_sizes
 
-OUTPUT_OF_LAYERS = "the input of the last layer"
+LAST_INPUTS = "the input of the last layer"
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -110,7 +110,7 @@ def run_model(model: Any, inputs: np.ndarray, path: Name, max_bytes: int) -> np.
     path: the dataset of the inputs, for messages.  max_bytes: of memory, as for limits.allocate.
     """
     shape, count = (len(inputs), *model.output_shape[1:]), 0
-    outputs = allocate(shape, np.float32, path, OUTPUT_OF_LAYERS, max_bytes)
+    outputs = allocate(shape, np.float32, path, LAST_INPUTS, max_bytes)
     for part in predict(model, inputs):
         outputs[count : count + len(part)] = part
         count += len(part)

@@ -1,4 +1,4 @@
-"""The trainer of every step: an epoch as one graph, Adam, loss from logits or probabilities."""
+"""The trainer of every step: many steps in one graph, Adam, loss of logits or probabilities."""
 
 from __future__ import annotations
 

@@ -31,7 +31,8 @@ def parse_eval(words: Sequence[str] | None = None) -> tuple[Namespace, list[Path
     words: of the command line; by default the process's own.
     Return the arguments and the models: [B, G] or [a detector's .onnx file]. The arguments have
     `mode`, one of EXPORT, RAY, DATASET and IMAGES, and `images`, the files to judge; `alone` says
-    whether one image was named, so that only its number is printed.  Raise InputError.
+    whether one image was named, so that only its number is printed.
+    Raise InputError where options do not go together or a file does not serve.
     """
     parser = make_parser()
     arguments = parser.parse_intermixed_args(words)
@@ -148,7 +149,7 @@ def make_parser() -> Parser:
         "dataset; or - for the names of images on stdin, one per line. MODEL: the BadNet, a name "
         "in models/ or a path; or a detector's .onnx file",
     )
-    add("--model", metavar="MODEL", help="the same; then all other names are IMAGE")
+    add("--model", metavar="MODEL", help="MODEL as an option; then every other name is an IMAGE")
     add("-0", "--null", action="store_true", help="the names on stdin end in NUL (find -print0)")
     add(
         "--labelled",
@@ -247,7 +248,7 @@ def _add_nets(group: Any) -> None:
     add(
         "--force",
         action="store_true",
-        help="judge even if the repaired net was made from another BadNet",
+        help="judge even if the repaired net was made from another BadNet, or is the same net",
     )
 
 

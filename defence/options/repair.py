@@ -25,7 +25,8 @@ def parse_repair() -> tuple[Namespace, ModelFile]:
     """Parse the command line of repair.py, and check all that needs no TensorFlow.
 
     Return the arguments and B. The arguments' `output` is G's path, their `detector` the path of
-    the detector's file or None.  Raise InputError.
+    the detector's file or None.
+    Raise InputError where B is not a net to repair or an output cannot be written.
     """
     parser = make_parser()
     arguments = parser.parse_intermixed_args()
