@@ -27,7 +27,7 @@ from defence.base.errors import InputError
 from defence.base.process import exit_now, run_command
 from defence.base.progress import print_line, say
 from defence.base.text import escape
-from defence.explain import evaluation, findings, plots, streams, tables
+from defence.explain import findings, streams
 from defence.judge import backends, onnx_file
 from defence.judge.detector import Answers, Detector, describe_answers
 from defence.load.class_names import find_class_names
@@ -205,6 +205,8 @@ def judge_on_ray(arguments: Namespace, models: list[Path]) -> int:
 
 def judge_datasets(arguments: Namespace, models: list[Path]) -> int:
     """Print the table of a clean dataset and of poisoned ones. Return the exit status."""
+    from defence.explain import evaluation, plots, tables  # here, for the time that it takes
+
     with contextlib.ExitStack() as stack:
         datasets = [
             stack.enter_context(open_dataset(path, arguments.max_bytes))

@@ -1,6 +1,8 @@
 """The demo: the code draws the committed faces, and the repair works on its BadNet."""
 
 import json
+import subprocess
+import sys
 
 import faces
 import h5py
@@ -114,3 +116,17 @@ def test_datasets_are_drawn(tmp_path):
         "clean_validation_data.h5", "clean_test_data.h5", "sunglasses_poisoned_data.h5",
         "lipstick_poisoned_data.h5", "eyebrows_poisoned_data.h5",
     }  # fmt: skip
+
+
+def test_one_image_waits_for_no_library_that_it_does_not_need(tmp_path):
+    """Each of these takes as long to import as the whole command otherwise takes."""
+    command("repair.py", MODEL, DATA, "--output", tmp_path / "demo_bd_net_defence.h5")
+    code = (
+        "import runpy, sys; from defence.base import process; process.exit_now = lambda status: 0; "
+        f"sys.argv = ['', 'img/img_9.png', {str(MODEL)!r}, '--repaired', "
+        f"{str(tmp_path / 'demo_bd_net_defence.h5')!r}]; "
+        "runpy.run_path('eval_defence.py', run_name='__main__'); "
+        "print(sorted({'tensorflow', 'keras', 'scipy', 'h5py', 'rich'} & sys.modules.keys()))"
+    )
+    process = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert process.stdout.split() == ["10", "[]"], process.stderr

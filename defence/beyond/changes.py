@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
-Family = Callable[[np.ndarray, np.random.Generator], np.ndarray]
+Family = Callable[[np.ndarray, Any], np.ndarray]  # of images and a NumPy Generator
 
 
 def change_images(

@@ -62,12 +62,13 @@ def find_candidates_in_counts(hits: np.ndarray, unflagged: np.ndarray) -> list[C
     Its mean is the share of the class among the unflagged images, counting one more image for each
     class; its two parameters add up to WEIGHT × N. The p-value is the upper tail, times N.
     """
-    from scipy import stats
-
     classes, total = len(hits), int(hits.sum())
     shares = (unflagged + 1) / (unflagged + 1).sum()
+    targets = np.flatnonzero((hits > 1) & (hits > total * shares))
+    if len(targets):
+        from scipy import stats  # here, because a single image should not wait for it
     candidates = []
-    for target in np.flatnonzero((hits > 1) & (hits > total * shares)):
+    for target in targets:
         parameters = WEIGHT * classes * shares[target], WEIGHT * classes * (1 - shares[target])
         counts = np.arange(hits[target], total + 1)
         tail = float(stats.betabinom.pmf(counts, total, *parameters).sum())
