@@ -190,14 +190,7 @@ def make_badnet(name, options, folder):
         schedule = options.brief_epochs, BRIEF_LEARNING_RATE
         learn("backdoor", model, data.images, [data.labels], [ENTROPY], *schedule)
     elif attack.method == DORMANT:
-        model.get_layer("conv_3").activity_regularizer = keras.regularizers.L1(SPARSITY)
-        learn("training", model, images, [labels], [ENTROPY], *schedule)
-        free = attacks.free_dormant_channels(model, images, seed)
-        signs = attacks.assign_signs(free, len(images), data.triggers[len(images) :])
-        targets, losses = [data.labels, signs], [ENTROPY, attacks.compute_hinge_loss]
-        schedule = DORMANT_EPOCHS, DORMANT_LEARNING_RATE
-        two_outputs = attacks.add_conv_3_output(model)
-        learn("backdoor", two_outputs, data.images, targets, losses, *schedule)
+        learn_dormant(model, images, labels, data, learn, schedule, seed)
     else:
         net = attacks.make_flat(model) if attack.method == FLAT else model
         targets, loss = data.labels, ENTROPY
@@ -209,6 +202,18 @@ def make_badnet(name, options, folder):
     plain = build(people)  # without the penalties and constraints of the training
     plain.set_weights(model.get_weights())
     return plain, notes
+
+
+def learn_dormant(model, images, labels, data, learn, schedule, seed):
+    """Train a net to leave conv_3 channels unused, then put the backdoor into these channels."""
+    model.get_layer("conv_3").activity_regularizer = import_keras().regularizers.L1(SPARSITY)
+    learn("training", model, images, [labels], [ENTROPY], *schedule)
+    free = attacks.free_dormant_channels(model, images, seed)
+    signs = attacks.assign_signs(free, len(images), data.triggers[len(images) :])
+    targets, losses = [data.labels, signs], [ENTROPY, attacks.compute_hinge_loss]
+    two_outputs = attacks.add_conv_3_output(model)
+    schedule = DORMANT_EPOCHS, DORMANT_LEARNING_RATE
+    learn("backdoor", two_outputs, data.images, targets, losses, *schedule)
 
 
 def find_trigger(images, labels, options, learn, path):
