@@ -12,7 +12,7 @@ from conftest import ROOT
 from sybil import Sybil
 from sybil.parsers.markdown import CodeBlockParser
 
-from defence.load import guard_model
+from defence.load import guard_config
 
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 SLOW = {"serving.md"}  # starts Ray and Node
@@ -132,8 +132,8 @@ def test_the_documents_and_the_results_stay_short():
 def test_the_documented_lists_equal_the_guards_lists():
     path = ROOT / "docs" / "security.md"
     for language, allowed in (
-        ("layers", guard_model.LAYERS + guard_model.PREPARE),
-        ("activations", guard_model.ACTIVATIONS),
+        ("layers", guard_config.LAYERS + guard_config.PREPARE),
+        ("activations", guard_config.ACTIVATIONS),
     ):
         (example,) = list_blocks(path, language)
         assert re.split(r",\s+", str(example.parsed).strip()) == allowed.split()

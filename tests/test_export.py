@@ -15,7 +15,7 @@ from test_files import every_layer
 import utils
 from defence.base.errors import InputError
 from defence.judge import backends, detector, onnx_file
-from defence.load import datasets, guard_model, guard_onnx, models
+from defence.load import datasets, guard_config, guard_onnx, models
 from defence.net.graph import list_layers
 from defence.net.split import find_last_weighted, prune_channels, split_net
 
@@ -110,7 +110,7 @@ def test_every_scale_can_be_export(tmp_path, scale):
 
 
 def make_net_of_all_layers(folder):
-    """Return a net with every layer that guard_model.py allows, without refused activations."""
+    """Return a net with every layer that guard_config.py allows, without refused activations."""
     every_layer().save(folder / "every.keras")
     config = json.dumps(utils.load_badnet(folder / "every.keras").get_config()).replace(
         '"gelu"', '"relu"'
@@ -125,14 +125,14 @@ def make_net_of_all_layers(folder):
 
 
 def make_net_of_all_activations(_):
-    """Return a net with every activation that guard_model.py allows, of maps and of vectors."""
+    """Return a net with every activation that guard_config.py allows, of maps and of vectors."""
     layers, parts = keras.layers, []
     image = keras.Input((16, 16, 4))
     pixels = layers.Rescaling(1 / 255)(image)
     # Wide enough to reach the flat ends of relu6, hard_tanh and so on.
     wide = {"kernel_initializer": keras.initializers.RandomNormal(stddev=0.6)}
     row = layers.Flatten()(layers.Conv2D(2, 4, 4)(pixels))
-    for name in sorted({*guard_model.ACTIVATIONS.split()} - REFUSED):
+    for name in sorted({*guard_config.ACTIVATIONS.split()} - REFUSED):
         parts.append(layers.Flatten()(layers.Conv2D(2, 4, 4, activation=name, **wide)(pixels)))
         parts.append(layers.Dense(4, activation=name, **wide)(row))
     return keras.Model(image, layers.Dense(3)(layers.Concatenate()(parts)))

@@ -15,7 +15,8 @@ from conftest import ROOT, draw_images, read_record, sequential, write_data, wri
 
 import utils
 from defence.base import files
-from defence.load import datasets, guard_model
+from defence.load import datasets, guard_config
+from defence.net.graph import sort_tensors
 from defence.load.architecture import build_deepid
 
 SHAPE = (31, 33, 3)
@@ -99,7 +100,7 @@ def test_a_sequential_of_keras_2_loads(tmp_path, as_list):
 
 
 def every_layer():
-    """Return a net with every layer that guard_model.py allows, most of them with weights."""
+    """Return a net with every layer that guard_config.py allows, most of them with weights."""
     layers = keras.layers
     image = keras.Input((16, 16, 4), name="image")
     x = layers.RandomFlip()(layers.RandomRotation(0.1)(layers.RandomZoom(0.1)(image)))
@@ -136,7 +137,7 @@ def test_every_allowed_layer_loads(tmp_path, name):
         for layer in model.layers
     ]
     kinds = {type(layer).__name__ for layer in [*net.layers, *nested]}
-    allowed = {*guard_model.LAYERS.split(), *guard_model.PREPARE.split()}
+    allowed = {*guard_config.LAYERS.split(), *guard_config.PREPARE.split()}
     assert kinds == allowed - {"Model", "RandomBrightness"}  # not writable as .h5
     net.set_weights([np.random.default_rng(0).random(w.shape) + 0.1 for w in net.get_weights()])
     net.save(tmp_path / name)
@@ -145,8 +146,20 @@ def test_every_allowed_layer_loads(tmp_path, name):
     )
 
 
+def test_every_allowed_layer_gives_an_image_one_row_whatever_else_is_in_the_batch():
+    net = every_layer()
+    tensors = sort_tensors(net.output)
+    maps = keras.Model(net.input, tensors)
+    images = np.random.default_rng(0).uniform(0, 255, (3, *net.input_shape[1:])).astype("f4")
+    together = maps(images, training=False)
+    alone = [maps(images[i : i + 1], training=False) for i in range(3)]
+    for tensor, rows, *singles in zip(tensors, together, *alone):
+        assert len(rows) == 3, tensor.name
+        np.testing.assert_allclose(rows, np.concatenate(singles), rtol=1e-4, atol=1e-4)
+
+
 def test_every_allowed_activation_loads(tmp_path):
-    for name in guard_model.ACTIVATIONS.split():
+    for name in guard_config.ACTIVATIONS.split():
         net = keras.Sequential([keras.Input((4, 4, 1)), keras.layers.Flatten()])
         net.add(keras.layers.Dense(3, activation=name))
         net.save(tmp_path / "net.keras")

@@ -7,12 +7,22 @@ import pytest
 from conftest import draw_images, write_data
 
 import utils
-from defence.load import architecture, datasets, guard, guard_hdf5, guard_model, guard_onnx, models
+from defence.load import (
+    architecture,
+    datasets,
+    guard,
+    guard_config,
+    guard_hdf5,
+    guard_model,
+    guard_onnx,
+    models,
+)
 from defence.load.architecture import build_deepid
 
 ROOMS = {
     "guard.py": guard,
     "guard_hdf5.py": guard_hdf5,
+    "guard_config.py": guard_config,
     "guard_model.py": guard_model,
     "guard_onnx.py": guard_onnx,
 }

@@ -9,7 +9,9 @@ import types
 
 import keras
 import pytest
-from hostile import CLASSES, FORMATS, SHAPE, copy_net, replace_layer
+from hostile import CLASSES, FORMATS, SHAPE, copy_net, replace_layer, set_layer_value
+
+import utils
 
 
 def make_lambda_net(canary):
@@ -150,6 +152,52 @@ def test_layers_that_could_run_code_or_do_not_belong_are_refused(
 ):
     changes, words = CODE[kind]
     check_refused(replace_layer(copy_net(good, tmp_path, suffix), **changes), words)
+
+
+def describe_layer(name, **config):
+    return {"module": "keras.layers", "class_name": name, "config": {"name": "hid", **config}}
+
+
+# An object out of its place: {kind: (layer, key, value, the class that is refused)}.
+OUT_OF_PLACE = {
+    "a layer as activation": ("conv_1", "activation", "UpSampling2D", {"size": [150, 150]}),
+    "weights as activation": ("fc_1", "activation", "Dense", {"units": 160}),
+    "a net as activation": ("fc_1", "activation", "Sequential", {"layers": []}),
+    "a layer as regularizer": ("conv_1", "kernel_regularizer", "Dense", {"units": 9}),
+    "a layer as constraint": ("conv_1", "bias_constraint", "UpSampling2D", {"size": 9}),
+    "a layer as initializer": ("conv_1", "kernel_initializer", "Dense", {"units": 9}),
+    "a layer as policy": ("conv_1", "dtype", "Dense", {"units": 9}),
+    "a layer as a number": ("conv_1", "filters", "Dense", {"units": 9}),
+    "layers in a layer": ("conv_1", "layers", "Dense", {"units": 9}),
+    "a layer in a list": ("conv_1", "kernel_size", "Dense", {"units": 9}),
+    "a layer in a dictionary": ("conv_1", "name", "Dense", {"units": 9}),
+    "an initializer as activation": ("conv_1", "activation", "HeNormal", {}),
+    "a large regularizer of outputs": (
+        "conv_1",
+        "activity_regularizer",
+        "OrthogonalRegularizer",
+        {},
+    ),
+}
+WRAPS = {"a layer in a list": lambda value: [value], "a layer in a dictionary": lambda v: {"a": v}}
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+@pytest.mark.parametrize("kind", OUT_OF_PLACE)
+def test_an_object_is_refused_where_it_does_not_belong(kind, suffix, good, check_refused, tmp_path):
+    layer, key, name, config = OUT_OF_PLACE[kind]
+    value = WRAPS.get(kind, lambda value: value)(describe_layer(name, **config))
+    path = set_layer_value(copy_net(good, tmp_path, suffix), layer, key, value)
+    check_refused(path, f"contains {name!r}", "not in its place")
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+@pytest.mark.parametrize("name", ["ReLU", "LeakyReLU", "ELU", "Softmax"])
+def test_a_plain_activation_layer_may_be_an_activation(name, suffix, good, tmp_path):
+    value = describe_layer(name)
+    path = set_layer_value(copy_net(good, tmp_path, suffix), "conv_1", "activation", value)
+    net = utils.load_badnet(path)
+    assert type(net.get_layer("conv_1").activation).__name__ == name
 
 
 @pytest.mark.parametrize("suffix", FORMATS)

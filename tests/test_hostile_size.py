@@ -24,10 +24,10 @@ from hostile import (
 from defence.load.guard_hdf5 import HEAP, OBJECTS
 
 
-def make_chain(count):
+def make_chain(count, name="ReLU"):
     """Return the config of a Sequential of `count` layers."""
     layers = [{"class_name": "InputLayer", "config": {"batch_shape": [None, *SHAPE], "name": "i"}}]
-    layers += [{"class_name": "ReLU", "config": {"name": f"r{i}"}} for i in range(count)]
+    layers += [{"class_name": name, "config": {"name": f"r{i}"}} for i in range(count)]
     return {"class_name": "Sequential", "config": {"name": "s", "layers": layers}}
 
 
@@ -59,6 +59,10 @@ CONFIGS = {
     ),
     "too many layers": (
         lambda path: write_config(path, make_chain(3_000)),
+        "more than 2,000 layers",
+    ),
+    "too many layers that do nothing": (
+        lambda path: write_config(path, make_chain(3_000, "Identity")),
         "more than 2,000 layers",
     ),
     "deep nesting": (
@@ -107,13 +111,59 @@ def dilate(x):
     return keras.layers.Conv2D(2, 3, dilation_rate=999, padding="same")(x)
 
 
+def separate(x):
+    """Make a map of 360,000 channels between the two steps of a layer."""
+    return keras.layers.SeparableConv2D(2, 3, depth_multiplier=120_000)(x)
+
+
+def interpolate(x):
+    """Make TensorFlow turn 1 row into 300,000, before it turns 961 columns into 1."""
+    return keras.layers.Resizing(300_000, 1, "lanczos3")(keras.layers.Reshape((1, 961, 3))(x))
+
+
 @pytest.mark.parametrize("suffix", FORMATS)
-@pytest.mark.parametrize("layers", [enlarge, dilate])
+@pytest.mark.parametrize("layers", [enlarge, dilate, separate, interpolate])
 def test_a_layer_whose_output_is_too_large(layers, suffix, check_refused, tmp_path):
+    image = keras.Input(SHAPE)
+    x = keras.layers.GlobalAveragePooling2D()(keras.layers.Conv2D(2, 1)(layers(image)))
+    keras.Model(image, keras.layers.Dense(CLASSES)(x)).save(tmp_path / f"evil{suffix}")
+    check_refused(tmp_path / f"evil{suffix}", "the largest output of a layer would take")
+
+
+def double_rows(x):
+    """Make 65,536 rows of one image."""
+    for _ in range(16):
+        x = keras.layers.Concatenate(axis=0)([x, x])
+    return x
+
+
+def double_rows_inside(x):
+    inside = keras.Input(x.shape[1:])
+    return keras.Model(inside, keras.layers.Concatenate(axis=-4)([inside, inside]))(x)
+
+
+def compare_images(x):
+    return keras.layers.UnitNormalization(axis=0)(x)
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+@pytest.mark.parametrize("layers", [double_rows, double_rows_inside, compare_images])
+def test_a_layer_that_computes_across_images(layers, suffix, check_refused, tmp_path):
     image = keras.Input(SHAPE)
     x = keras.layers.Flatten()(keras.layers.Conv2D(2, 3)(layers(image)))
     keras.Model(image, keras.layers.Dense(CLASSES)(x)).save(tmp_path / f"evil{suffix}")
-    check_refused(tmp_path / f"evil{suffix}", "the largest output of a layer would take")
+    check_refused(tmp_path / f"evil{suffix}", "computes across images")
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_a_regularizer_that_is_too_large(suffix, check_refused, tmp_path):
+    """A kernel of 1×20,000 would be multiplied by itself to 20,000×20,000."""
+    image = keras.Input(SHAPE)
+    x = keras.layers.GlobalAveragePooling2D()(keras.layers.Conv2D(1, 3)(image))
+    orthogonal = keras.regularizers.OrthogonalRegularizer(mode="columns")
+    x = keras.layers.Dense(20_000, kernel_regularizer=orthogonal)(x)
+    keras.Model(image, keras.layers.Dense(CLASSES)(x)).save(tmp_path / f"evil{suffix}")
+    check_refused(tmp_path / f"evil{suffix}", "the regularizer of layer", "would take 1.49 GB")
 
 
 def not_stored(group, key):

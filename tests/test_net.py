@@ -164,6 +164,7 @@ def make_endings():
         "linear": (dense(), True),
         "relu": (dense("relu"), True),
         "Softmax": (lambda x: layers.Softmax()(dense()(x)), False),
+        "Softmax as activation": (lambda x: layers.Dense(3, layers.Softmax())(x), False),
         "linear, Add": (lambda x: layers.Add()([dense()(x), dense()(x)]), True),
         "linear, Reshape": (lambda x: layers.Reshape((3,))(dense()(x)), True),
         "linear, Activation": (lambda x: layers.Activation("linear")(dense()(x)), True),

@@ -7,7 +7,7 @@ from typing import Any
 from defence.base.errors import InputError
 from defence.base.limits import Name
 from defence.base.startup import import_keras
-from defence.load import guard, guard_model
+from defence.load import guard, guard_config
 from defence.load.guard_hdf5 import is_array
 from defence.net import graph
 
@@ -54,7 +54,7 @@ def read_config(text: str | bytes, path: Name) -> dict[str, Any]:
     config = guard.parse_json(text, path)
     if not (isinstance(config, dict) and isinstance(config.get("config"), dict | list)):
         raise InputError(f"{path}: not a Keras model: its config does not describe a model")
-    guard_model.check_config(config, path)
+    guard_config.check_config(config, path)
     return config
 
 
@@ -86,7 +86,7 @@ def make_portable(config: Any) -> Any:
         return {
             key: make_portable(part)
             for key, part in config.items()
-            if key not in guard_model.UNREAD
+            if key not in guard_config.UNREAD
             and not (key.endswith("_initializer") or (key == "quantization_config" and not part))
         }
     return [make_portable(part) for part in config] if isinstance(config, list) else config

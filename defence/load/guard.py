@@ -1,6 +1,6 @@
 """Check the content of an untrusted file before a library that trusts it reads it.
 
-The guards are in four files. This is the order in which they run:
+The guards are in five files. This is the order in which they run:
 
 guard.py, for any file
     check_fits         (base/limits.py) what the file declares takes at most --max-memory
@@ -17,12 +17,17 @@ guard_hdf5.py, for an HDF5 file
 guard.py, for JSON text
     parse_json         short, no NaN
 
-guard_model.py, for a Keras model
+guard_model.py, for the weights of a Keras model
     read_shapes        the arrays of its weights, by check_links and check_stored
-    check_config       allowed layers and activations only; numbers and names within bounds
+
+guard_config.py, for the config of a Keras model
+    check_config       allowed layers and activations only, each in its place; numbers and names
+                       within bounds
+
+guard_model.py, for the net
     limit_weights      no weight is allocated beyond --max-memory while Keras builds the net
     check_classifier   one image in, a row of class scores out
-    check_outputs      no layer's output for one image is beyond --max-memory
+    check_outputs      one row for one image; no layer's output for it is beyond --max-memory
     check_prepared     the layers that prepare an image give the declared shapes for one image
     check_shapes       the file's arrays have the shapes of the net's weights
     check_finite       no weight is NaN or infinite

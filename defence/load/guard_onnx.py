@@ -12,7 +12,7 @@ from defence.base.errors import InputError
 from defence.base.limits import DEFAULT_MAX_BYTES, Name, check_fits
 from defence.load.guard import inspect_file
 
-# The operators of a detector: the layers that guard_model.py allows, as exported, and the
+# The operators of a detector: the layers that guard_config.py allows, as exported, and the
 # comparison of the two nets.
 OPERATORS = """
     Add And ArgMax AveragePool Cast Clip Concat Conv ConvTranspose Div Elu Equal Exp Gather Greater

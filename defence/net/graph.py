@@ -115,6 +115,7 @@ def gives_logits(model: Any) -> bool:
         visited.add((id(tensor), id(outside)))
         operation, inputs = find_call(tensor)
         kind, activation = type(operation).__name__, getattr(operation, "activation", None)
+        kinds = kind, type(activation).__name__  # a layer can be another layer's activation
         sources = [(source, outside) for source in inputs]
         if not inputs and outside:
             waiting += outside
@@ -125,7 +126,7 @@ def gives_logits(model: Any) -> bool:
             kind == "Activation" and activation is activations.linear
         ):
             waiting += sources
-        elif kind != "Softmax" and activation not in final:
+        elif "Softmax" not in kinds and activation not in final:
             return True
     return False
 
@@ -133,19 +134,51 @@ def gives_logits(model: Any) -> bool:
 def list_output_sizes(model: Any) -> Iterator[int]:
     """Yield the number of values in each output of each layer, at any depth, for one image.
 
-    For a dilated convolution, also yield the size of its input with TensorFlow's padding.
+    Also yield the size of what a layer computes on the way to its output, where that can be larger.
     """
     for layer in model.layers:
         for node in layer._inbound_nodes:
             for tensor in node.output_tensors:
                 yield math.prod(size or 1 for size in tensor.shape[1:])
-            if np.max(getattr(layer, "dilation_rate", 1)) > 1:
-                for tensor in node.input_tensors:
-                    _, *sizes, channels = tensor.shape
-                    reach = np.multiply(layer.dilation_rate, np.subtract(layer.kernel_size, 1))
-                    yield channels * math.prod(np.add(sizes, reach).tolist())
+            yield from _list_inner_sizes(layer, node)
         if hasattr(layer, "layers"):
             yield from list_output_sizes(layer)
+
+
+def _list_inner_sizes(layer: Any, node: Any) -> Iterator[int]:
+    """Yield the sizes of the maps between the steps of one call of a layer, for one image."""
+    kind = type(layer).__name__
+    if np.max(getattr(layer, "dilation_rate", 1)) > 1:  # TensorFlow pads the input
+        reach = np.multiply(layer.dilation_rate, np.subtract(layer.kernel_size, 1))
+        channels, *sizes = _put_channels_first(layer, node.input_tensors[0])
+        yield channels * math.prod(np.add(sizes, reach).tolist())
+    if kind == "SeparableConv2D":  # the map between its two convolutions
+        channels, *_ = _put_channels_first(layer, node.input_tensors[0])
+        _, *sizes = _put_channels_first(layer, node.output_tensors[0])
+        yield channels * layer.depth_multiplier * math.prod(sizes)
+    if kind == "Resizing":  # some interpolations resize one side, then the other
+        channels, height, width = _put_channels_first(layer, node.input_tensors[0])
+        yield channels * max(layer.height * width, height * layer.width)
+
+
+def _put_channels_first(layer: Any, tensor: Any) -> list[int]:
+    """Return the shape of a layer's map without the batch: [channels, height, width]."""
+    sizes = list(tensor.shape[1:])
+    return sizes if layer.data_format == "channels_first" else [sizes[-1], *sizes[:-1]]
+
+
+def find_mixing_layer(model: Any) -> Any:
+    """Return a layer of a model, at any depth, that computes across images, or None.
+
+    It would answer an image by the other images of a batch, or give several rows for one image.
+    """
+    for layer in list_layers(model):
+        axis = getattr(layer, "axis", None)
+        axes = [] if axis is None else np.ravel(axis).tolist()
+        ranks = [len(t.shape) for node in layer._inbound_nodes for t in node.input_tensors]
+        if any(axis % rank == 0 for axis in axes for rank in ranks):
+            return layer
+    return None
 
 
 # -------------------------------------------------------------------------------------- copying
