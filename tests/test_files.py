@@ -16,8 +16,8 @@ from conftest import ROOT, draw_images, read_record, sequential, write_data, wri
 import utils
 from defence.base import files
 from defence.load import datasets, guard_config
-from defence.net.graph import sort_tensors
 from defence.load.architecture import build_deepid
+from defence.net.graph import sort_tensors
 
 SHAPE = (31, 33, 3)
 

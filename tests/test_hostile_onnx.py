@@ -90,6 +90,78 @@ def unknown_size(model):
         model.graph.node.append(onnx.helper.make_node(operator, inputs, [output], **attributes))
 
 
+def add_nodes(model, *nodes):
+    """Append nodes, each (operator, inputs, output)."""
+    for operator, inputs, output, *attributes in nodes:
+        options = attributes[0] if attributes else {}
+        model.graph.node.append(onnx.helper.make_node(operator, inputs, [output], **options))
+
+
+def add_numbers(model, **rows):
+    """Append initializers that hold whole numbers."""
+    for name, row in rows.items():
+        model.graph.initializer.append(onnx.numpy_helper.from_array(np.array(row), name))
+
+
+def rename_score(model):
+    """Give the file's score another name, so that a new node can make "score" from it."""
+    for node in model.graph.node:
+        for names in (node.input, node.output):
+            names[:] = ["true_score" if name == "score" else name for name in names]
+
+
+def score_by_pixels(model):
+    """Declare one score an image, and repeat it as often as the pixels say."""
+    rename_score(model)
+    add_numbers(model, row=[-1], first=[0], last=[1])
+    add_nodes(
+        model,
+        ("Reshape", [model.graph.input[0].name, "row"], "flat"),
+        ("Slice", ["flat", "first", "last"], "pixel"),
+        ("Cast", ["pixel"], "repeats", {"to": onnx.TensorProto.INT64}),
+        ("Tile", ["true_score", "repeats"], "score"),
+    )
+    score = next(output for output in model.graph.output if output.name == "score")
+    score.type.tensor_type.shape.dim[0].dim_value = 1
+
+
+def two_scores(model):
+    rename_score(model)
+    add_numbers(model, repeats=[2])
+    add_nodes(model, ("Tile", ["true_score", "repeats"], "score"))
+
+
+def resize_rows(model, *arithmetic):
+    """Resize the images to "rows" rows of images, which `arithmetic` makes of "count"."""
+    name = model.graph.input[0].name
+    add_numbers(model, first=[0], last=[1], sides=[9, 8, 2])
+    add_nodes(model, ("Shape", [name], "shape"), ("Slice", ["shape", "first", "last"], "count"))
+    add_nodes(model, *arithmetic)
+    add_nodes(
+        model,
+        ("Concat", ["rows", "sides"], "sizes", {"axis": 0}),
+        ("Cast", [name], "images", {"to": onnx.TensorProto.FLOAT}),
+        ("Resize", ["images", "", "", "sizes"], "resized"),
+    )
+
+
+def rows_by_rows(model):
+    resize_rows(model, ("Mul", ["count", "count"], "rows"))
+
+
+def rows_from_three_images_on(model):
+    """Make 1 + 10,000 (n - 1) (n - 2) rows: 1 for one image and for two."""
+    add_numbers(model, one=[1], two=[2], many=[10_000])
+    resize_rows(
+        model,
+        ("Sub", ["count", "one"], "factor_1"),
+        ("Sub", ["count", "two"], "factor_2"),
+        ("Mul", ["factor_1", "factor_2"], "product"),
+        ("Mul", ["product", "many"], "more"),
+        ("Add", ["more", "one"], "rows"),
+    )
+
+
 def two_inputs(model):
     model.graph.input.append(model.graph.input[0])
     model.graph.input[1].name = "more"
@@ -135,6 +207,9 @@ HOSTILE = {
     "padded tile bomb": (padded_tile_bomb, "damaged or of another format"),
     "shape of many sides": (shape_of_many_sides, "damaged or of another format"),
     "unknown size": (unknown_size, "cannot be determined"),
+    "score by pixels": (score_by_pixels, "cannot be determined"),
+    "two scores": (two_scores, "its answers are not one for each image"),
+    "rows by rows": (rows_by_rows, "grows faster than the number of images"),
     "two inputs": (two_inputs, "takes 2 inputs"),
     "floats in": (floats_in, "its input is not images"),
     "open size": (open_size, "its input is not images"),
@@ -162,6 +237,18 @@ def test_hostile_files_are_refused(model, tmp_path, kind):
     with pytest.raises(InputError, match=re.escape(words)) as error:
         onnx_file.read_detector(path)
     assert str(error.value).startswith(f"{path}: ") and "\n" not in str(error.value)
+
+
+def test_sizes_that_depend_on_the_batch_are_refused_before_it_runs(model, tmp_path):
+    changed = onnx.ModelProto()
+    changed.CopyFrom(model)
+    rows_from_three_images_on(changed)
+    path, images = tmp_path / "d.onnx", draw_random((9, 8, 2))
+    path.write_bytes(changed.SerializeToString())
+    run = onnx_file.read_detector(path).run
+    assert len(run(images[:2])["score"]) == 2
+    with pytest.raises(InputError, match="grows faster than the number of images"):
+        run(images[:3])
 
 
 def test_changed_bytes_give_answers_or_a_one_line_error(model, tmp_path):

@@ -198,28 +198,23 @@ def read_detector(
     path = require_file(path)
     check_fits(path, "the file", path.stat().st_size, max_bytes)
     contents = path.read_bytes()
-    shape, largest, in_blocks, metadata = guard_onnx.check_onnx(contents, path, max_bytes)
-    facts = read_metadata(metadata, path)
-    threads = threads or max(1, count_processors() // 2)
-    max_images = max(1, OUTPUT_VALUES // largest)
-    run = _open_session(contents, path, max_images, threads, in_blocks)
-    return DetectorFile(path, run, shape, **facts)
+    graph = guard_onnx.check_onnx(contents, path, max_bytes)
+    facts = read_metadata(graph.metadata, path)
+    run = _open_session(contents, path, graph, threads or max(1, count_processors() // 2))
+    return DetectorFile(path, run, graph.shape, **facts)
 
 
-def _open_session(
-    contents: bytes, path: Path, max_images: int, threads: int, in_blocks: bool
-) -> Run:
+def _open_session(contents: bytes, path: Path, graph: guard_onnx.CheckedGraph, threads: int) -> Run:
     """Return the function that an ONNX file is, for DetectorFile.run.
 
-    max_images: run at a time.  in_blocks: as guard_onnx.check_onnx returns it. ONNX Runtime fills
-    other numbers of channels up to whole blocks, so a plain layout is faster for these. Where the
-    channels fill the blocks, it is slower.
+    ONNX Runtime fills other numbers of channels than those of graph.in_blocks up to whole blocks,
+    so a plain layout is faster for these. Where the channels fill the blocks, it is slower.
     """
     onnxruntime = import_onnxruntime()
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
     options.intra_op_num_threads = threads
-    if not in_blocks:
+    if not graph.in_blocks:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
     try:
         session = onnxruntime.InferenceSession(
@@ -228,6 +223,7 @@ def _open_session(
     except Exception as error:  # it raises whatever its parts raise
         raise InputError(f"{path}: ONNX Runtime cannot open it: {first_line(error)}") from error
     name, names = session.get_inputs()[0].name, list(guard_onnx.OUTPUTS)
+    max_images = max(1, OUTPUT_VALUES // graph.largest)
 
     def run(images: np.ndarray) -> dict[str, np.ndarray]:
         pixels = images.astype(np.uint8)
@@ -235,8 +231,11 @@ def _open_session(
             raise FractionalPixels(
                 f"{path}: takes only whole-number pixels, and an image has fractional ones"
             )
-        starts = range(0, len(pixels), max_images)
-        parts = [session.run(names, {name: pixels[i : i + max_images]}) for i in starts]
+        parts = []
+        for start in range(0, len(pixels), max_images):
+            part = pixels[start : start + max_images]
+            graph.check_batch(len(part))
+            parts.append(session.run(names, {name: part}))
         return dict(zip(names, map(np.concatenate, zip(*parts))))
 
     return run
