@@ -1,12 +1,16 @@
 """Hostile files that point at other files or contradict themselves are refused."""
 
+import io
 import shutil
+import struct
 import zipfile
 
 import h5py
 import numpy as np
 import pytest
 from hostile import FORMATS, KERNELS, SECRET, copy_net, edit_hdf5, replace, write_archive
+
+import utils
 
 # ------------------------------------------------------------------------------- other files
 
@@ -129,6 +133,108 @@ def test_an_archive_of_tricks(good, check_refused, tmp_path):
     path.write_bytes(contents)
     check_refused(path, "compressed or encrypted")
     check_refused(write_archive(path, {"config.json": config}), "damaged")
+
+
+END = struct.Struct("<4s4H2LH")  # the record at an archive's end
+MEMBER = struct.Struct("<4s6H3L5H2L")  # of the directory
+NOT_KERAS = "not a .keras archive as Keras writes it"
+
+
+def change_archive(contents, entries=b"", zip64=False, start=None, **fields):
+    """Return an archive with a changed end: its directory, and the records behind it.
+
+    entries: added to the directory, each with a name of one letter.
+    zip64: whether the records of large archives follow; only they tell of the added entries.
+    start: where they say that the directory begins.  fields: of the last record.
+    """
+    names = ("signature", "disk", "first_disk", "here", "count", "size", "start", "comment")
+    end = dict(zip(names, END.unpack(contents[-END.size :])))
+    place = end["start"]
+    directory = contents[place : -END.size] + entries
+    count, start = end["count"] + len(entries) // (MEMBER.size + 1), start or place
+    records = b""
+    if zip64:
+        facts = (45, 45, 0, 0, count, count, len(directory), start)
+        records = struct.pack("<4sQ2H2L4Q", b"PK\6\6", 44, *facts)
+        records += struct.pack("<4sLQL", b"PK\6\7", 0, place + len(directory), 1)
+    return contents[:place] + directory + records + END.pack(*(end | fields).values())
+
+
+def test_a_directory_that_other_readers_would_find_elsewhere(good, check_refused, tmp_path):
+    path, contents = tmp_path / "evil.keras", (good / "b.keras").read_bytes()
+    entry = MEMBER.pack(b"PK\1\2", 20, 20, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0) + b"x"
+    many = change_archive(contents, entries=entry * 100_000, zip64=True)
+    assert END.unpack(many[-END.size :])[4:6] == END.unpack(contents[-END.size :])[4:6]
+    with zipfile.ZipFile(io.BytesIO(many)) as archive:
+        assert len(archive.namelist()) > 100_000  # zipfile does not heed the last record
+    damaged = bytearray(change_archive(contents, zip64=True))
+    damaged[damaged.rindex(b"PK\6\7") + 8] ^= 1  # where the record before it is
+    for evil in (
+        many,
+        bytes(damaged),
+        change_archive(contents, zip64=True, start=5),
+        change_archive(contents, count=2, here=3),
+        change_archive(contents, disk=1),
+        change_archive(contents, comment=3),
+        b"#!/bin/sh\n" + contents,
+        contents + contents,
+    ):
+        path.write_bytes(evil)
+        check_refused(path, NOT_KERAS)
+
+
+def test_an_archive_as_large_ones_are_written_loads(good, tmp_path):
+    path = tmp_path / "net.keras"
+    path.write_bytes(change_archive((good / "b.keras").read_bytes(), zip64=True))
+    with (
+        zipfile.ZipFile(good / "b.keras") as archive,
+        open(tmp_path / "s.keras", "wb") as file,
+        zipfile.ZipFile(Unseekable(file), "w") as streamed,  # the sizes follow each member
+    ):
+        for name in archive.namelist():
+            with streamed.open(name, "w", force_zip64=True) as member:
+                member.write(archive.read(name))
+    for name in ("net.keras", "s.keras"):
+        utils.load_badnet(tmp_path / name)
+
+
+class Unseekable(io.RawIOBase):
+    def __init__(self, file):
+        self.file = file
+
+    def writable(self):
+        return True
+
+    def write(self, part):
+        return self.file.write(part)
+
+
+def test_members_that_are_not_what_the_directory_says(good, check_refused, tmp_path):
+    path, contents = tmp_path / "evil.keras", bytearray((good / "b.keras").read_bytes())
+    first = contents.index(b"PK\3\4", 4)  # the header of the second member
+    entries = [contents.rindex(b"PK\1\2")]
+    entries.insert(0, contents.rindex(b"PK\1\2", 0, entries[0]))
+    for place, value, words in (
+        (first + 8, zipfile.ZIP_DEFLATED, NOT_KERAS),  # compressed, says the header alone
+        (first + 6, 1, NOT_KERAS),  # encrypted
+        (first + 22, 1, NOT_KERAS),  # of another size
+        (first + 30, ord("C"), NOT_KERAS),  # of another name
+        (entries[0] + 10, zipfile.ZIP_DEFLATED, "compressed"),  # although both sizes are equal
+        (entries[1] + 42, 0, NOT_KERAS),  # in another's place
+    ):
+        changed = contents.copy()
+        changed[place] = value
+        path.write_bytes(changed)
+        check_refused(path, words)
+
+
+def test_bytes_between_members_are_refused(good, check_refused, tmp_path):
+    path, contents = tmp_path / "evil.keras", (good / "b.keras").read_bytes()
+    *end, start, comment = END.unpack(contents[-END.size :])
+    extra = b"#!/bin/sh\n"
+    end = END.pack(*end, start + len(extra), comment)
+    path.write_bytes(contents[:start] + extra + contents[start : -END.size] + end)
+    check_refused(path, NOT_KERAS, "contains more than its members")
 
 
 # ------------------------------------------------------------------------------------ weights

@@ -5,7 +5,7 @@ The guards are in five files. This is the order in which they run:
 guard.py, for any file
     check_fits         (base/limits.py) what the file declares takes at most --max-memory
     inspect_file       reading what it declares takes little more address space than that
-    open_archive       .keras: three known members, uncompressed, none twice
+    open_archive       .keras: three known members, uncompressed, none twice, nothing beside them
 
 guard_hdf5.py, for an HDF5 file
     check_heaps        the heaps of texts have an end
@@ -54,6 +54,10 @@ from defence.base.text import first_line
 
 TEXT_LENGTH = 2**23  # characters; the config of keras.applications.EfficientNetV2L has 964,217
 MEMBERS = {"metadata.json", "config.json", "model.weights.h5"}
+# The records at an archive's end, up to the comment, which Keras does not write: the last one, and
+# two before it in a large archive (ZIP64). And a member's header. The names are PKWARE's.
+END, LOCATOR, END_64 = "<4s4H2LH", "<4sLQL", "<4sQ2H2L4Q"
+HEADER = "<4s5H3L2H"
 NOT_KERAS = "not a .keras archive as Keras writes it"
 
 
@@ -104,11 +108,7 @@ def open_archive(
 
     file: the archive, a binary file open to read.  path: its name, for messages.
     """
-    file.seek(-min(22, file.seek(0, 2)), 2)
-    end = file.read()  # the end of the directory; Keras writes no comment behind it
-    _, _, _, _, count, size, _, _ = struct.unpack("<4s4H2LH", end.rjust(22))
-    if end[:4] != b"PK\5\6" or count > len(MEMBERS) or size > 1_000:
-        raise InputError(f"{path}: {NOT_KERAS}")
+    start = _find_directory(file, path)
     with zipfile.ZipFile(file) as archive:
         members = archive.infolist()
         names = [member.filename for member in members]
@@ -119,9 +119,62 @@ def open_archive(
             if names.count(name) > 1:
                 raise InputError(f"{path}: {NOT_KERAS}: contains {name!r} more than once")
             check_fits(path, name, member.file_size, max_bytes)
-            if member.compress_size != member.file_size or member.flag_bits & 1:
+            stored = member.compress_type == zipfile.ZIP_STORED
+            if not stored or member.compress_size != member.file_size or member.flag_bits & 1:
                 raise InputError(f"{path}: {name} is compressed or encrypted; Keras does neither")
+        _check_headers(file, path, members, start)
         yield archive
+
+
+def _find_directory(file: BinaryIO, path: Name) -> int:
+    """Return where the directory of an archive begins. Raise InputError unless it is a small one.
+
+    Only the records at the end count, and each must be where zipfile looks for it: otherwise
+    another reader, or another version of zipfile, would find other members.
+    """
+    length = file.seek(0, 2)
+    sizes = [struct.calcsize(record) for record in (END_64, LOCATOR, END)]
+    file.seek(-min(sum(sizes), length), 2)
+    tail = file.read().rjust(sum(sizes), b"\0")
+    end_64, locator, end = (
+        struct.unpack_from(record, tail, sum(sizes[:number]))
+        for number, record in enumerate((END_64, LOCATOR, END))
+    )
+    signature, disk, first_disk, here, count, size, start, comment = end
+    stop = length - sizes[2]
+    valid = signature == b"PK\5\6" and comment == 0
+    if locator[0] == b"PK\6\7":  # what it leads to overrules the last record
+        stop -= sizes[0] + sizes[1]
+        disks, (disk, first_disk, here, count, size, start) = locator[3], end_64[4:]
+        valid &= end_64[0] == b"PK\6\6" and locator[1:3] == (0, stop) and disks == 1
+    valid &= (disk, first_disk) == (0, 0) and here == count <= len(MEMBERS)
+    if not valid or size > 1_000 or start + size != stop:
+        raise InputError(f"{path}: {NOT_KERAS}")
+    return start
+
+
+def _check_headers(file: BinaryIO, path: Name, members: list[zipfile.ZipInfo], start: int) -> None:
+    """Raise InputError unless members follow each other, with headers that say what zipfile read.
+
+    zipfile believes the directory, but other readers the headers.  start: of the directory.
+    """
+    place, gaps = 0, {0}  # where the member before ended, and what may lie behind it
+    for member in sorted(members, key=lambda member: member.header_offset):
+        file.seek(member.header_offset)
+        header = file.read(struct.calcsize(HEADER)).ljust(struct.calcsize(HEADER), b"\0")
+        signature, _, flags, method, _, _, _, stored, size, length, extra = struct.unpack(
+            HEADER, header
+        )
+        late = (flags | member.flag_bits) & 8  # its sizes come behind it
+        sizes = {member.file_size, 0xFFFFFFFF} | ({0} if late else set())
+        same = signature == b"PK\3\4" and file.read(length) == member.filename.encode()
+        same &= method == member.compress_type and not flags & 1 and {stored, size} <= sizes
+        if not same or member.header_offset - place not in gaps:
+            raise InputError(f"{path}: {NOT_KERAS}: {member.filename} is not as declared")
+        place = member.header_offset + len(header) + length + extra + member.file_size
+        gaps = {12, 16, 20, 24} if late else {0}
+    if start - place not in gaps:
+        raise InputError(f"{path}: {NOT_KERAS}: contains more than its members")
 
 
 def parse_json(text: str | bytes, path: Name) -> Any:
