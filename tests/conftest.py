@@ -197,7 +197,7 @@ def command(script, *arguments, cwd=ROOT):
     out = io.TextIOWrapper(io.BytesIO(), "utf-8")
     err = io.TextIOWrapper(io.BytesIO(), "utf-8", "backslashreplace")
     argv, folder, exit_now = sys.argv, Path.cwd(), process.exit_now
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: signal.getsignal(number) for number in process.STOP_SIGNALS}
     sys.argv = [str(ROOT / script), *map(str, arguments)]
     os.chdir(cwd)
     process.exit_now = sys.exit

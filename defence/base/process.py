@@ -16,21 +16,31 @@ from defence.base.text import escape, first_line
 
 MESSAGE_LENGTH = 1_000  # characters of an error that are shown; a hostile file can make it long
 
+# What a person or a batch system sends, and what ends a process that does not handle it. Faults are
+# the system's; Python turns SIGPIPE and SIGXFSZ (a file beyond `ulimit -f`) into an OSError.
+_NAMES = (
+    *("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2", "SIGXCPU", "SIGALRM"),
+    *("SIGVTALRM", "SIGPROF", "SIGPOLL", "SIGPWR", "SIGBREAK"),
+)
+STOP_SIGNALS = [getattr(signal, name) for name in _NAMES if hasattr(signal, name)]
+
 unfinished_folders: set[Path] = set()  # folders in which files are being written
 
 
 def run_command(main: Callable[[], int | None]) -> int:
     """Run `main()` as a command and return its exit status: 0 done, 1 failed, 2 wrong input.
 
-    Ctrl-C and SIGTERM remove unfinished files and end the process with 128 + the signal's number.
+    STOP_SIGNALS, such as Ctrl-C, remove unfinished files and end the process with 128 + the number.
     They end it at once, because TensorFlow may catch or print an exception that is thrown into it.
     """
     name = Path(sys.argv[0]).name
     for stream, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, stream) is None:  # whoever started the process closed it
             setattr(sys, stream, open(os.devnull, mode))  # noqa: SIM115
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _stop)
+    for number in STOP_SIGNALS:
+        always = number in (signal.SIGINT, signal.SIGTERM)
+        if always or signal.getsignal(number) is signal.SIG_DFL:  # nohup ignores SIGHUP
+            signal.signal(number, _stop)
     sys.stdout.reconfigure(errors=_escape_unencodable.__name__)  # type: ignore[union-attr]
     if not sys.flags.dev_mode:  # libraries warn about each other; as errors they would end the work
         warnings.simplefilter("ignore")
@@ -78,8 +88,9 @@ codecs.register_error(_escape_unencodable.__name__, _escape_unencodable)
 
 
 def _stop(number: int, _frame: FrameType | None) -> None:
-    for folder in unfinished_folders:
+    for folder in list(unfinished_folders):
         shutil.rmtree(folder, ignore_errors=True)
-    if os.isatty(2):
-        os.write(2, b"\x1b[?25h\n")  # the cursor, which a progress bar hides
+    with contextlib.suppress(OSError):  # the terminal is gone
+        if os.isatty(2):
+            os.write(2, b"\x1b[?25h\n")  # the cursor, which a progress bar hides
     os._exit(128 + number)
