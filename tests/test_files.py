@@ -1,11 +1,13 @@
 """Reading and writing: models, datasets, records, and half-written files."""
 
+import csv
 import json
 import os
 import signal
 import stat
 import subprocess
 import sys
+from pathlib import Path
 
 import h5py
 import keras
@@ -348,3 +350,17 @@ def test_under_nohup_the_end_of_the_session_does_not_end_the_work(tmp_path):
     call = ["nohup", sys.executable, "-c", WRITE, str(signal.SIGHUP.value)]
     process = subprocess.run(call, cwd=tmp_path, capture_output=True, text=True)
     assert process.returncode == 0 and (tmp_path / "out.h5").read_text() == "half"
+
+
+def test_a_spreadsheet_runs_no_cell_of_a_csv(tmp_path):
+    harmful = ["=1+1", "+1+1", "-1+1", "@SUM(A1)", "\t=1", "\r=1", "\n=1", "\uff1d1+1"]
+    harmless = ["a=1", "./=1", "/=1", "-1", "-1e-5", "+2.5", "", "'=1", " =1"]
+    rows = [{"path": text, "class_name": text, "score": -0.5} for text in harmful + harmless]
+    files.write_csv(iter(rows), tmp_path / "out.csv")
+    with open(tmp_path / "out.csv", newline="", encoding="utf-8") as file:
+        written = list(csv.DictReader(file))
+    for text, row in zip(harmful, written):
+        assert (row["path"], row["class_name"], row["score"]) == (f"./{text}", f"'{text}", "-0.5")
+        assert Path(row["path"]) == Path(text)
+    for text, row in zip(harmless, written[len(harmful) :], strict=True):
+        assert (row["path"], row["class_name"]) == (text, text)

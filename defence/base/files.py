@@ -17,8 +17,13 @@ from typing import Any, TextIO
 from defence.base.errors import InputError
 from defence.base.limits import Name
 from defence.base.process import unfinished_folders
+from defence.base.text import escape
 
 STDOUT = "-"  # as the path of a text file to write
+# A spreadsheet runs a cell of a CSV as a formula where it begins with one of these, or with its
+# wide form.
+FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", "\uff1d", "\uff0b", "\uff0d", "\uff20")
+PATHS = {"path", "dataset", "error"}  # columns whose texts begin with a path
 
 
 def require_file(path: Name) -> Path:
@@ -153,14 +158,36 @@ def write_csv(rows: Iterable[dict[str, Any]], path: Name) -> None:
     """Write rows with the same keys as CSV (RFC 4180), with the keys in the first line.
 
     rows: at least one; only one is in memory at a time.  path: as for open_output.
+    A text that a spreadsheet would run as a formula gets ./ in front where it is a path, which
+    stays the same path, and ' elsewhere. On a terminal control characters are escaped.
     """
-    rows = iter(rows)
+    on_terminal = path == STDOUT and sys.stdout.isatty()
+    rows = (_make_harmless(row, on_terminal) for row in rows)
     first = next(rows)
     with open_output(path) as file:
         writer = csv.DictWriter(file, first)
         writer.writeheader()
         writer.writerow(first)
         writer.writerows(rows)
+
+
+def _make_harmless(row: dict[str, Any], on_terminal: bool) -> dict[str, Any]:
+    """Return a row of a CSV with its texts changed as `write_csv` says."""
+    row = dict(row)
+    for name, value in row.items():
+        if isinstance(value, str):
+            if value.startswith(FORMULA) and not _is_number(value):
+                value = ("./" if name in PATHS else "'") + value
+            row[name] = escape(value) if on_terminal else value
+    return row
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def fingerprint_file(path: Name) -> tuple[int, int, int]:

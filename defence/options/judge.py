@@ -206,7 +206,8 @@ def _add_results(group: Any) -> None:
         metavar="FILE",
         help="also write a row for each image: its path, or its dataset and index (from 0, in the "
         "dataset's order); class, as printed; badnet_class, repaired_class, score; error, or label "
-        "as in the file, which counts from 0; - writes the rows to stdout",
+        "as in the file, which counts from 0; - writes the rows to stdout. A path that a "
+        "spreadsheet would run as a formula gets ./ in front, any other such text '",
     )
     add(
         "--plot",
