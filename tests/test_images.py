@@ -1,12 +1,13 @@
 """Images as inputs of the nets: modes, sizes, formats, folders."""
 
+import contextlib
 import errno
 import io
 import os
 
 import numpy as np
 import pytest
-from conftest import draw_images
+from conftest import B, G, assert_refused, command, draw_images
 from PIL import Image
 
 import utils
@@ -84,6 +85,49 @@ def test_a_folder_that_cannot_be_entered_is_listed(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "scandir", refuse)
     assert files.list_files([tmp_path]) == [tmp_path / "closed"]
+
+
+@pytest.mark.parametrize("option", [(), ("--csv", "out.csv"), ("--json", "out.json")])
+def test_what_the_system_cannot_open_is_one_unread_image(option, repaired_world, tmp_path):
+    folder, _ = repaired_world
+    (tmp_path / "loop.png").symlink_to("loop.png")
+    (tmp_path / "gone.png").symlink_to("elsewhere.png")
+    image = folder / "0.png"
+    unread = ["loop.png", "gone.png", f"{'x' * 300}.png", "0.png/inside.png"]
+    call = (image, *unread, image, "--model", folder / B, "--repaired", folder / G, *option)
+    process = command("eval_defence.py", *call, cwd=tmp_path)
+    assert process.returncode == 2 and process.stdout.count(str(image)) == 2
+    assert process.stderr.count("eval_defence.py: error: ") == len(unread)
+    assert "loop.png: cannot be read: " in process.stderr
+    assert "2 judged, " in process.stderr and "4 unread" in process.stderr
+    assert not option or (tmp_path / option[1]).read_text().count(f"{unread[0]}: cannot") == 1
+
+
+def test_ray_passes_over_no_file_of_a_folder_and_goes_in_no_circle(tmp_path):
+    pytest.importorskip("ray")
+    from pyarrow import fs
+
+    from defence.explain import screen
+
+    folder = tmp_path / "images"
+    (folder / "inner").mkdir(parents=True)
+    Image.new("RGB", (9, 9)).save(folder / "inner" / "a\n.png")
+    for name, target in (("one", "."), ("two", "."), ("loop", "loop"), ("gone", "elsewhere")):
+        (folder / name).symlink_to(target)
+    os.mkfifo(folder / "pipe")
+    (folder / os.fsdecode(b"\xff.png")).touch()
+    paths = screen.list_images([folder, tmp_path / "images" / "inner"])[1]
+    names = [r"\xff.png", "gone", "inner/a\n.png", "loop", "one", "pipe", "two"]
+    assert paths == [f"{folder}/{name}" for name in names]
+    for path in paths:
+        expected = contextlib.nullcontext() if "inner" in path else pytest.raises(InputError)
+        with expected:
+            screen.read_image(path, (9, 9, 3), fs.LocalFileSystem(), 2**20, ("PNG",))
+
+
+def test_an_output_of_an_impossible_name_is_refused_first(deepid_world):
+    call = ("repair.py", B, "clean.h5", "--json", f"{'x' * 300}.json")
+    assert_refused(command(*call, cwd=deepid_world), "cannot be written: file name too long")
 
 
 @pytest.mark.parametrize("name", ["webp", "bmp", "gif"])

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
@@ -29,20 +30,29 @@ PATHS = {"path", "dataset", "error"}  # columns whose texts begin with a path
 def require_file(path: Name) -> Path:
     """Return `path` as a Path. Raise InputError unless it is a readable file that is not empty."""
     path = Path(path)
-    if path.is_dir():
+    try:
+        status = os.stat(path)
+    except (FileNotFoundError, NotADirectoryError, ValueError) as error:  # ValueError: a NUL
+        hint = "; a URI goes with --ray" if ":/" in str(path) else ""
+        raise InputError(f"{path}: no such file{hint}") from error
+    except OSError as error:  # such as a link to itself, or a name that is too long
+        raise InputError(f"{path}: cannot be read: {describe_reason(error)}") from error
+    if stat.S_ISDIR(status.st_mode):
         if path.is_symlink():
             raise InputError(f"{path}: is a link to a folder, which is not followed")
         if not os.access(path, os.R_OK | os.X_OK):
             raise InputError(f"{path}: cannot be read: permission denied")
         raise InputError(f"{path}: is a folder, not a file")
-    if not path.exists():
-        hint = "; a URI goes with --ray" if ":/" in str(path) else ""
-        raise InputError(f"{path}: no such file{hint}")
-    if path.is_file() and path.stat().st_size == 0:
-        raise InputError(f"{path}: the file is empty")
-    if not path.is_file() or not os.access(path, os.R_OK):
+    if not stat.S_ISREG(status.st_mode) or not os.access(path, os.R_OK):
         raise InputError(f"{path}: cannot be read")
+    if status.st_size == 0:
+        raise InputError(f"{path}: the file is empty")
     return path
+
+
+def describe_reason(error: OSError) -> str:
+    """Return why the system refused, in small letters: "permission denied"."""
+    return (error.strerror or "the system refuses").lower()
 
 
 def list_files(paths: Iterable[Name]) -> list[Path]:
@@ -53,7 +63,7 @@ def list_files(paths: Iterable[Name]) -> list[Path]:
     """
     files: list[Path] = []
     for path in map(Path, paths):
-        if path.is_dir():
+        if os.path.isdir(path):  # Path.is_dir raises an OSError where a name is too long
             contents = sorted(_walk(path))
             if not contents:
                 raise InputError(f"{path}: no file in the folder")
@@ -79,7 +89,8 @@ def check_writable(outputs: Mapping[str, Name | None], inputs: Iterable[Name]) -
     """
     if not any(outputs.values()):
         return  # here, because there may be a million inputs to resolve
-    owners = {Path(path).resolve(): "an input" for path in inputs}
+    # Path.resolve raises a RuntimeError at a link to itself, before Python 3.13.
+    owners = {os.path.realpath(path): "an input" for path in inputs}
     on_stdout = [option for option, path in outputs.items() if path == STDOUT]
     if len(on_stdout) > 1:
         raise InputError(f"{' and '.join(on_stdout)}: cannot both go to stdout")
@@ -87,17 +98,29 @@ def check_writable(outputs: Mapping[str, Name | None], inputs: Iterable[Name]) -
         if path is None or path == STDOUT:
             continue
         path = Path(path)
-        if not path.parent.is_dir():
-            hint = "; choose another --output" if option == "--output" else ""
-            raise InputError(f"{path}: there is no folder {path.parent}/ to write to{hint}")
-        if path.is_dir() or not os.access(path.parent, os.W_OK | os.X_OK):
-            raise InputError(f"{path}: cannot be written")
-        if path.is_relative_to("/dev") or (path.exists() and not path.is_file()):
-            raise InputError(f"{path}: is not a regular file; - stands for stdout")
-        place = path.parent.resolve() / path.name  # a link there is replaced, not followed
-        if owner := owners.get(path.resolve()) or owners.get(place):
+        _check_place(option, path)
+        # A link there is replaced, not followed.
+        place = os.path.join(os.path.realpath(path.parent), path.name)
+        if owner := owners.get(os.path.realpath(path)) or owners.get(place):
             raise InputError(f"{path}: would overwrite {owner}; choose another {option}")
         owners[place] = f"the output of {option}"
+
+
+def _check_place(option: str, path: Path) -> None:
+    """Raise InputError unless a file can be written at `path`, the value of an option."""
+    if not os.path.isdir(path.parent):
+        hint = "; choose another --output" if option == "--output" else ""
+        raise InputError(f"{path}: there is no folder {path.parent}/ to write to{hint}")
+    try:
+        os.lstat(path)
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written: {describe_reason(error)}") from error
+    if os.path.isdir(path) or not os.access(path.parent, os.W_OK | os.X_OK):
+        raise InputError(f"{path}: cannot be written")
+    if path.is_relative_to("/dev") or (os.path.exists(path) and not os.path.isfile(path)):
+        raise InputError(f"{path}: is not a regular file; - stands for stdout")
 
 
 @contextlib.contextmanager

@@ -32,7 +32,7 @@ from ray.data.checkpoint import CheckpointConfig
 from ray.data.datasource import Datasource, ReadTask
 
 from defence.base.errors import InputError
-from defence.base.files import hash_file
+from defence.base.files import hash_file, list_files, require_file
 from defence.base.limits import DEFAULT_MAX_BYTES, Name, check_fits
 from defence.base.process import unfinished_folders
 from defence.base.progress import say
@@ -141,6 +141,8 @@ def read_image(
 
     Raise InputError or OSError where it cannot be read.
     """
+    if isinstance(filesystem, fs.LocalFileSystem):
+        require_file(path)  # pyarrow would wait for what a pipe says
     with filesystem.open_input_file(path) as file:
         check_fits(path, "the file", file.size(), max_bytes)
         contents = io.BytesIO(file.read())
@@ -212,7 +214,13 @@ def list_images(images: Sequence[Name]) -> tuple[fs.FileSystem, list[str]]:
         source = filesystem
         try:
             kind = filesystem.get_file_info(path).type
-            if kind == fs.FileType.Directory:
+            if kind == fs.FileType.Directory and isinstance(filesystem, fs.LocalFileSystem):
+                # pyarrow passes over what it cannot open, and follows links, even in a circle.
+                with contextlib.suppress(InputError):  # it is empty
+                    # Parquet holds no odd bytes: an image of such a name counts as unread.
+                    names = (os.fsencode(file) for file in list_files([path]))
+                    paths.update(name.decode("utf-8", "backslashreplace") for name in names)
+            elif kind == fs.FileType.Directory:
                 entries = filesystem.get_file_info(fs.FileSelector(path, recursive=True))
                 paths.update(entry.path for entry in entries if entry.type == fs.FileType.File)
             elif kind == fs.FileType.File:

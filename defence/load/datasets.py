@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
@@ -188,7 +189,7 @@ def open_dataset(path: Name, max_bytes: int = DEFAULT_MAX_BYTES) -> Iterator[Dat
     A folder of images, with a subfolder for each class, serves as well: see folder.py.
     Raise InputError where the file has another format, or a guard refuses its content.
     """
-    if Path(path).is_dir():
+    if os.path.isdir(path):
         images, labels = find_images(Path(path), max_bytes)
         yield Dataset(Path(path), max_bytes, images, labels, None, fingerprint_file(path))
         return
