@@ -1,13 +1,14 @@
 """Mistakes of users, and the messages about them."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, assert_refused, command, draw_images, run_apart, write_data
+from conftest import ROOT, B, G, assert_refused, command, draw_images, run_apart, write_data
 from PIL import Image
 
 import utils
@@ -15,7 +16,6 @@ from defence.beyond import finding
 from defence.net.cached_net import CachedNet
 from defence.net.split import split_net
 
-B = "models/small_bd_net.h5"
 DEMO = (ROOT / "models" / "demo_bd_net.h5", ROOT / "data" / "demo_clean_validation_data.h5")
 
 
@@ -47,6 +47,39 @@ def test_only_regular_files_are_replaced(deepid_world, tmp_path):
         assert os.lstat(path).st_ino == before.st_ino
     call = ("eval_defence.py", "clean.h5", B, "--repaired", B, "--json", "-", "--csv", "-")
     assert_refused(command(*call, cwd=deepid_world), "cannot both go to stdout")
+
+
+def test_no_output_replaces_a_file_that_the_command_reads(repaired_world, tmp_path):
+    folder, _ = repaired_world
+    image, names = tmp_path / "faces" / "a" / "0.png", tmp_path / "faces" / "labels.txt"
+    image.parent.mkdir(parents=True)
+    shutil.copy(folder / "0.png", image)
+    names.write_text("a\n")
+    detector, beside = "models/small_bd_net_detector.onnx", "models/labels.txt"
+    assert (folder / detector).exists()
+    judge, dataset = ("eval_defence.py", "0.png", B), ("eval_defence.py", "clean.h5", B)
+    labelled = ("eval_defence.py", image.parent.parent, B, "--labelled")
+    for call, outputs in (
+        (judge, ["0.png", B, G, detector, beside]),
+        ((*judge, "--labels", names), [names]),
+        (("eval_defence.py", "0.png", detector), [detector, beside]),
+        ((*judge, "--ray", "--output", tmp_path / "v"), ["0.png", B, G, detector]),
+        ((*dataset, "--poisoned", image.parent.parent), [image, names, "clean.h5", detector]),
+        (labelled, [image, names, detector]),
+        (("repair.py", B, "clean.h5", "--poisoned", "poisoned.h5"), ["poisoned.h5", B, beside]),
+        (("repair.py", B, image.parent.parent), [image, names]),
+        (("repair.py", B, image.parent.parent, "--scan", "--labels", names), [image, names]),
+    ):
+        for path in outputs:
+            option = "--report" if "--ray" in call else "--json"
+            process = command(*call, option, path, cwd=folder)
+            assert_refused(process, f"{path}: would overwrite an input; choose another {option}")
+    uri = f"file://{tmp_path}/faces"
+    call = ("eval_defence.py", uri, B, "--ray", "--output", f"file://{tmp_path}/v", "--report")
+    assert_refused(command(*call, image, cwd=folder), "would overwrite an input")
+    page = tmp_path / "v" / "page.html"
+    page.parent.mkdir()
+    assert_refused(command(*call, page, cwd=folder), "is inside --output")
 
 
 def test_names_on_stdin_may_have_windows_line_ends(deepid_world, tmp_path):

@@ -1,10 +1,32 @@
 """Options that both commands have."""
 
+import contextlib
 import importlib.util
+import os
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from defence.base import files
 from defence.base.errors import InputError
+from defence.base.limits import Name
+from defence.load import class_names
+
+
+def list_inputs(
+    nets: Sequence[Path], labels: Name | None, datasets: Iterable[Name]
+) -> Iterator[Name]:
+    """Yield the files that a command reads, which no output may overwrite.
+
+    nets: B first, or a detector's file alone.  labels: of --labels.  datasets: files or folders.
+    """
+    yield from nets
+    yield labels or nets[0].with_name(class_names.FILE)
+    for path in datasets:
+        yield path
+        if os.path.isdir(path):
+            with contextlib.suppress(InputError):  # it is empty; open_dataset says so
+                yield from files.list_files([path])
 
 
 def add_poisoned(group: Any, description: str) -> None:

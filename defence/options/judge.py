@@ -1,16 +1,18 @@
 """The command line of eval_defence.py."""
 
 import argparse
+import itertools
 import os
 import sys
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from defence.base import files
 from defence.base.arguments import Parser, add_general, at_least
 from defence.base.errors import InputError
+from defence.base.limits import Name
 from defence.base.pixels import SCALES
 from defence.base.progress import set_quiet
 from defence.explain import plots
@@ -18,7 +20,13 @@ from defence.judge import backends, onnx_file
 from defence.judge.record import VERSION
 from defence.load.datasets import DATASET_SUFFIXES
 from defence.load.images import IMAGE_FORMATS, MORE_FORMATS
-from defence.options.common import add_labels, add_poisoned, add_report, require_report
+from defence.options.common import (
+    add_labels,
+    add_poisoned,
+    add_report,
+    list_inputs,
+    require_report,
+)
 
 STDIN = "-"  # as IMAGE
 EXPORT, RAY, DATASET, IMAGES = "export", "ray", "dataset", "images"  # the modes of the command
@@ -52,7 +60,7 @@ def parse_eval(words: Sequence[str] | None = None) -> tuple[Namespace, list[Path
     names = arguments.images
     if not names:
         raise InputError("give an IMAGE, or --export")
-    arguments.alone = len(names) == 1 and names[0] != STDIN and not Path(names[0]).is_dir()
+    arguments.alone = len(names) == 1 and names[0] != STDIN and not os.path.isdir(names[0])
     arguments.images = add_names_on_stdin(names, arguments.null)
     if arguments.ray:
         arguments.mode = RAY
@@ -97,9 +105,11 @@ def check_ray(arguments: Namespace, models: list[Path]) -> None:
         raise InputError(f"{', '.join(options) or '--backend keras'}: does not go with --ray")
     onnx_file.require_packages("ray", "pyarrow", packages="requirements-scale.txt")
     if page := arguments.report:
-        files.check_writable({"--report": page}, models)
+        images = map(strip_scheme, arguments.images)
+        files.check_writable({"--report": page}, list_read(arguments, models, images))
         require_report(page)
-        if Path(page).resolve().is_relative_to(Path(arguments.output).resolve()):
+        folder = os.path.realpath(strip_scheme(arguments.output))
+        if Path(os.path.realpath(page)).is_relative_to(folder):
             raise InputError(f"{page}: is inside --output, which holds only verdicts")
 
 
@@ -108,7 +118,7 @@ def check_images(arguments: Namespace, models: list[Path], names: list[str]) -> 
 
     names: from the command line, without the names on stdin.
     """
-    if arguments.labelled and not (len(names) == 1 and Path(names[0]).is_dir()):
+    if arguments.labelled and not (len(names) == 1 and os.path.isdir(names[0])):
         raise InputError("--labelled goes with one folder as IMAGE")
     paths = list(map(Path, arguments.images))
     datasets = [p for p in paths if arguments.labelled or p.suffix.lower() in DATASET_SUFFIXES]
@@ -119,11 +129,32 @@ def check_images(arguments: Namespace, models: list[Path], names: list[str]) -> 
     if (arguments.poisoned or arguments.plot) and not datasets:
         raise InputError("--poisoned and --plot go with a dataset as IMAGE, not images")
     outputs = {f"--{name}": getattr(arguments, name) for name in OUTPUTS}
-    files.check_writable(outputs, [*arguments.images, *arguments.poisoned, *models])
+    read = list_read(arguments, models, [*datasets, *arguments.poisoned])
+    files.check_writable(outputs, itertools.chain(arguments.images, read))
     if arguments.plot:
         plots.require_format(arguments.plot)
     if arguments.report:
         require_report(arguments.report)
+
+
+def strip_scheme(name: str) -> str:
+    """Return the path that a file:// URI stands for, and any other name as it is."""
+    from urllib.parse import unquote  # here, for the time that it takes
+
+    scheme, _, path = name.partition("://")
+    return unquote(path) if scheme == "file" else name
+
+
+def list_read(
+    arguments: Namespace, models: list[Path], datasets: Iterable[str | Path]
+) -> Iterator[Name]:
+    """Yield the files that are read besides the images: the detector's file, and list_inputs."""
+    yield from list_inputs(models, arguments.labels, datasets)
+    if len(models) > 1:
+        badnet, repaired = models
+        yield onnx_file.default_detector_path(repaired)
+        if arguments.repaired is None:
+            yield badnet.with_name(repaired.name)  # find_repaired compares it
 
 
 # ----------------------------------------------------------------------------------- the options

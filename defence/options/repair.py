@@ -14,7 +14,13 @@ from defence.beyond.settings import Settings
 from defence.explain import plots
 from defence.judge import onnx_file, record
 from defence.load.models import ModelFile, default_repaired_path, read_model
-from defence.options.common import add_labels, add_poisoned, add_report, require_report
+from defence.options.common import (
+    add_labels,
+    add_poisoned,
+    add_report,
+    list_inputs,
+    require_report,
+)
 
 # The options that have an effect where nothing is repaired, besides MODEL and DATA.
 GENERAL = {"model", "data", "layer", "scale", "max_bytes", "quiet"}
@@ -63,7 +69,8 @@ def refuse_idle_options(parser: Parser, arguments: Namespace) -> None:
 
 def check_outputs(arguments: Namespace, badnet: ModelFile, repairs: bool) -> None:
     """Raise InputError unless every output file can be written."""
-    inputs = [badnet.path, arguments.data, *arguments.poisoned]
+    datasets = [arguments.data, *arguments.poisoned]
+    inputs = list_inputs([badnet.path], arguments.labels, datasets)
     if not repairs:
         files.check_writable({"--json": arguments.json}, inputs)
         return
