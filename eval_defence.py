@@ -25,8 +25,7 @@ import numpy as np
 from defence.base import files
 from defence.base.errors import InputError
 from defence.base.process import exit_now, run_command
-from defence.base.progress import print_line, say
-from defence.base.text import escape
+from defence.base.progress import print_line, print_result, say
 from defence.explain import findings, streams
 from defence.judge import backends, onnx_file
 from defence.judge.detector import Answers, Detector, describe_answers
@@ -61,7 +60,7 @@ def export(arguments: Namespace, models: list[Path]) -> None:
     badnet, repaired = (read_model(model, arguments.max_bytes) for model in models)
     detector = backends.export_detector(badnet, repaired, path, **take_usage(arguments))
     say(detector.rule)
-    print(f"Saved detector: {path}")
+    print_result(f"Saved detector: {path}")
 
 
 def load(
@@ -161,7 +160,7 @@ def print_verdicts(rows: list[dict], arguments: Namespace) -> None:
         elif files.STDOUT not in (arguments.json, arguments.csv):
             names = [row["class_name"]] if "class_name" in row else []
             cells = [row["class"]] if arguments.alone else [row["path"], row["class"], *names]
-            print(*map(escape, cells), sep="\t")
+            print_result(*cells, sep="\t")
     sys.stdout.flush()
 
 
@@ -185,8 +184,8 @@ def judge_on_ray(arguments: Namespace, models: list[Path]) -> int:
         *limits,
         class_names,
     )
-    print(
-        f"{escape(arguments.output)}: {counts['images']} images, {counts['poisoned']} poisoned, "
+    print_result(
+        f"{arguments.output}: {counts['images']} images, {counts['poisoned']} poisoned, "
         f"{counts['unread']} unread"
     )
     if arguments.report:
@@ -233,7 +232,7 @@ def judge_datasets(arguments: Namespace, models: list[Path]) -> int:
             evidence.append(findings.examine(stream, detector, class_names, arguments, clean))
             part["standing_out"] = evidence[-1].describe()
         if files.STDOUT not in (arguments.json, arguments.csv):
-            print(tables.format_evaluation(results))
+            print_result(*tables.format_evaluation(results))
         if arguments.json:
             files.write_json(results, arguments.json)
         if arguments.csv:

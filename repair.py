@@ -27,7 +27,7 @@ from defence.base import files
 from defence.base.arguments import take_settings
 from defence.base.errors import InputError
 from defence.base.process import exit_now, run_command
-from defence.base.progress import say, track
+from defence.base.progress import print_result, say, track
 from defence.base.startup import make_reproducible
 from defence.beyond import check, finding, harden, memory
 from defence.beyond.observer import Observer
@@ -176,7 +176,7 @@ def main() -> int | None:
         job = Job(arguments, settings, badnet, model, clean, poisoned, class_names, digest)
         try:
             if settings.layer == "help":
-                print("\n".join(map(split.describe_map, split.find_feature_maps(model))))
+                print_result(*map(split.describe_map, split.find_feature_maps(model)))
                 return None
             if arguments.check:
                 return check_data(job)
@@ -193,7 +193,7 @@ def main() -> int | None:
 def check_data(job: Job) -> int:
     """Print whether the validation set can serve (--check). Return the exit status."""
     cached = cache_badnet(job)
-    print("\n".join(check.describe_dataset(cached)))
+    print_result(*check.describe_dataset(cached))
     return int(check.warn_of_problems(cached))
 
 
@@ -207,7 +207,7 @@ def scan(job: Job) -> int:
     if path:
         files.write_json(dataclasses.asdict(result), path)
     out = sys.stderr if path == files.STDOUT else sys.stdout
-    print(*finding.describe_finding(result, job.class_names), sep="\n", file=out)
+    print_result(*finding.describe_finding(result, job.class_names), file=out)
     return BACKDOOR_FOUND if result.finding == "backdoor" else 0
 
 

@@ -39,7 +39,7 @@ from defence.base import files
 from defence.base.arguments import Parser, at_least
 from defence.base.errors import InputError
 from defence.base.process import run_command
-from defence.base.progress import say, track
+from defence.base.progress import print_result, say, track
 from defence.base.startup import import_keras
 from defence.beyond import changes
 
@@ -290,7 +290,7 @@ def write_net(name, options, path):
     seconds = round(time.monotonic() - start)
     for progress in path.parent.glob(f".{name}-*.npz"):
         progress.unlink()
-    print(f"Saved model: {path}, in {seconds} s")
+    print_result(f"Saved model: {path}, in {seconds} s")
     print(f"clean accuracy\t{measure_rate(model, options):.2%}", flush=True)
     method, pairs, *_ = ZOO[name]
     for trigger, target in pairs:

@@ -1,5 +1,6 @@
 """The commands' output beside their results: help, warnings, progress; and Ctrl-C."""
 
+import ast
 import contextlib
 import os
 import pty
@@ -11,6 +12,7 @@ import sys
 import pytest
 from conftest import ROOT, B, G, assert_refused, command, run_apart, start
 
+from defence.base.arguments import Parser
 from defence.base.text import format_gigabytes
 from defence.judge import record
 
@@ -107,6 +109,99 @@ def test_interrupted_at_any_step_leaves_no_file_and_no_traceback(deepid_world, t
     assert process.returncode == 130
     assert output == "" and "Traceback" not in errors
     assert sorted(os.listdir(tmp_path)) == ["models"] and os.listdir(tmp_path / "models") == []
+
+
+EVIL = "\x1b]0;y\x07[red]\nrepair.py: error: z:x:"  # a title, a colour, a line, an emoji
+SHOWN = r"\x1b]0;y\x07[red]\nrepair.py: error: z:x:"
+
+
+def run_on_a_terminal(script, *arguments, cwd):
+    """Return (exit status, all that the command wrote to the terminal, bytes)."""
+    terminal, child_end = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, ROOT / script, *map(os.fsencode, arguments)],
+        cwd=cwd, stdout=child_end, stderr=child_end,
+        env={**os.environ, "TERM": "xterm", "COLUMNS": "200"},
+    )  # fmt: skip
+    os.close(child_end)
+    output = b""
+    with contextlib.suppress(OSError):  # the other end is closed
+        while part := os.read(terminal, 4096):
+            output += part
+    return process.wait(timeout=120), output
+
+
+def test_a_name_is_neither_a_command_to_the_terminal_nor_markup(repaired_world, tmp_path):
+    folder, _ = repaired_world
+    odd = os.fsdecode(b"\x9b31m.png")
+    shutil.copy(folder / "clean.h5", tmp_path / f"{EVIL}.h5")
+    for name in (f"{EVIL}.png", odd):
+        shutil.copy(folder / "0.png", tmp_path / name)
+    nets = ("--model", folder / B, "--repaired", folder / G)
+    for call in ((f"{EVIL}.h5",), (f"{EVIL}.png", odd), (f"{EVIL}.png", odd, "--csv", "-")):
+        status, output = run_on_a_terminal("eval_defence.py", *call, *nets, cwd=tmp_path)
+        assert status == 0, output
+        assert SHOWN.encode() in output
+        assert b"\x1b]" not in output and b"\x9b31m" not in output
+        assert b"\nrepair.py: error:" not in output
+    assert rb"\udc9b31m.png" in output
+
+
+def test_results_escape_what_files_are_called(deepid_world, tmp_path):
+    shutil.copy(deepid_world / "clean.h5", tmp_path / f"{EVIL}.h5")
+    call = ("repair.py", deepid_world / B, f"{EVIL}.h5")
+    outputs = ("--output", f"g{EVIL}.h5", "--report", f"p{EVIL}.html", "--rounds", 0)
+    for options in (("--check",), ("--poisoned", f"{EVIL}.h5", *outputs)):
+        process = command(*call, *options, cwd=tmp_path)
+        assert process.stdout.count(SHOWN) == (1 if options == ("--check",) else 4)
+        assert not any(part in process.stdout + process.stderr for part in ("\x1b", "\nrepair.py"))
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments"),
+    [
+        ("repair.py", ("b.h5", "d.h5", EVIL)),
+        ("repair.py", ("b.h5", "d.h5", "-x" + EVIL)),
+        ("repair.py", ("b.h5", "d.h5", "--scale", EVIL)),
+        ("repair.py", ("b.h5", "d.h5", "--ha=" + EVIL)),  # --harden, --harden-steps, …
+        ("eval_defence.py", ("a.png", "b.h5", "--formats", EVIL)),
+        ("eval_defence.py", ("--poisoned", "d.h5", "--fpr", EVIL)),
+    ],
+)
+def test_an_error_about_the_command_line_is_one_line(script, arguments):
+    process = command(script, *arguments)
+    assert_refused(process, SHOWN, f"(see {script} --help)")
+    assert process.stderr.count("\n") == 1
+    assert process.stderr[:-1].isprintable()
+
+
+def test_a_long_error_about_the_command_line_is_cut():
+    process = command("repair.py", "b.h5", "d.h5", *[f"-{'x' * 200}"] * 500)
+    assert_refused(process, "unrecognized arguments: -xxx", "; a file of that name is ./-…")
+    assert len(process.stderr) < 1_200
+
+
+def test_the_name_of_the_program_is_escaped_too(capsys):
+    parser = Parser(prog=EVIL)
+    parser.add_argument("--version", action="version", version="%(prog)s 1")
+    for call in (["--version"], ["--help"], ["x"]):
+        with pytest.raises(SystemExit):
+            parser.parse_args(call)
+        output, errors = capsys.readouterr()
+        assert SHOWN in output + errors
+        assert not any(part in output + errors for part in ("\x1b", "\nrepair.py"))
+
+
+def test_only_one_module_prints():
+    """And process.py, the error that ends a command. Both escape what they print."""
+    printers = set()
+    scripts = [ROOT / "repair.py", ROOT / "eval_defence.py"]
+    for path in (*scripts, *(ROOT / "defence").glob("**/*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            function = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
+            if function == "print" or function.startswith(("sys.stdout.w", "sys.stderr.w")):
+                printers.add(path.relative_to(ROOT).as_posix())
+    assert printers == {"defence/base/progress.py", "defence/base/process.py"}
 
 
 def test_on_a_terminal_a_bar_is_shown_and_an_interrupt_gives_the_cursor_back(

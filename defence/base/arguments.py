@@ -8,6 +8,8 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 from defence.base.limits import DEFAULT_MAX_BYTES
+from defence.base.process import MESSAGE_LENGTH
+from defence.base.text import escape
 
 
 class Parser(argparse.ArgumentParser):
@@ -15,6 +17,7 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
+        self.prog = escape(self.prog)
         self._negative_number_matcher = re.compile(r"-\.?\d")  # -1..1 is a value, not an option
 
     def parse_known_args(self, *arguments: Any, **options: Any) -> Any:
@@ -22,9 +25,10 @@ class Parser(argparse.ArgumentParser):
         return super().parse_known_args(*arguments, **options)
 
     def error(self, message: str) -> NoReturn:
-        if " -" in message.partition("unrecognized arguments:")[2]:
-            message += "; a file of that name is ./-…"
-        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+        unrecognized = message.partition("unrecognized arguments:")[2]
+        hint = "; a file of that name is ./-…" if " -" in unrecognized else ""
+        problem = escape(message)[:MESSAGE_LENGTH] + hint
+        self.exit(2, f"{self.prog}: error: {problem} (see {self.prog} --help)\n")
 
 
 def at_least(

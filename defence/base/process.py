@@ -33,7 +33,7 @@ def run_command(main: Callable[[], int | None]) -> int:
     STOP_SIGNALS, such as Ctrl-C, remove unfinished files and end the process with 128 + the number.
     They end it at once, because TensorFlow may catch or print an exception that is thrown into it.
     """
-    name = Path(sys.argv[0]).name
+    name = escape(Path(sys.argv[0]).name)
     for stream, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, stream) is None:  # whoever started the process closed it
             setattr(sys, stream, open(os.devnull, mode))  # noqa: SIM115
@@ -41,7 +41,9 @@ def run_command(main: Callable[[], int | None]) -> int:
         always = number in (signal.SIGINT, signal.SIGTERM)
         if always or signal.getsignal(number) is signal.SIG_DFL:  # nohup ignores SIGHUP
             signal.signal(number, _stop)
-    sys.stdout.reconfigure(errors=_escape_unencodable.__name__)  # type: ignore[union-attr]
+    # On a terminal an odd byte of a path might begin a command to it; a program wants it as it is.
+    errors = "backslashreplace" if sys.stdout.isatty() else _escape_unencodable.__name__
+    sys.stdout.reconfigure(errors=errors)  # type: ignore[union-attr]
     if not sys.flags.dev_mode:  # libraries warn about each other; as errors they would end the work
         warnings.simplefilter("ignore")
     try:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from defence.base import files
 from defence.base.errors import InputError
-from defence.base.progress import say
+from defence.base.progress import print_result, say
 from defence.explain import page_repaired, plots, tables
 from defence.judge import backends
 from defence.load.models import read_model
@@ -42,12 +42,12 @@ def print_repair(
     if arguments.report:
         page_repaired.write_repaired_page(arguments.report, record, finding, seconds, class_names)
     out = sys.stderr if arguments.json == files.STDOUT else sys.stdout
-    print(tables.format_summary(record, seconds, class_names), file=out)
-    print(f"Saved model: {arguments.output}", file=out)
+    print_result(*tables.format_summary(record, seconds, class_names), file=out)
+    print_result(f"Saved model: {arguments.output}", file=out)
     if arguments.detector and export_detector(badnet, arguments):
-        print(f"Saved detector: {arguments.detector}", file=out)
+        print_result(f"Saved detector: {arguments.detector}", file=out)
     if arguments.report:
-        print(f"Saved page: {arguments.report}", file=out)
+        print_result(f"Saved page: {arguments.report}", file=out)
 
 
 def export_detector(badnet: ModelFile, arguments: Namespace) -> bool:

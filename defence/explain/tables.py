@@ -35,19 +35,18 @@ NOT_HELD_OUT = (
 )
 
 
-def format_evaluation(results: dict) -> str:
-    """Format the results of judged datasets, as in eval_defence.py's JSON, as one table."""
+def format_evaluation(results: dict) -> list[str]:
+    """Format the results of judged datasets, as in eval_defence.py's JSON, as lines of a table."""
     lines = [results["rule"], f"{'':<52}   95 % interval"]
     for result in (results["clean"], *results["poisoned"]):
         rate = result["images"] / result["seconds"]
         lines.append(
-            f"{escape(result['file'])}: {format_count(result['images'], 'image')}, "
-            f"{rate:.0f} a second"
+            f"{result['file']}: {format_count(result['images'], 'image')}, {rate:.0f} a second"
         )
         for name, label in (CLEAN | POISONED).items():
             if name in result["figures"]:
                 lines.append(f"  {label:<38}{format_cells(result['figures'][name])}")
-    return "\n".join(lines)
+    return lines
 
 
 def format_cells(figure: dict) -> str:
@@ -61,21 +60,19 @@ def format_cells(figure: dict) -> str:
 
 def format_summary(
     record: RepairRecord, seconds: dict[str, float], class_names: list[str] | None
-) -> str:
-    """Format the closing table of a repair. seconds: for each step."""
+) -> list[str]:
+    """Format the closing table of a repair as lines. seconds: for each step."""
     rows = list_steps(record)
     width = max(len(row[0]) for row in rows)
     table = [row[0].ljust(width) + "".join(cell.rjust(12) for cell in row[1:]) for row in rows]
     times = [f"{step.replace('_', '-')} {s:.1f}" for step, s in seconds.items() if s >= 0.05]
-    return "\n".join(
-        [
-            f"pruned {len(record.pruned)} of {record.channels} channels of {record.layer}; pixels "
-            f"{record.input_scale}",
-            *table,
-            f"seconds: {', '.join(times)}",
-            *list_remarks(record, class_names),
-        ]
-    )
+    return [
+        f"pruned {len(record.pruned)} of {record.channels} channels of {record.layer}; pixels "
+        f"{record.input_scale}",
+        *table,
+        f"seconds: {', '.join(times)}",
+        *list_remarks(record, class_names),
+    ]
 
 
 def list_steps(record: RepairRecord) -> list[tuple[str, ...]]:
@@ -86,7 +83,10 @@ def list_steps(record: RepairRecord) -> list[tuple[str, ...]]:
     rows.append(("validation accuracy", *(format_percent(accuracy[step]) for step in steps)))
     for name in rates["before"]:
         rows.append(
-            (f"attack success, {name}", *(format_percent(rates[step][name]) for step in steps))
+            (
+                f"attack success, {escape(name)}",
+                *(format_percent(rates[step][name]) for step in steps),
+            )
         )
     return rows
 
