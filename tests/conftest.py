@@ -131,13 +131,24 @@ NETS = {
 }
 
 
+def find_root(tmp_path_factory):
+    """Return the folder that all workers of this test run share."""
+    run = tmp_path_factory.getbasetemp()
+    return run.parent if "PYTEST_XDIST_WORKER" in os.environ else run
+
+
+@pytest.fixture(scope="session", autouse=True)
+def state(tmp_path_factory):
+    """Let the commands list the detectors that they export there, not in the user's own list."""
+    os.environ["XDG_STATE_HOME"] = str(find_root(tmp_path_factory) / "state")
+
+
 def make_once(tmp_path_factory, name, make):
     """Return a folder that `make(folder)` fills once a test run, whichever worker comes first.
 
     A test that changes files in it must work on a copy.
     """
-    run = tmp_path_factory.getbasetemp()
-    root = run.parent if "PYTEST_XDIST_WORKER" in os.environ else run
+    root = find_root(tmp_path_factory)
     folder = root / name
     with filelock.FileLock(root / f"{name}.lock"):
         if not folder.exists():

@@ -50,11 +50,13 @@ def export(badnet, folder, scale="0..1", change=-2, repaired=None):
     return file.run, model
 
 
-def make_net(activation, shape=(9, 8, 2)):
+def make_net(activation, shape=(9, 8, 2), classes=4):
     keras.utils.set_random_seed(3)
     layers = keras.layers
     hidden = [layers.Conv2D(3, 3, activation=activation), layers.Flatten()]
-    return keras.Sequential([keras.Input(shape), *hidden, layers.Dense(4, activation=activation)])
+    return keras.Sequential(
+        [keras.Input(shape), *hidden, layers.Dense(classes, activation=activation)]
+    )
 
 
 def draw_random(shape, seed=1):
@@ -207,7 +209,9 @@ def test_operators_that_cannot_be_exported_are_refused(tmp_path):
     assert "celu and gelu" in " ".join(read_serving_page().split())
 
 
-def test_a_file_with_other_answers_is_not_written(tmp_path, monkeypatch):
+@pytest.mark.parametrize("classes", [4, 1500])
+def test_a_file_with_other_answers_is_not_written(classes, tmp_path, monkeypatch):
+    """One class beside the right one is a wrong answer, however many classes there are."""
     read = onnx_file.read_detector
 
     def read_with_wrong_answers(*arguments):
@@ -215,13 +219,13 @@ def test_a_file_with_other_answers_is_not_written(tmp_path, monkeypatch):
 
         def run(images):
             answers = file.run(images)
-            return {**answers, "badnet_class": answers["badnet_class"] % 4 + 1}
+            return {**answers, "badnet_class": answers["badnet_class"] % classes + 1}
 
         return dataclasses.replace(file, run=run)
 
     monkeypatch.setattr(onnx_file, "read_detector", read_with_wrong_answers)
     with pytest.raises(InputError, match="its badnet_class differs from theirs"):
-        export(make_net("softmax"), tmp_path)
+        export(make_net("softmax", classes=classes), tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["b.h5", "g.h5"]
 
 

@@ -46,6 +46,8 @@ def print_repair(
     print_result(f"Saved model: {arguments.output}", file=out)
     if arguments.detector and export_detector(badnet, arguments):
         print_result(f"Saved detector: {arguments.detector}", file=out)
+    else:
+        backends.discard_detector(Path(arguments.output))
     if arguments.report:
         print_result(f"Saved page: {arguments.report}", file=out)
 

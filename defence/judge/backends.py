@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Sequence
 from os import PathLike
@@ -16,7 +17,7 @@ from defence.base.errors import InputError
 from defence.base.files import hash_file, require_file
 from defence.base.limits import DEFAULT_MAX_BYTES
 from defence.base.progress import say, warn
-from defence.judge import detector, onnx_file
+from defence.judge import detector, exports, onnx_file
 from defence.judge.record import RepairRecord, no_threshold_error, read_record, refuse_repaired
 from defence.load.models import (
     MODEL_SUFFIXES,
@@ -251,19 +252,30 @@ def find_detector_file(
     """Return the open detector's file of B and G, or None where there is none.
 
     backend: as for load_detector.
-    A file of other nets is left alone: others may judge with it.
+    A file of other nets is left alone: others may judge with it. So is a file that this user did
+    not export, unread: it could name B and G and answer anything.
     Raise InputError where `backend` is "onnx" and there is no such file.
     """
     path = onnx_file.default_detector_path(repaired.path)
+    again = f"make it again with: eval_defence.py {badnet.path} --export"
     try:
         onnx_file.require_packages(*onnx_file.RUN_PACKAGES)
         if not path.exists():
             raise InputError(f"{path}: no such file; make it with: eval_defence.py NAME --export")
+        contents = onnx_file.read_contents(path, badnet.max_bytes)
     except InputError:
         if backend == "onnx":
             raise
         return None
-    file = onnx_file.read_detector(path, badnet.max_bytes)
+    if not exports.is_export(hashlib.sha256(contents).hexdigest()):
+        problem = f"{path}: was not exported by you on this machine"
+        if backend == "onnx":
+            raise InputError(
+                f"{problem}; {again}, or give the file as MODEL if you trust its maker"
+            )
+        say(f"{problem}, so Keras judges; {again}")
+        return None
+    file = onnx_file.open_detector(contents, path, badnet.max_bytes)
     return file if file.made_of[:2] == (badnet.sha256, repaired.sha256) else None
 
 
@@ -275,7 +287,9 @@ def export_detector(
     scale: str | None = None,
     force: bool = False,
 ) -> detector.Detector:
-    """Write the detector of B and G as an ONNX file. Return the Detector that the file is.
+    """Write the detector of B and G as an ONNX file, which may judge for them from now on.
+
+    Return the Detector that the file is.
 
     fpr, scale, force: as for read_usage.
     Raise InputError as read_usage, load_nets and onnx_file.write_detector do.
@@ -292,4 +306,13 @@ def export_detector(
         "repair_record": usage.record.to_json() if usage.record else json.dumps(None),
     }
     file = onnx_file.write_detector(model, metadata, path, badnet.max_bytes)
+    exports.add_export(file.sha256)
     return file.detector(file.threshold)
+
+
+def discard_detector(repaired: Path) -> None:
+    """Delete the detector's file of a repaired net, if there is one: the net was made anew."""
+    path = onnx_file.default_detector_path(repaired)
+    if path.is_file() or path.is_symlink():
+        path.unlink()
+        say(f"{path}: deleted, because it was made from an earlier repaired net")
