@@ -138,8 +138,10 @@ def write_detector(
             reason = first_line(error).removeprefix(f"{beside}: ")
             raise InputError(f"{problem}: {reason}") from error
         for name, values in outputs.items():
-            error = TOLERANCE if name == "score" else 0  # a thousandth of a class may be a class
-            if not np.allclose(values, expected[name], rtol=error, atol=error):
+            tolerance = (
+                TOLERANCE if name == "score" else 0
+            )  # a thousandth of a class may be a class
+            if not np.allclose(values, expected[name], rtol=tolerance, atol=tolerance):
                 raise InputError(f"{problem}: its {name} differs from theirs")
     return dataclasses.replace(file, path=path)
 
