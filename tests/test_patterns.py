@@ -100,6 +100,19 @@ def test_few_images_move_few_patterns(count):
     assert moved.tolist() == [True] * count + [False] * (COUNT - count)
 
 
+def test_strength_noise_and_target_of_a_new_pattern_are_independent():
+    """Over many seeds none of them is correlated with another one."""
+    net, draws = make_net(), []
+    for seed in range(400):
+        ours = Patterns(net, "0..255", rate=0, seed=seed)
+        ours.renew()
+        pattern = ours.patterns.numpy()[0]
+        strength = abs(pattern).max()
+        draws.append([strength, *pattern.flat[:3] / strength, ours.targets.numpy()[0]])
+    correlations = np.corrcoef(draws, rowvar=False) - np.eye(5)
+    assert abs(correlations).max() < 0.2  # four standard deviations
+
+
 @pytest.mark.slow
 def test_patterns_start_anew_in_turn(monkeypatch):
     monkeypatch.setattr(patterns, "STRIDE", 0)

@@ -69,10 +69,11 @@ class Patterns:
 
         next_pattern = tf.range(COUNT) == self.step // RENEWAL_PERIOD % COUNT
         due = (self.step % RENEWAL_PERIOD == 0) & next_pattern
-        seed = [self.seed, -2 - self.step]
-        limit = LEVELS / self.deviation * tf.random.stateless_uniform([], seed)
-        noise = tf.random.stateless_uniform(self.patterns.shape[1:], seed, -limit, limit)
-        target = tf.random.stateless_uniform([], seed, 0, self.classes, tf.int64)
+        # One seed for several draws would make the strength equal the first pixel's noise.
+        seeds = tf.unstack(tf.random.split([self.seed, -2 - self.step], 3))
+        limit = LEVELS / self.deviation * tf.random.stateless_uniform([], seeds[0])
+        noise = tf.random.stateless_uniform(self.patterns.shape[1:], seeds[1], -limit, limit)
+        target = tf.random.stateless_uniform([], seeds[2], 0, self.classes, tf.int64)
         self.patterns.assign(tf.where(due[:, None, None, None], noise, self.patterns))
         self.targets.assign(tf.where(due, target, self.targets))
 
