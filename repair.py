@@ -36,7 +36,7 @@ from defence.explain import outputs
 from defence.judge.record import ATTRIBUTE, RepairRecord, make_record
 from defence.load.class_names import find_class_names
 from defence.load.datasets import Dataset, hold_out, open_dataset
-from defence.load.folder import hash_dataset
+from defence.load.folder import identify_dataset
 from defence.load.models import ModelFile, save_model
 from defence.net import graph, split, training
 from defence.net.cached_net import CachedNet
@@ -143,7 +143,7 @@ def fine_tune(cached: CachedNet, until: float, settings: Settings, observer: Obs
 
 @dataclasses.dataclass
 class Job:
-    """What each mode of the command works on. digest: the dataset's SHA-256, once it is known."""
+    """What each mode of the command works on. sources: as make_record takes them, once hashed."""
 
     arguments: Namespace
     settings: Settings
@@ -152,7 +152,7 @@ class Job:
     clean: Dataset
     poisoned: list[Dataset]
     class_names: list[str] | None
-    digest: AsyncResult
+    sources: AsyncResult
 
 
 def main() -> int | None:
@@ -165,7 +165,7 @@ def main() -> int | None:
             for path in (arguments.data, *arguments.poisoned)
         ]
         # Hash while TensorFlow is imported: the import keeps one processor busy, but no disk.
-        digest = ThreadPool(1).apply_async(hash_dataset, [clean.path])
+        sources = ThreadPool(1).map_async(identify_dataset, [d.path for d in (clean, *poisoned)])
         say("loading TensorFlow and the BadNet")
         make_reproducible(settings.seed)
         model = badnet.load()
@@ -173,7 +173,7 @@ def main() -> int | None:
         for data in (clean, *poisoned):
             data.fit_to(shape, classes)
         class_names = find_class_names(badnet.path, arguments.labels, classes, arguments.max_bytes)
-        job = Job(arguments, settings, badnet, model, clean, poisoned, class_names, digest)
+        job = Job(arguments, settings, badnet, model, clean, poisoned, class_names, sources)
         try:
             if settings.layer == "help":
                 print_result(*map(split.describe_map, split.find_feature_maps(model)))
@@ -223,7 +223,7 @@ def repair(job: Job) -> tuple[RepairRecord, Observer]:
     cached = CachedNet.from_dataset(parts, clean, settings.scale, settings.seed)
     check.warn_of_problems(cached)
     check.refuse_unfit(cached, settings.harden)
-    data = {"file": clean.path.name, "sha256": job.digest.get(), "images": len(clean)}
+    sources = job.sources.get()
     observer.end_step("features")
     if settings.harden:
         observer.on_scanned(finding.scan_net(cached, settings.seed))
@@ -232,7 +232,7 @@ def repair(job: Job) -> tuple[RepairRecord, Observer]:
         harden.harden_net(cached, settings)
         observer.on_hardened(cached)
     observer.on_end(cached)
-    record = make_record(observer, cached, job.badnet, data, settings)
+    record = make_record(observer, cached, job.badnet, sources, settings)
     check.warn_if_ruined(record)
     save_model(cached.split.net, job.arguments.output, **{ATTRIBUTE: record.to_json()})
     return record, observer

@@ -64,8 +64,8 @@ def do_repair(badnet, clean, settings=None, observer=None, file="small_bd_net.h5
         observer.on_hardened(cached)
     observer.on_end(cached)
     badnet_file = utils.ModelFile(Path(file), b"", 0)
-    data = {"file": "clean.h5", "sha256": "0" * 64, "images": len(clean)}
-    return dataclasses.asdict(record.make_record(observer, cached, badnet_file, data, settings))
+    sources = [{"file": "clean.h5", "sha256": "0" * 64}]
+    return dataclasses.asdict(record.make_record(observer, cached, badnet_file, sources, settings))
 
 
 def read_record(path):

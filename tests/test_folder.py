@@ -1,9 +1,11 @@
 """A folder of images, in a folder for each class, as a dataset."""
 
+import json
+
 import h5py
 import numpy as np
 import pytest
-from conftest import assert_refused, command, read_record
+from conftest import SHAPE, assert_refused, command, draw_images, read_record, write_data
 from PIL import Image
 
 import utils
@@ -62,6 +64,46 @@ def test_a_net_is_repaired_and_judged_with_a_folder(deepid_world, image_folder, 
     assert (
         command("eval_defence.py", image_folder, *with_poisoned, cwd=deepid_world).returncode == 0
     )
+
+
+def test_the_spelling_of_a_path_does_not_change_the_repaired_net(
+    deepid_world, image_folder, tmp_path
+):
+    """Nor does the record hold a directory. Sets that share a name get digits of their hashes."""
+    images, labels = draw_images(20, 6, SHAPE, seed=4)
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+        write_data(tmp_path / name / "x.h5", images, labels)
+        images = 255 - images
+    sets = [image_folder, tmp_path / "first" / "x.h5", tmp_path / "second" / "x.h5"]
+    spelled = [
+        "../images",
+        "../first/x.h5",
+        image_folder / ".." / "second" / ".." / "second" / "x.h5",
+    ]
+    call = ("--rounds", 1, "--epochs", 1, "--retrain-epochs", 1, "--no-export", "--output")
+    badnet = deepid_world / B
+    for data, poisoned, cwd, output in (
+        (image_folder, [*sets, sets[1]], deepid_world, tmp_path / "g1.h5"),
+        (".", spelled, image_folder, tmp_path / "g2.h5"),
+    ):
+        process = command(
+            "repair.py", badnet, data, *call, output, "--poisoned", *poisoned, cwd=cwd
+        )
+        assert process.returncode == 0, process.stderr
+    assert (tmp_path / "g1.h5").read_bytes() == (tmp_path / "g2.h5").read_bytes()
+    record = read_record(tmp_path / "g1.h5")
+    digests = [hash_dataset(path) for path in sets]
+    assert record["poisoned"] == [
+        {"file": path.name, "sha256": digest, "images": count}
+        for path, digest, count in zip(sets, digests, (150, 20, 20))
+    ]
+    names = ["images", f"x.h5 ({digests[1][:8]})", f"x.h5 ({digests[2][:8]})"]
+    assert all(list(rates) == names for rates in record["attack_success_rate"].values())
+    assert tmp_path.name not in json.dumps(record)
+    assert [line.split("  ")[0] for line in process.stdout.splitlines()[3:6]] == [
+        f"attack success, {name}" for name in names
+    ]
 
 
 def test_the_hash_covers_names_and_contents(image_folder):

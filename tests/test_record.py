@@ -74,6 +74,33 @@ def test_optional_values_are_objects_or_none(make, key):
             record.parse_record(json.dumps(values | {key: value}), "g.h5")
 
 
+def test_poisoned_datasets_are_a_list_or_absent(make):
+    """Older records have none."""
+    assert make().poisoned is None
+    assert make(poisoned=[]).poisoned == []
+    with pytest.raises(InputError, match="its repair record is damaged"):
+        make(poisoned={})
+
+
+def test_names_of_datasets_differ_where_their_contents_do():
+    def name(*pairs):
+        return record.name_datasets([{"file": file, "sha256": digest} for file, digest in pairs])
+
+    one, two, near = "1" * 64, "2" * 64, "1" * 63 + "2"
+    assert name() == []
+    assert name(("a", one), ("b", one)) == ["a", "b"]
+    assert name(("a", one), ("b", one), ("a", one)) == ["a", "b", "a"]
+    shared = [("a", one), ("b", one), ("a", two), ("a", one)]
+    assert name(*shared) == ["a (11111111)", "b", "a (22222222)", "a (11111111)"]
+    for pairs in (
+        [("a", one), ("a", near)],
+        [("a", one), ("a", two), ("a (11111111)", two)],
+        [("a", one), ("a", two), (f"a ({one})", two)],
+        [("a", one), ("a", near), (f"a ({one})", two)],
+    ):
+        assert len({*name(*pairs)}) == len(pairs)
+
+
 @pytest.mark.parametrize("key, value", [("layer", 1), ("order", {}), ("moved", []), ("data", None)])
 def test_values_of_another_type_are_refused(make, key, value):
     values = dataclasses.asdict(make()) | {key: value}

@@ -51,7 +51,7 @@ def prune(cached, enough):
     """Prune, and return the accuracy after each channel."""
     observer = Observer()
     observer.accuracy |= {"before": cached.accuracy(), "after_each_channel": []}
-    observer._nets, observer._held = {}, None
+    observer._nets, observer._held = [], None
     repair.prune(cached, enough, observer)
     return observer.accuracy["after_each_channel"]
 

@@ -27,9 +27,10 @@ class Observer:
 
     poisoned: their labels are the attack's targets.  held_out: clean images that the repair does
     not see, or None.
-    After a repair it holds, as a RepairRecord describes them, `order`, `accuracy`,
-    `attack_success_rate`, `moved` and `holdout`; `seconds`, {step: s}; and the `finding` about the
-    BadNet, or None where the net was not scanned.
+    After a repair it holds, as a RepairRecord describes them, `order`, `accuracy`, `moved` and
+    `holdout`; `attack_success_rate`, but with a list in the order of `poisoned` in the place of
+    each {file: …}; `seconds`, {step: s}; and the `finding` about the BadNet, or None where the net
+    was not scanned.
     """
 
     def __init__(self, poisoned: Sequence[Dataset] = (), held_out: Dataset | None = None) -> None:
@@ -53,13 +54,13 @@ class Observer:
     def on_start(self, net: CachedNet) -> None:
         """Measure the net before pruning: B, untouched."""
         with self._watch("features"):
-            self._nets = {str(data.path): net.for_dataset(data) for data in self.poisoned}
+            self._nets = [net.for_dataset(data) for data in self.poisoned]
             self._held = net.for_dataset(self.held_out) if self.held_out else None
             if self._held:
                 self._badnet_scores = _score_held_out(self._held)
             self._answers = net.classes.copy()
             self.accuracy["after_each_channel"] = []
-            self.attack_success_rate["after_each_channel"] = {name: [] for name in self._nets}
+            self.attack_success_rate["after_each_channel"] = [[] for _ in self._nets]
             self._note("before", net)
             say(f"validation accuracy {format_percent(net.accuracy())} before pruning")
 
@@ -74,9 +75,9 @@ class Observer:
             curve, channel = self.accuracy["after_each_channel"], net.masked[-1]
             last, now = [self.accuracy["before"], *curve][-1], net.accuracy()
             curve.append(now)
-            for name, poisoned_net in self._nets.items():
+            for number, poisoned_net in enumerate(self._nets):
                 poisoned_net.mask(channel)
-                rates = self.attack_success_rate["after_each_channel"][name]
+                rates = self.attack_success_rate["after_each_channel"][number]
                 rates.append(poisoned_net.accuracy())
             say(
                 f"prune {len(curve)}: channel {channel}, validation accuracy "
@@ -91,7 +92,7 @@ class Observer:
         """
         with self._watch("prune"):
             self.order = [int(channel) for channel in order]
-            for poisoned_net in self._nets.values():
+            for poisoned_net in self._nets:
                 if poisoned_net.masked != net.masked:
                     poisoned_net.undo()
             if len(self.accuracy["after_each_channel"]) > len(net.masked):
@@ -126,7 +127,7 @@ class Observer:
     def on_hardened(self, net: CachedNet) -> None:
         """Measure the net after hardening, which changes the trunk too."""
         with self._watch("harden"):
-            for other_net in (*self._nets.values(), *filter(None, [self._held])):
+            for other_net in (*self._nets, *filter(None, [self._held])):
                 other_net.recompute_features()
         self._end_training("harden", "hardened", net)
         say(f"validation accuracy {format_percent(net.accuracy())} after hardening")
@@ -164,12 +165,12 @@ class Observer:
 
     def _end_training(self, step: str, name: str, net: CachedNet) -> None:
         with self._watch(step):
-            for poisoned_net in self._nets.values():
+            for poisoned_net in self._nets:
                 poisoned_net.refresh()
             self._note(name, net)
 
     def _note(self, name: str, net: CachedNet) -> None:
-        rates = {path: poisoned_net.accuracy() for path, poisoned_net in self._nets.items()}
+        rates = [poisoned_net.accuracy() for poisoned_net in self._nets]
         self.accuracy[name], self.attack_success_rate[name] = net.accuracy(), rates
 
 

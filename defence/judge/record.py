@@ -8,6 +8,7 @@ import dataclasses
 import datetime
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 VERSION = "0.2.0"
 ATTRIBUTE = "repair_record"  # of the root of G's file
 LIBRARIES = ("tensorflow", "keras", "numpy", "h5py")
+DIGITS = 8  # of the SHA-256 of a dataset that shares its name
 STEPS = ("before", "pruned", "retrained", "fine_tuned", "hardened")
 
 
@@ -39,11 +41,14 @@ class RepairRecord:
     pruned: channels in the order they were pruned.
     accuracy: {step: 0..1, "after_each_channel": [0..1, …], "after_each_round": [0..1, …]} on data;
     steps are before, pruned, retrained, fine_tuned, hardened.
-    attack_success_rate: the same steps and "after_each_channel", each {file: as above}.
+    attack_success_rate: the same steps and "after_each_channel", each {name: as above}, where the
+    names are of name_datasets(poisoned).
     moved: {"answers", "weights"}: how far G is from B.
     holdout: figures of images kept out of the repair, with "images", the name of the anomaly
     "score", and the "scores", ascending.
     finding: whether B looks backdoored, a Finding as a dict of its clearest classes.
+    poisoned: {"file", "sha256", "images"} of each poisoned dataset; None in records of version
+    0.2.0 and older, whose attack_success_rate has paths in the place of the names.
     """
 
     # parse_record passes these types to isinstance: plain classes or unions, no list[int].
@@ -63,6 +68,7 @@ class RepairRecord:
     moved: dict
     holdout: dict | None = None
     finding: dict | None = None
+    poisoned: list | None = None
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), allow_nan=False)
@@ -113,15 +119,21 @@ def _check_scores(holdout: dict, path: Path) -> list[float]:
 
 
 def make_record(
-    observer: Any, net: "CachedNet", badnet: ModelFile, data: dict, settings: Any
+    observer: Any, net: "CachedNet", badnet: ModelFile, sources: Sequence[dict], settings: Any
 ) -> RepairRecord:
     """Make the record of a finished repair.
 
     observer: the Observer of the repair.  net: G on the validation set.
-    data: {"file", "sha256", "images"} of the clean dataset.  settings: beyond.settings.Settings.
+    sources: {"file", "sha256"} of the clean dataset, then of each of the observer's poisoned ones.
+    settings: beyond.settings.Settings.
     """
     import importlib.metadata  # here, for the time that it takes
 
+    data, *poisoned = [
+        source | {"images": len(images)}
+        for source, images in zip(sources, (net.data, *observer.poisoned), strict=True)
+    ]
+    names, rates = name_datasets(poisoned), observer.attack_success_rate
     order = observer.order
     return RepairRecord(
         tool_version=VERSION,
@@ -136,11 +148,28 @@ def make_record(
         mean_activation=net.mean_activation.tolist(),
         pruned=net.masked,
         accuracy=observer.accuracy,
-        attack_success_rate=observer.attack_success_rate,
+        attack_success_rate={step: dict(zip(names, rates[step], strict=True)) for step in rates},
         moved=observer.moved,
         holdout=observer.holdout,
         finding=observer.finding and observer.finding.brief(),
+        poisoned=list(dict(zip(names, poisoned)).values()),
     )
+
+
+def name_datasets(datasets: Sequence[dict]) -> list[str]:
+    """Return a name for each dataset: its file's, or with its SHA-256's first digits if shared.
+
+    datasets: with "file", without a directory, and "sha256". The same file and contents get the
+    same name; all others get different ones.
+    """
+    pairs = [(data["file"], data["sha256"]) for data in datasets]
+    files = [file for file, _ in {*pairs}]
+    names = [
+        file if files.count(file) == 1 else f"{file} ({digest[:DIGITS]})" for file, digest in pairs
+    ]
+    if len({*names}) < len({*pairs}):  # somebody made them collide
+        names = [f"{file} ({digest})" for file, digest in pairs]
+    return names
 
 
 def parse_record(text: str, path: Path) -> RepairRecord | None:

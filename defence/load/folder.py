@@ -102,6 +102,16 @@ def list_visible(folder: Path) -> list[Path]:
     return [p for p in paths if not any(part[0] == "." for part in p.relative_to(folder).parts)]
 
 
+def identify_dataset(path: Path) -> dict[str, str]:
+    """Return {"file", "sha256"} of a dataset, however its path is spelled."""
+    return {"file": get_name(path), "sha256": hash_dataset(path)}
+
+
+def get_name(path: Path) -> str:
+    """Return the last name of a dataset's path, without a directory."""
+    return path.name if path.name not in ("", "..") else path.resolve().name
+
+
 def hash_dataset(path: Path) -> str:
     """Return the SHA-256 of a dataset: a file, or the names and contents of a folder's files.
 
