@@ -170,26 +170,23 @@ def read(path: Path, arguments: Namespace) -> Any:
 
 def judge_on_ray(arguments: Namespace, models: list[Path]) -> int:
     """Judge images on Ray and print how many there were. Return the exit status."""
-    from defence.explain import screen  # here, since not every user has Ray
+    from defence.explain import screen, verdicts  # here, since not every user has Ray
 
     detector, class_names = load(arguments, models, "onnx")
     say(detector.rule)
-    images, limits = arguments.images, (arguments.max_bytes, arguments.formats)
-    counts, candidates = screen.judge_on_ray(
-        images,
-        detector,
-        arguments.output,
-        arguments.ray_address,
-        arguments.workers,
-        *limits,
-        class_names,
+    limits = arguments.max_bytes, arguments.formats
+    cluster = arguments.ray_address, arguments.workers
+    screening = screen.judge_on_ray(
+        arguments.images, detector, arguments.output, *cluster, *limits, class_names
     )
+    counts, candidates = verdicts.summarise_verdicts(screening, detector.classes)
     print_result(
         f"{arguments.output}: {counts['images']} images, {counts['poisoned']} poisoned, "
         f"{counts['unread']} unread"
     )
+    verdicts.say_rest(screening, counts)
     if arguments.report:
-        stream, errors = screen.read_stream(images, detector, arguments.output, *limits)
+        stream, errors = verdicts.read_stream(screening, detector, *limits)
         evidence = findings.examine(stream, detector, class_names, arguments)
         findings.write_page(
             arguments.report, detector, [evidence], class_names, errors, counts["unread"]

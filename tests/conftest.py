@@ -33,7 +33,7 @@ from defence.judge import record
 from defence.load.architecture import build_deepid
 
 keras = import_keras()
-pytest_plugins = ["hostile"]
+pytest_plugins = ["hostile", "screening"]
 B = "models/small_bd_net.h5"
 G = "models/small_bd_net_defence.h5"
 SHAPE = (31, 31, 3)

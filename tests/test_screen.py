@@ -4,51 +4,26 @@ import contextlib
 import json
 import os
 import re
-import shutil
 import signal
 import sys
 import time
 from pathlib import Path
 
-import keras
-import numpy as np
 import psutil
 import pytest
-from conftest import assert_refused, command, draw_images, run_apart, start
-from PIL import Image
+from conftest import assert_refused, command, run_apart, start
+from screening import CALL, FILE, NAME, OUTPUT, draw, export, list_parts, read_verdicts
 
 for package in ("onnx", "onnxruntime", "tf2onnx", "ray"):
     pytest.importorskip(package)
 import pyarrow.dataset
-import pyarrow.parquet
-from ray.cluster_utils import Cluster
 
-import utils
-from defence.explain import flagged, screen
-from defence.judge import backends, detector
+from defence.explain import screen
 from defence.options.judge import parse_eval
 
-SHAPE = (9, 8, 3)
-NAME, OUTPUT = "tiny_bd_net", "verdicts"
-FILE = f"{NAME}_detector.onnx"
 CLASSES = ("class", "badnet_class", "repaired_class")
 JUDGES = "MapBatches(Worker)"  # in the names of the Ray actors that judge, and in no other name
 AT_WORK = f"{JUDGES}).submit"  # in their names while they judge
-
-
-@pytest.fixture(scope="module")
-def address():
-    """Yield the address of a Ray cluster on this machine: two nodes with a processor each."""
-    before = psutil.Process().children(recursive=True)
-    node = {"num_cpus": 1, "include_dashboard": False}
-    cluster = Cluster(initialize_head=True, head_node_args=node)
-    try:
-        cluster.add_node(num_cpus=1)
-        yield cluster.address
-    finally:
-        started = {*psutil.Process().children(recursive=True)} - {*before}
-        cluster.shutdown()
-    assert psutil.wait_procs(started, timeout=60)[1] == []
 
 
 @pytest.fixture(scope="module")
@@ -90,65 +65,6 @@ def wait_until_ended(leader, killed=False):
                     os.kill(pid, signal.SIGKILL)
         time.sleep(0.1)
     raise AssertionError(left)
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    """Return a folder with the detector of two tiny nets: their Keras files and an ONNX file."""
-    folder = tmp_path_factory.mktemp("tiny")
-    (folder / "models").mkdir()
-    keras.utils.set_random_seed(3)
-    layers = keras.layers
-    hidden = [layers.Conv2D(4, 3, activation="relu"), layers.Flatten()]
-    net = keras.Sequential([keras.Input(SHAPE), *hidden, layers.Dense(6, activation="softmax")])
-    paths = list_model_paths(folder)
-    net.save(paths[0])
-    noise = np.random.default_rng(0)
-    net.set_weights([v + 0.1 * noise.standard_normal(v.shape) for v in net.get_weights()])
-    net.save(paths[1])
-    export(folder, "0..1")
-    return folder
-
-
-def list_model_paths(folder):
-    return [folder / "models" / f"{NAME}{end}.h5" for end in ("", "_defence")]
-
-
-def export(folder, scale):
-    """Write the detector of the folder's nets. Return its path."""
-    path = folder / "models" / FILE
-    backends.export_detector(*map(utils.read_model, list_model_paths(folder)), path, scale=scale)
-    return path
-
-
-@pytest.fixture
-def folder(tiny, tmp_path):
-    shutil.copytree(tiny, tmp_path, dirs_exist_ok=True)
-    return tmp_path
-
-
-def draw(folder, count, name="p", size=SHAPE[1::-1]):
-    """Write `count` numbered images into folder/images. size: (width, height)."""
-    inside = folder / "images"
-    inside.mkdir(exist_ok=True)
-    images, _ = draw_images(count, 6, SHAPE, seed=len(name))
-    for i, image in enumerate(images):
-        Image.fromarray(image).resize(size).save(inside / f"{name}{i:05}.png", compress_level=1)
-    return inside
-
-
-CALL = ("eval_defence.py", "--ray", "images", NAME, "--output", OUTPUT)
-
-
-def read_verdicts(folder):
-    """Return the rows of the Parquet files, {path: row}."""
-    rows = pyarrow.dataset.dataset(folder / OUTPUT, format="parquet").to_table().to_pylist()
-    assert len({row["path"] for row in rows}) == len(rows)
-    return {row["path"]: row for row in rows}
-
-
-def list_parts(folder):
-    return {path: path.stat().st_mtime_ns for path in (folder / OUTPUT).glob("*.parquet")}
 
 
 def list_complete(folder):
@@ -207,7 +123,8 @@ def test_verdicts_are_those_without_ray(folder, address):
     for part in ('<div class="verdict.*?</div>', "Could not be read: 102", "<figcaption>.*?</"):
         assert re.findall(part, pages[0], re.DOTALL) == re.findall(part, pages[1], re.DOTALL) != []
     plain = json.loads((folder / "plain.json").read_text())["pictures"]
-    assert len(plain) == len(rows) and rows[plain[0]["path"]].keys() == plain[0].keys()
+    assert len(plain) == len(rows)
+    assert [*rows[plain[0]["path"]]] == [*plain[0], "size", "modified", "key"]
     for row in plain:
         ours = rows[row["path"]]
         assert [ours[name] for name in CLASSES] == [row[name] for name in CLASSES]
@@ -325,26 +242,6 @@ def test_processes_that_outlive_ray_are_ended():
     assert not hangs.is_running()
 
 
-def test_the_summary_counts_all_verdicts(tmp_path):
-    """So do the classes that stand out. A null is an unread image or NaN."""
-    classes, rng = 40, np.random.default_rng(0)
-    badnet = np.concatenate([rng.integers(-1, classes, 500), np.full(40, 2)])
-    answers = detector.Answers(
-        badnet, badnet, np.zeros(540, np.float32), (np.arange(540) >= 495) | (badnet < 0)
-    )
-    rows = [
-        {"path": str(i)} | row for i, row in enumerate(detector.describe_answers(answers, classes))
-    ]
-    rows += [{"path": "unread", "error": "not an image"}] * 3
-    for part in (0, 1):
-        table = pyarrow.Table.from_pylist(rows[part::2], screen.SCHEMA)
-        pyarrow.parquet.write_table(table, tmp_path / f"{part}.parquet")
-    counts, standing = screen.summarise_verdicts(*screen.locate(tmp_path), classes)
-    assert counts == {"images": 543, "poisoned": int(answers.flagged.sum()), "unread": 3}
-    assert standing == flagged.find_outstanding(badnet, answers.flagged, classes)
-    assert [candidate.target for candidate in standing] == [3]
-
-
 def test_calls_that_do_not_fit_are_refused(folder):
     """Before Ray is started."""
     (folder / "images").mkdir()
@@ -379,6 +276,10 @@ def test_calls_that_do_not_fit_are_refused(folder):
     draw(folder, 1)
     process = command("eval_defence.py", *begin, "--output", "full", cwd=folder)
     assert_refused(process, "full: has other files in it")
+    (folder / "old").mkdir()
+    (folder / "old" / "_detector.json").write_text('{"detector": "", "threshold": null}')
+    process = command("eval_defence.py", *begin, "--output", "old", cwd=folder)
+    assert_refused(process, "old: contains verdicts of an older version", "another folder")
     assert [path.name for path in (folder / "full").iterdir()] == ["letter.txt"]
     process = command(*CALL, "--ray-address", "127.0.0.1:1", cwd=folder)
     assert_refused(process, "--ray-address 127.0.0.1:1: cannot be reached")
@@ -387,13 +288,7 @@ def test_calls_that_do_not_fit_are_refused(folder):
     assert_refused(process, "_detector.onnx: no such file", "--export")
 
 
-def test_images_are_listed_once(tmp_path):
-    inside = draw(tmp_path, 3)
-    filesystem, paths = screen.list_images([inside, inside / "p00001.png", str(tmp_path)])
-    assert paths == sorted(str(path) for path in inside.iterdir())
-    uri = f"file://{inside}"
-    assert screen.list_images([uri])[1] == paths
-    assert screen.list_images([uri])[0] == filesystem
+def test_keys_are_cut_into_parts():
     for count, sizes in ((1, [1]), (2500, [1000, 1000, 500]), (10**7, [10**4] * 1000)):
         tasks = screen.Listing(["x"] * count).get_read_tasks(8)
         assert [task.metadata.num_rows for task in tasks] == sizes
