@@ -15,6 +15,8 @@ for package in ("onnx", "onnxruntime", "tf2onnx", "ray"):
 import pyarrow
 from pyarrow import fs
 
+from defence.base.errors import InputError
+from defence.base.process import unfinished_folders
 from defence.explain import screen, verdicts
 
 HIDE = """
@@ -94,3 +96,18 @@ def test_a_worker_tells_wrong_contents_from_what_may_pass(folder, monkeypatch):
     assert json.loads(note.read_text()) == {paths[2]: "[Errno 5] Input/output error"}
     failures[paths[0]] = 3
     assert worker(pyarrow.table({"key": keys[:1]})).num_rows == 0
+
+
+def test_no_folder_is_left_where_ray_does_not_start(folder, monkeypatch):
+    def fail(*_, **__):
+        raise ConnectionError("no cluster")
+
+    monkeypatch.setattr("ray.init", fail)
+    monkeypatch.setattr("tempfile.tempdir", str(folder))
+    before = {*folder.iterdir()}
+    with (
+        pytest.raises(InputError, match="no cluster"),
+        screen.run_cluster(None, folder / "models" / FILE),
+    ):
+        pass
+    assert unfinished_folders == set() and {*folder.iterdir()} == before

@@ -29,9 +29,8 @@ from ray.data.checkpoint import CheckpointConfig
 from ray.data.datasource import Datasource, ReadTask
 
 from defence.base.errors import InputError
-from defence.base.files import hash_file
+from defence.base.files import hash_file, make_private_folder
 from defence.base.limits import DEFAULT_MAX_BYTES, Name
-from defence.base.process import unfinished_folders
 from defence.base.progress import say
 from defence.base.text import escape, first_line
 from defence.explain import verdicts
@@ -193,9 +192,10 @@ def run_cluster(address: str | None, path: Name) -> Iterator[None]:
     say(f"connecting to Ray at {address}" if address else "starting Ray")
     if address:
         check_reachable(address)
-    with tempfile.TemporaryDirectory() as name, contextlib.redirect_stdout(sys.stderr):
-        folder = Path(name)
-        unfinished_folders.add(folder)
+    with (
+        make_private_folder(tempfile.gettempdir()) as folder,
+        contextlib.redirect_stdout(sys.stderr),
+    ):
         for code in ROOT.glob("defence/**/*.py"):
             copy = folder / code.relative_to(ROOT)
             copy.parent.mkdir(parents=True, exist_ok=True)
@@ -205,7 +205,7 @@ def run_cluster(address: str | None, path: Name) -> Iterator[None]:
         try:
             ray.init(
                 address or "local",
-                runtime_env={"working_dir": name},
+                runtime_env={"working_dir": str(folder)},
                 logging_level=logging.CRITICAL,
                 log_to_driver=False,
                 **options,
@@ -218,7 +218,6 @@ def run_cluster(address: str | None, path: Name) -> Iterator[None]:
             processes = psutil.Process().children(recursive=True)
             ray.shutdown()
             end_processes(processes)
-    unfinished_folders.discard(folder)
 
 
 def end_processes(processes: Sequence[psutil.Process], seconds: float = 10) -> None:
