@@ -282,18 +282,21 @@ def test_held_out_images_change_nothing_and_set_the_threshold(deepid_world, tmp_
         with open(csv_file, newline="") as file:
             rows_written = list(csv.DictReader(file))
         flagged = [row for row in rows_written if row["class"] == "7"]
-        assert len(flagged) <= rate * 30
-        limit = scores[-1 - int(rate * 30)]  # the lowest score that at most rate × 30 scores exceed
+        above = int(rate * 31) - 1  # a new image is one more than they
+        assert len(flagged) <= above
+        limit = scores[-1 - above]
         assert f"whose anomaly score is above {limit:.4g}" in process.stdout
         close = [row for row in rows_written if abs(float(row["score"]) - limit) < 1e-6]
-        assert len(flagged) >= int(rate * 30) - len(close)
+        assert len(flagged) >= above - len(close)
         for row in rows_written:
             assert row["class"] in ("7", row["badnet_class"])
     process = command(
         "eval_defence.py", tmp_path / "held.h5", deepid_world / B, "--repaired",
         tmp_path / "g.h5", "--fpr", 0.01,
     )  # fmt: skip
-    assert_refused(process, "--fpr 0.01: must be 0.0334 or more, with 30 clean images held out")
+    assert_refused(
+        process, "--fpr 0.01 needs 99 held-out clean images", "held out 30; give --fpr 0.0323"
+    )
 
 
 def test_a_net_without_a_record_is_judged_at_the_scale_of_the_option(repaired_world, tmp_path):

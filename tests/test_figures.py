@@ -162,6 +162,46 @@ def test_a_threshold_is_exact_where_rate_times_images_is_rounded(rate):
     assert np.sum(scores > figures.find_threshold(scores, rate)) == round(100 * rate)
 
 
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda rng, n: rng.exponential(1, n),
+        lambda rng, n: rng.geometric(0.1, n),  # many equal scores
+        lambda rng, n: np.minimum(rng.exponential(1, n), 2),  # many of the largest score
+    ],
+)
+@pytest.mark.parametrize(("images", "rate"), [(99, 0.01), (100, 0.01), (60, 0.05), (150, 0.05)])
+def test_new_clean_images_exceed_the_threshold_at_most_at_its_rate(draw, images, rate):
+    """The score that this fraction of the held-out images exceeds, up to twice as many exceed."""
+    rng, trials = np.random.default_rng(4), 4000
+    exceed = [
+        draw(rng, 50) > figures.choose_threshold(draw(rng, images), rate) for _ in range(trials)
+    ]
+    error = np.std(np.mean(exceed, axis=1)) / np.sqrt(trials)
+    assert np.mean(exceed) <= rate + 3 * error
+
+
+@pytest.mark.parametrize("images", [1, 2, 60, 99, 100, 150, 1155])
+def test_the_threshold_is_the_lowest_that_keeps_the_rate(images):
+    """Rates in hundredths times a hundred are often just below or above a whole number."""
+    scores = np.random.default_rng(1).permutation(images)
+    for hundredths in range(1, 101):
+        threshold = figures.choose_threshold(scores, hundredths / 100)
+        allowed = hundredths * (images + 1) // 100 - 1
+        needed = figures.count_needed(hundredths / 100)
+        assert (threshold is None) == (allowed < 0) == (images < needed)
+        if threshold is not None:
+            assert np.sum(scores > threshold) == min(allowed, images - 1)
+    lowest = figures.find_lowest_rate(images)
+    assert figures.choose_threshold(scores, lowest) == images - 1
+    assert figures.choose_threshold(scores, lowest - 1e-4) is None
+
+
+def test_how_many_held_out_images_a_rate_needs():
+    rates = (0.01, 0.05, 0.07, 0.001, 0.3, 0.5, 1, np.float64(0.01))
+    assert [figures.count_needed(rate) for rate in rates] == [99, 19, 14, 999, 3, 1, 0, 99]
+
+
 def test_the_rating_counts_neither_a_rise_of_attack_success_nor_of_accuracy():
     def rate(*shares):
         names = ("attack_success_rate", "clean_accuracy")

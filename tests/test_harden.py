@@ -89,7 +89,7 @@ def test_hardening_removes_a_backdoor_that_the_reports_steps_leave(backdoored):
     assert record["holdout"]["score"] == detector.SCORE
 
     at_threshold, threshold = judge(backdoored, "--fpr", "0.05")
-    assert threshold == record["holdout"]["scores"][-1 - int(0.05 * 180)]
+    assert threshold == record["holdout"]["scores"][-int(0.05 * 181)]
     assert at_threshold["false_positive_rate"] < 0.15
     assert at_threshold["detection_rate"] > 0.95
 

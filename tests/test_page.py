@@ -14,6 +14,7 @@ from conftest import ROOT, assert_refused, command
 from PIL import Image
 
 from defence.explain import flagged, page, page_judged, plots, streams, trigger
+from defence.judge import figures
 from defence.judge.detector import Answers, Detector
 
 HOSTILE = "<script>alert(1)</script>\n\"'&{{ 7*7 }}\u202e$\\frac$\udcff"
@@ -198,6 +199,18 @@ def test_the_expected_number_of_flagged_images_is_shown_where_it_is_known(tmp_pa
     ).text
     assert ("is not known" in text) == (held_out is None)
     assert ("of clean images, expect 0 (95 % interval: 0 to 1)." in text) == (held_out is not None)
+
+
+def test_the_expected_number_is_the_one_that_was_asked_for(tmp_path):
+    """So 99 held-out images and a rate of 1 % give 6 of 600 on average."""
+    held_out = np.random.default_rng(0).exponential(1, 99)
+    threshold = figures.choose_threshold(held_out, 0.01)
+    mean, low, high = flagged.predict_flagged(held_out, threshold, 600)
+    assert mean == pytest.approx(6) and low < 6 < high
+    rule = make_detector((9, 7, 3), 30, threshold, held_out.tolist()).rule
+    assert rule.endswith(
+        "0 of 99 held-out clean images exceed, and at most 1.00 % of new ones on average"
+    )
 
 
 def test_more_flagged_than_expected_of_no_class_is_said(tmp_path):

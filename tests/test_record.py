@@ -29,16 +29,21 @@ def test_a_saturated_score_is_valid(make):
     zero = np.eye(2, dtype=np.float32)
     most = np.asarray(detector.score_anomaly(zero, zero[::-1])).tolist()
     assert most == [detector.MAX_SCORE] * 2
-    assert make([0.0, 1.0, most[0]]).threshold(0.4, "g.h5") == 1.0
+    assert make([0.0, 1.0, most[0]]).threshold(0.5, "g.h5") == 1.0
     assert make([most[0]] * 3).threshold(0.5, "g.h5") == detector.MAX_SCORE
 
 
-def test_the_threshold_is_the_score_that_this_fraction_exceeded(make):
-    scores = sorted(np.random.default_rng(0).random(100).tolist())
-    for rate, above in ((0.01, 1), (0.07, 7), (0.29, 29), (0.295, 29), (1, 99)):
+def test_the_threshold_is_the_score_that_new_images_exceed_at_the_rate(make):
+    scores = sorted(np.random.default_rng(0).random(99).tolist())
+    for rate, above in ((0.01, 0), (0.02, 1), (0.07, 6), (0.29, 28), (0.295, 28), (1, 98)):
         assert make(scores).threshold(rate, "g.h5") == scores[-1 - above]
-    with pytest.raises(InputError, match="--fpr 0.009: must be 0.01 or more, with 100 clean"):
-        make(scores).threshold(0.009, "g.h5")
+    with pytest.raises(InputError) as refused:
+        make(scores[:98]).threshold(0.01, "g.h5")
+    assert str(refused.value) == (
+        "g.h5: --fpr 0.01 needs 99 held-out clean images, and the repair held out 98; give --fpr "
+        "0.0102 or more, or repair the BadNet again with a larger --holdout"
+    )
+    assert make(scores[:98]).threshold(0.0102, "g.h5") == scores[97]
     with pytest.raises(InputError, match="repair.py --holdout"):
         make().threshold(0.5, "g.h5")
 

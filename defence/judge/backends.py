@@ -119,7 +119,7 @@ def read_usage(
 ) -> Usage:
     """Read from G's repair record how B and G are used.
 
-    fpr: above 0, at most 1, the false-positive rate that the threshold stands for; None for none.
+    fpr: above 0, at most 1, the false-positive rate that the threshold keeps; None for none.
     scale: a key of pixels.SCALES, for a G without a record.  force: take a G of another B.
     Raise InputError where B is a repaired net, or G itself; where the record names another B or
     scale, or has no threshold for `fpr`.

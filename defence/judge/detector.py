@@ -17,6 +17,7 @@ import numpy as np
 from defence.base import pixels
 from defence.base.errors import InputError
 from defence.base.startup import import_keras
+from defence.base.text import format_percent
 from defence.load.class_names import name_class
 from defence.net import graph
 from defence.net.split import (
@@ -146,8 +147,12 @@ class Detector:
         above = f"flagging images whose anomaly score is above {self.threshold:.4g}"
         if self.held_out is None:
             return above
-        count = sum(score > self.threshold for score in self.held_out)
-        return f"{above}, which {count} of {len(self.held_out)} held-out clean images exceed"
+        count, total = sum(score > self.threshold for score in self.held_out), len(self.held_out)
+        expected = format_percent((count + 1) / (total + 1))
+        return (
+            f"{above}, which {count} of {total} held-out clean images exceed, and at most "
+            f"{expected} of new ones on average"
+        )
 
 
 def describe_answers(

@@ -5,11 +5,14 @@ The words are the field's; docs/figures.md gives every formula. Classes count fr
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 if TYPE_CHECKING:
+    from fractions import Fraction
+
     from defence.judge.detector import Answers
 
 CONFIDENCE = 0.95
@@ -82,12 +85,49 @@ def find_threshold(scores: Any, rate: float) -> float:
     """Return the lowest score that at most this fraction of the scores exceeds.
 
     scores: float (n,).  rate: 0..1.
+    This measures: the rate is that of these very images, as the field reports detection rates. Of
+    new images more exceed the score; `choose_threshold` keeps their rate.
     """
     ascending = np.sort(scores)
     # The largest k with k / n ≤ rate, both rounded alike: rate × n may come out below a whole k.
     fractions = np.arange(len(ascending) + 1) / len(ascending)
     above = int(np.searchsorted(fractions, rate, side="right")) - 1
     return float(ascending[::-1][min(above, len(ascending) - 1)])
+
+
+def choose_threshold(held_out: Any, rate: float) -> float | None:
+    """Return the lowest score that a new clean image exceeds with at most this probability.
+
+    held_out: float (m,), the scores of clean images that the repair did not see.
+    rate: above 0, at most 1.  Return None where m is below `count_needed`.
+    If the new image is as likely as each of the m to have the highest of the m + 1 scores, the
+    second highest and so on, it exceeds a score that h of the m exceed with the probability
+    (h + 1) / (m + 1), or less where scores are equal. The bound is of the average over held-out
+    sets; for one set the rate may be higher or lower.
+    Source: V. Vovk, A. Gammerman, G. Shafer, Algorithmic learning in a random world, 2005.
+    """
+    ascending = np.sort(held_out)
+    above = math.floor(_read_decimal(rate) * (len(ascending) + 1)) - 1
+    if above < 0:
+        return None
+    return float(ascending[::-1][min(above, len(ascending) - 1)])
+
+
+def count_needed(rate: float) -> int:
+    """Return how many held-out images a rate, above 0, needs: m with rate × (m + 1) ≥ 1."""
+    return math.ceil(1 / _read_decimal(rate)) - 1
+
+
+def find_lowest_rate(images: int) -> float:
+    """Return the lowest rate that this number of held-out images allows, to four decimals."""
+    return math.ceil(1e4 / (images + 1)) / 1e4
+
+
+def _read_decimal(rate: float) -> Fraction:
+    """Return a rate as it was written: 0.07 as 7 / 100, since 0.07 × 100 is not 7 in floats."""
+    from fractions import Fraction  # here, because a single image should not wait for it
+
+    return Fraction(repr(float(rate)))
 
 
 def estimate_detection_rate(clean: np.ndarray, poisoned: np.ndarray, rate: float) -> dict[str, Any]:

@@ -7,14 +7,12 @@ to run, so that the same repair gives the same file, byte for byte.
 import dataclasses
 import datetime
 import json
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from defence.base import pixels
 from defence.base.errors import InputError
-from defence.base.text import format_count
 from defence.judge import detector, figures
 from defence.load import guard
 from defence.load.guard_hdf5 import read_text
@@ -81,21 +79,24 @@ class RepairRecord:
         return None if self.holdout is None else _check_scores(self.holdout, path)
 
     def threshold(self, rate: float, path: Path) -> float:
-        """Return the anomaly score that this fraction of the held-out clean images exceeds.
+        """Return the anomaly score that at most this fraction of new clean images exceeds.
 
+        It is the fraction on average, as `figures.choose_threshold` describes.
         rate: above 0, at most 1.  path: of G's file, for messages.
         Raise InputError where no images were held out, or too few for the rate.
         """
         scores = self.held_out(path)
         if scores is None:
             raise no_threshold_error(path)
-        if rate < 1 / len(scores):
-            least = math.ceil(1e4 / len(scores)) / 1e4
+        threshold = figures.choose_threshold(scores, rate)
+        if threshold is None:
             raise InputError(
-                f"{path}: --fpr {rate:g}: must be {least:g} or more, with "
-                f"{format_count(len(scores), 'clean image')} held out"
+                f"{path}: --fpr {rate} needs {figures.count_needed(rate)} held-out clean images, "
+                f"and the repair held out {len(scores)}; give --fpr "
+                f"{figures.find_lowest_rate(len(scores)):g} or more, or repair the BadNet again "
+                "with a larger --holdout"
             )
-        return figures.find_threshold(scores, rate)
+        return threshold
 
 
 def no_threshold_error(path: Path) -> InputError:

@@ -220,8 +220,9 @@ def _add_judging(group: Any) -> None:
         metavar="RATE",
         type=at_least(0, most=1, above=True),
         help="flag an image by its anomaly score, which measures how far apart the answers of B "
-        "and G are, not by their disagreement. The threshold is the score that this fraction, such "
-        "as 0.01, of the clean images held out by repair.py --holdout exceeded",
+        "and G are, not by their disagreement. On average, at most this fraction of clean images "
+        "is flagged. The threshold is a score of the images that repair.py --holdout held out; "
+        "0.01 needs 99 of them",
     )
     add_poisoned(
         group,
