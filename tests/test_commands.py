@@ -260,6 +260,9 @@ def test_held_out_images_change_nothing_and_set_the_threshold(deepid_world, tmp_
         )
         assert process.returncode == 0, process.stderr
         assert "on 30 held-out images" in process.stdout
+        assert "false-positive rate (B and G disagree) " in process.stdout
+        assert "… expected with --fpr 0.0323 " in process.stdout
+        assert "--fpr 0.01 needs 99 held-out images." in process.stdout
         with h5py.File(tmp_path / name) as file:
             weights.append(dict(list_arrays(file["model_weights"])))
     assert weights[0] == weights[1]
@@ -270,6 +273,8 @@ def test_held_out_images_change_nothing_and_set_the_threshold(deepid_world, tmp_
     scores = record["holdout"]["scores"]
     assert len(scores) == 30 and scores == sorted(scores)
     assert record["holdout"]["score"] == detector.SCORE
+    assert record["holdout"]["rule"] == "flagging images on which B and G disagree"
+    assert record["holdout"]["expected_false_positive_rate"]["fpr"] == 0.0323
 
     write_data(tmp_path / "held.h5", images[rows], labels[rows])
     csv_file = tmp_path / "out.csv"

@@ -202,6 +202,28 @@ def test_how_many_held_out_images_a_rate_needs():
     assert [figures.count_needed(rate) for rate in rates] == [99, 19, 14, 999, 3, 1, 0, 99]
 
 
+@pytest.mark.parametrize(("images", "rate"), [(1, 0.5), (60, 0.0164), (99, 0.01), (1155, 0.01)])
+def test_the_expected_rate_is_that_of_the_lowest_usual_rate(images, rate):
+    scores = np.sort(np.random.default_rng(2).exponential(1, images))
+    expected = figures.expect_false_positives(scores)
+    above = int(np.sum(scores > figures.choose_threshold(scores, rate)))
+    assert expected["fpr"] == rate and expected["low"] > 0
+    assert expected["value"] == pytest.approx((above + 1) / (images + 1))
+    assert expected["low"] < expected["value"] <= rate < expected["high"] < 1
+
+
+def test_labels_name_the_rule_that_flags():
+    clean = figures.compute_clean_figures(CLEAN, LABELS)
+    poisoned = figures.compute_poisoned_figures(POISONED, np.zeros(5), TRUE, CLEAN.score, clean)
+    for threshold, rule in ((None, "B and G disagree"), (0.38183, "score > 0.382")):
+        labels = [label for label, _ in tables.label_figures(clean | poisoned, threshold)]
+        assert f"false-positive rate ({rule})" in labels and f"detection rate ({rule})" in labels
+        assert all(len(label) <= 38 and "{" not in label for label in labels)
+        results = {"file": "x.h5", "images": 5, "seconds": 1, "figures": clean}
+        results = {"rule": "x", "threshold": threshold, "clean": results, "poisoned": []}
+        assert f"false-positive rate ({rule}) " in tables.format_evaluation(results)
+
+
 def test_the_rating_counts_neither_a_rise_of_attack_success_nor_of_accuracy():
     def rate(*shares):
         names = ("attack_success_rate", "clean_accuracy")

@@ -267,6 +267,17 @@ def test_the_demo_page_agrees_with_json(reports):
     assert f"{candidate['hits']} of {candidate['flagged']} flagged images" in parsed.text
 
 
+def test_the_page_of_a_repair_names_the_rule_of_its_rates(tmp_path):
+    call = ("repair.py", MODEL, DATA, "--output", tmp_path / "g.h5", "--no-export", "--rounds", 0)
+    path = tmp_path / "repair.html"
+    process = command(*call, "--holdout", 0.25, "--report", path)
+    assert process.returncode == 0, process.stderr
+    text = assert_sound(path.read_text(encoding="utf-8")).text
+    assert "false-positive rate (B and G disagree)" in text
+    assert "… expected with --fpr 0.01" in text
+    assert "eval_defence.py --fpr 0.01 flags by the anomaly score" in text
+
+
 def test_the_page_of_a_repair_tells_its_steps(reports):
     parsed = assert_sound((reports / "repair.html").read_text(encoding="utf-8"))
     assert "channels of conv_3" in parsed.text and "fine-tuned" in parsed.text

@@ -34,6 +34,17 @@ def test_scores_near_zero_have_bars_of_their_own():
     assert np.isclose(bars.sum(), 100) and np.isclose(poisoned_bars.sum(), 100)
 
 
+@pytest.mark.parametrize(
+    ("threshold", "rule"), [(None, "B and G disagree"), (0.38183, "score > 0.382")]
+)
+def test_the_dot_of_a_roc_curve_names_its_rule(threshold, rule):
+    axes, rate = Figure().add_subplot(), {"value": 0.5}
+    results = {"threshold": threshold, "clean": {"figures": {"false_positive_rate": rate}}}
+    results["poisoned"] = [{"figures": {"auroc": rate, "detection_rate": rate}}]
+    plots._draw_roc(axes, results, [np.arange(9.0), np.arange(9.0)], ["clean", "poisoned"])
+    assert axes.get_title().endswith(f"; dot: {rule}")
+
+
 def test_a_long_name_beside_a_row_is_wrapped_and_not_cut():
     figure, name = Figure(), "sunglasses_to_0_poisoned_data_of_the_second_camera"
     grid = figure.add_gridspec(1, 1)

@@ -92,7 +92,7 @@ def test_the_commands_run_through(csaw, name, tmp_path):
         "eval_defence.py", faces / "clean_252.h5", badnet, "--poisoned", *poisoned, cwd=tmp_path
     )
     assert process.returncode == 0, process.stderr
-    assert process.stdout.count("(poisoned flagged)") == len(poisoned)
+    assert process.stdout.count("detection rate (B and G disagree)") == len(poisoned)
 
 
 # A BadNet, a net with another trigger as its G, a file with the BadNet's trigger, the target, and

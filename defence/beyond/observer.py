@@ -193,11 +193,14 @@ def compute_held_out_figures(held: CachedNet, badnet_scores: list[np.ndarray]) -
         classes = [scores.argmax(axis=1) for scores in pair]
         parts.append((*classes, np.asarray(detector.score_anomaly(*probabilities))))
     answers = detector.Answers(*map(np.concatenate, zip(*parts)))
+    scores = np.sort(answers.score).tolist()
     return {
         "images": len(held.data),
+        "rule": detector.DISAGREEMENT,
         **figures.compute_clean_figures(answers, held.labels),
+        "expected_false_positive_rate": figures.expect_false_positives(scores),
         "score": detector.SCORE,
-        "scores": np.sort(answers.score).tolist(),
+        "scores": scores,
     }
 
 

@@ -90,7 +90,7 @@ def describe_stream(
             for row, pixels in zip(*streams.fetch_images(stream, unexplained[:SOME]))
         ],
         "unexplained_count": len(unexplained),
-        "figures": result and list(list_figures(result["figures"])),
+        "figures": result and list(list_figures(result["figures"], detector.threshold)),
     }
 
 
@@ -197,12 +197,11 @@ def describe_image(
     }
 
 
-def list_figures(figures: dict) -> Iterator[tuple[str, str, str]]:
+def list_figures(figures: dict, threshold: float | None) -> Iterator[tuple[str, str, str]]:
     """Yield (label, value, interval) of each figure, as text.
 
-    figures: {name: figure}, as figures.py computes them.
+    The arguments are as for tables.label_figures.
     """
-    for name, label in (tables.CLEAN | tables.POISONED).items():
-        if name in figures:
-            value, _, interval = tables.format_cells(figures[name]).strip().partition("   ")
-            yield label, value, interval
+    for label, figure in tables.label_figures(figures, threshold):
+        value, _, interval = tables.format_cells(figure).strip().partition("   ")
+        yield label, value, interval

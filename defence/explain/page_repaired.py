@@ -24,7 +24,7 @@ def write_repaired_page(
 ) -> None:
     """Write the page. finding: about the BadNet, if it was scanned.  seconds: for each step."""
     (_, *steps), *rows = tables.list_steps(record)
-    badnet, data = record.badnet, record.data
+    badnet, data, held_out = record.badnet, record.data, record.holdout
     sources = {
         "BadNet": badnet["file"],
         "BadNet, SHA-256": badnet["sha256"],
@@ -47,8 +47,9 @@ def write_repaired_page(
             (alt, page.make_chart(*chart))
             for alt, chart in plots.draw_repair_charts(record, finding)
         ],
-        figures=list(page_judged.list_figures(record.holdout)) if record.holdout else [],
-        held_out=record.holdout["images"] if record.holdout else 0,
+        figures=list(page_judged.list_figures(held_out, None)) if held_out else [],
+        held_out=held_out["images"] if held_out else 0,
+        rate=tables.describe_rate(held_out) if held_out else "",
         not_held_out=tables.NOT_HELD_OUT,
         no_proof=tables.describe_limits(record),
         provenance=page.describe_provenance(**sources),

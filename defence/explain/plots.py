@@ -14,6 +14,7 @@ from defence.base.errors import InputError
 from defence.base.files import replace_file
 from defence.base.limits import Name
 from defence.base.text import escape_surrogates
+from defence.judge.detector import name_rule
 
 if TYPE_CHECKING:
     from defence.beyond.finding import Finding
@@ -206,9 +207,11 @@ def _draw_roc(axes: Any, results: dict, scores: Sequence[np.ndarray], names: Seq
         axes.plot(max(false_positives, least), detection_rate, "o", color=colour)
     axes.set(xscale="log", xlim=(least, 1.1), ylim=(-0.02, 1.02))
     axes.set(
-        xlabel="false-positive rate (clean flagged)", ylabel="detection rate (poisoned flagged)"
+        xlabel="false-positive rate (clean: score > t)",
+        ylabel="detection rate (poisoned: score > t)",
     )
-    axes.set_title("ROC curve of the anomaly score; dot: the verdict", fontsize="medium")
+    rule = name_rule(results["threshold"])
+    axes.set_title(f"ROC curve of the anomaly score; dot: {rule}", fontsize="medium")
     axes.grid(alpha=0.3)
     axes.legend(loc="best", fontsize="small")
 

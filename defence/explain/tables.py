@@ -3,29 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from defence.base.text import escape, format_count, format_percent
 from defence.beyond import finding
+from defence.judge import figures
+from defence.judge.detector import name_rule
 from defence.judge.record import STEPS
 
 if TYPE_CHECKING:
     from defence.judge.record import RepairRecord
 
-# The label of each figure.
+# The label of each figure. {rule} flags.
 CLEAN = {
     "clean_accuracy_badnet": "clean accuracy of B",
     "clean_accuracy_repaired": "clean accuracy of G",
     "clean_accuracy_together": "clean accuracy of the two together",
-    "false_positive_rate": "false-positive rate (clean flagged)",
+    "false_positive_rate": "false-positive rate ({rule})",
 }
 POISONED = {
     "attack_success_rate_badnet": "attack success rate on B",
     "attack_success_rate_repaired": "attack success rate on G",
-    "detection_rate": "detection rate (poisoned flagged)",
+    "detection_rate": "detection rate ({rule})",
     "detection_rate_of_successes": "… of successful attacks",
-    "detection_rate_at_0.01": "… where 1 % of clean are flagged",
-    "detection_rate_at_0.05": "… where 5 % of clean are flagged",
+    "detection_rate_at_0.01": "… if 1 % of these clean are flagged",
+    "detection_rate_at_0.05": "… if 5 % of these clean are flagged",
     "robust_accuracy": "robust accuracy of G",
     "auroc": "AUROC of the anomaly score",
     "defense_effectiveness_rating": "defense effectiveness rating",
@@ -43,17 +45,29 @@ def format_evaluation(results: dict) -> list[str]:
         lines.append(
             f"{result['file']}: {format_count(result['images'], 'image')}, {rate:.0f} a second"
         )
-        for name, label in (CLEAN | POISONED).items():
-            if name in result["figures"]:
-                lines.append(f"  {label:<38}{format_cells(result['figures'][name])}")
+        for label, figure in label_figures(result["figures"], results["threshold"]):
+            lines.append(f"  {label:<38}{format_cells(figure)}")
     return lines
+
+
+def label_figures(values: dict, threshold: float | None) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield (label, figure) of each figure, with the rule that flags in the label.
+
+    values: {name: figure}, as figures.py computes them.  threshold: as for detector.is_flagged.
+    """
+    for name, label in (CLEAN | POISONED).items():
+        if name in values:
+            yield label.format(rule=name_rule(threshold)), values[name]
+    if expected := values.get("expected_false_positive_rate"):
+        yield f"… expected with --fpr {expected['fpr']:g}", expected
 
 
 def format_cells(figure: dict) -> str:
     """Format a figure and its interval as the columns of a table."""
     if figure["value"] is None:
         return f"{'none':>12}"
-    show = format_percent if "hits" in figure else "{:.4f}".format  # an area has no hits
+    is_rate = "hits" in figure or "fpr" in figure  # and not an area
+    show = format_percent if is_rate else "{:.4f}".format
     cell, low = f"{show(figure['value']):>12}", figure.get("low")
     return cell if low is None else f"{cell}   {show(low)} .. {show(figure['high'])}"
 
@@ -96,13 +110,23 @@ def list_remarks(record: RepairRecord, class_names: list[str] | None) -> Iterato
     yield from list_costs(record)
     if held_out := record.holdout:
         yield f"on {format_count(held_out['images'], 'held-out image')}:{'95 % interval':>46}"
-        for name, label in CLEAN.items():
-            yield f"  {label:<38}{format_cells(held_out[name])}"
+        for label, figure in label_figures(held_out, None):
+            yield f"  {label:<38}{format_cells(figure)}"
+        yield describe_rate(held_out)
     else:
         yield NOT_HELD_OUT
     if record.finding:
         yield from finding.describe_finding(finding.Finding(**record.finding), class_names)
     yield describe_limits(record)
+
+
+def describe_rate(held_out: dict) -> str:
+    """Say which --fpr the held-out images allow, and what a lower one needs."""
+    rate, usual = held_out["expected_false_positive_rate"]["fpr"], figures.USUAL_RATE
+    advice = f"eval_defence.py --fpr {rate:g} flags by the anomaly score, not by disagreement."
+    if rate > usual:
+        advice += f" --fpr {usual:g} needs {figures.count_needed(usual)} held-out images."
+    return advice
 
 
 def list_costs(record: RepairRecord) -> Iterator[str]:

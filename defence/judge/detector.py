@@ -29,6 +29,7 @@ from defence.net.split import (
     split_net,
 )
 
+DISAGREEMENT = "flagging images on which B and G disagree"  # the rule without a threshold
 SCORE = "Jeffreys divergence of B's and G's answers"  # as a repair record names it
 MIN_PROBABILITY = 1e-12  # the score counts a smaller probability as this
 MAX_SCORE = float(np.float32(-2 * math.log(MIN_PROBABILITY)))
@@ -143,7 +144,7 @@ class Detector:
     def rule(self) -> str:
         """The rule that flags an image, in words."""
         if self.threshold is None:
-            return "flagging images on which B and G disagree"
+            return DISAGREEMENT
         above = f"flagging images whose anomaly score is above {self.threshold:.4g}"
         if self.held_out is None:
             return above
@@ -153,6 +154,11 @@ class Detector:
             f"{above}, which {count} of {total} held-out clean images exceed, and at most "
             f"{expected} of new ones on average"
         )
+
+
+def name_rule(threshold: float | None) -> str:
+    """Return the rule that flags, in a few words, to stand beside a rate."""
+    return "B and G disagree" if threshold is None else f"score > {threshold:.3g}"
 
 
 def describe_answers(

@@ -6,6 +6,7 @@ The words are the field's; docs/figures.md gives every formula. Classes count fr
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 CONFIDENCE = 0.95
 RESAMPLES = 1000  # of the bootstrap
 RATES = (0.01, 0.05)  # false-positive rates at which the detection rate is given
+USUAL_RATE = 0.01  # of clean images to flag, where the held-out ones are enough for it
 
 
 def compute_clean_figures(answers: Answers, labels: np.ndarray) -> dict[str, dict]:
@@ -121,6 +123,24 @@ def count_needed(rate: float) -> int:
 def find_lowest_rate(images: int) -> float:
     """Return the lowest rate that this number of held-out images allows, to four decimals."""
     return math.ceil(1e4 / (images + 1)) / 1e4
+
+
+def expect_false_positives(held_out: Sequence[float]) -> dict[str, float]:
+    """Return the false-positive rate to expect of new clean images with --fpr.
+
+    held_out: the scores of m clean images that the repair did not see.
+    It is {"fpr", "value", "low", "high"}, 0..1. "fpr" is USUAL_RATE, or the lowest rate that the
+    images allow if that is higher. Where h of the scores are above its threshold, the fraction of
+    clean images above it has the beta distribution with parameters h + 1 and m - h: "value" is its
+    mean, "low" and "high" are the ends of the interval. Equal scores make the fraction lower.
+    """
+    from scipy import stats
+
+    rate = max(USUAL_RATE, find_lowest_rate(len(held_out)))
+    above = int(np.sum(np.asarray(held_out) > choose_threshold(held_out, rate)))
+    chance = stats.beta(above + 1, len(held_out) - above)
+    low, high = chance.interval(CONFIDENCE)
+    return {"fpr": rate, "value": float(chance.mean()), "low": float(low), "high": float(high)}
 
 
 def _read_decimal(rate: float) -> Fraction:

@@ -42,8 +42,9 @@ class RepairRecord:
     attack_success_rate: the same steps and "after_each_channel", each {name: as above}, where the
     names are of name_datasets(poisoned).
     moved: {"answers", "weights"}: how far G is from B.
-    holdout: figures of images kept out of the repair, with "images", the name of the anomaly
-    "score", and the "scores", ascending.
+    holdout: figures of images kept out of the repair, with "images", the "rule" that flags in these
+    figures, the "expected_false_positive_rate" with --fpr, the name of the anomaly "score", and the
+    "scores", ascending.
     finding: whether B looks backdoored, a Finding as a dict of its clearest classes.
     poisoned: {"file", "sha256", "images"} of each poisoned dataset; None in records of version
     0.2.0 and older, whose attack_success_rate has paths in the place of the names.

@@ -143,8 +143,8 @@ def _add_measuring(group: Any) -> None:
         metavar="FRACTION",
         type=at_least(0, most=0.9),
         default=Settings.holdout,
-        help="keep this fraction of DATA out of the repair and measure clean accuracy and "
-        "false-positive rate on it; eval_defence.py --fpr needs it (default: 0)",
+        help="keep this fraction of DATA out of the repair and measure clean accuracy on it, and "
+        "how often B and G disagree; eval_defence.py --fpr needs it (default: 0)",
     )
     add_poisoned(
         group,
