@@ -185,14 +185,13 @@ def judge_on_ray(arguments: Namespace, models: list[Path]) -> int:
         f"{counts['unread']} unread"
     )
     verdicts.say_rest(screening, counts)
-    if arguments.report:
+    if candidates or arguments.report:
         stream, errors = verdicts.read_stream(screening, detector, *limits)
         evidence = findings.examine(stream, detector, class_names, arguments)
+    if arguments.report:
         findings.write_page(
             arguments.report, detector, [evidence], class_names, errors, counts["unread"]
         )
-    else:
-        findings.say_candidates(candidates, class_names)
     return choose_status(arguments, counts["poisoned"], counts["unread"])
 
 

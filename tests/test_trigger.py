@@ -1,12 +1,17 @@
 """Locating a trigger, on BadNets that are a few lines of NumPy."""
 
+import types
+from argparse import Namespace
+
 import numpy as np
 import pytest
 from conftest import draw_images, write_data
 
+import eval_defence
 import utils
+from defence.base import progress
 from defence.base.errors import InputError
-from defence.explain import attribution, flagged, streams, trigger
+from defence.explain import attribution, findings, flagged, streams, trigger
 from defence.judge.detector import Answers
 
 SHAPE, CLASSES, TARGET = (30, 24, 3), 10, 4
@@ -87,27 +92,65 @@ def test_a_patch_is_found_cut_out_and_tried(works):
     assert box["top"] <= 11 and box["bottom"] >= 7 and description["is_trigger"] is True
 
 
+def judge_two_targets(images):
+    """Answer a patch and a cast with a target each, and some images with a wrong class."""
+    truth = np.int64(images.mean(axis=(1, 2, 3))) % 3
+    wrong = [by_all_of_it(images), by_its_cast(images), images.sum(axis=(1, 2, 3)) % 6 == 0]
+    badnet = np.select(wrong, [4, 5, 7], truth)
+    return Answers(badnet, truth, np.float32(badnet != truth))
+
+
+def make_shared_stream():
+    """Return a stream of which two targets share the flagged images."""
+    parts = draw_faces(180, 1), paint_patch(draw_faces(30, 2)), cast_colour(draw_faces(30, 3))
+    return make_stream(np.concatenate(parts), judge_two_targets)
+
+
 def test_targets_that_share_a_stream_are_found_by_their_common_region():
     """No target has enough of the flagged images to stand out; nor has a class of B's errors."""
-
-    def judge(images):
-        truth = np.int64(images.mean(axis=(1, 2, 3))) % 3
-        wrong = [by_all_of_it(images), by_its_cast(images), images.sum(axis=(1, 2, 3)) % 6 == 0]
-        badnet = np.select(wrong, [4, 5, 7], truth)
-        return Answers(badnet, truth, np.float32(badnet != truth))
-
-    images = np.concatenate(
-        [draw_faces(180, 1), paint_patch(draw_faces(30, 2)), cast_colour(draw_faces(30, 3))]
-    )
-    stream = make_stream(images, judge)
+    stream = make_shared_stream()
     unusual = flagged.find_candidates(stream.answers.badnet, stream.answers.flagged, CLASSES)
     assert sorted(candidate.target for candidate in unusual) == [5, 6, 8]
     assert not any(candidate.stands_out for candidate in unusual)
-    findings = trigger.find_targets(stream, unusual, judge)
+    findings = trigger.find_targets(stream, unusual, judge_two_targets)
     assert sorted(candidate.target for candidate in findings.candidates) == [5, 6]
     assert len(findings.evidence) == 2
     assert all(evidence.is_trigger for evidence in findings.evidence)
     assert "works as a trigger" in flagged.describe_candidate(findings.candidates[0])
+
+
+def test_the_same_classes_are_accused_however_the_results_are_written(capsys):
+    """No class stands out in one stream, and one does in the other."""
+    progress.set_quiet(False)
+    detector, shared = types.SimpleNamespace(judge=judge_two_targets), make_shared_stream()
+    images = np.concatenate([draw_faces(100, 1), paint_patch(draw_faces(60, 2))])
+    for stream, accused in ((shared, [5, 6]), (make_stream(images, judge_two_targets), [5])):
+        said = []
+        for json, report in ((None, None), ("-", None), (None, "x.html")):
+            arguments = Namespace(json=json, report=report)
+            result = findings.examine(stream, detector, None, arguments)
+            assert sorted(candidate.target for candidate in result.candidates) == accused
+            assert len(result.evidence) == (len(accused) if json or report else 0)
+            said.append(capsys.readouterr().err)
+        assert said[0] == said[1] == said[2] and said[0].count("flagged images with class") > 0
+
+
+def test_the_same_classes_are_accused_on_ray(monkeypatch, capsys):
+    """Also without a page, where the counts alone accuse nobody."""
+    screen = pytest.importorskip("defence.explain.screen", exc_type=ImportError)
+    progress.set_quiet(False)
+    stream = make_shared_stream()
+    answers = stream.answers
+    candidates = flagged.find_candidates(answers.badnet, answers.flagged, CLASSES)
+    counts = {"images": 240, "poisoned": int(answers.flagged.sum()), "unread": 0}
+    monkeypatch.setattr(screen, "judge_on_ray", lambda *_: (counts, candidates))
+    monkeypatch.setattr(screen, "read_stream", lambda *_: (stream, []))
+    detector = types.SimpleNamespace(judge=judge_two_targets, rule="a rule")
+    monkeypatch.setattr(eval_defence, "load", lambda *_: (detector, None))
+    names = "images max_bytes formats output ray_address workers json report fail_on_flagged"
+    assert eval_defence.judge_on_ray(Namespace(**dict.fromkeys(names.split())), []) == 0
+    said = capsys.readouterr().err
+    assert [f"with class {number}: " in said for number in (5, 6, 8)] == [True, True, False]
 
 
 @pytest.mark.parametrize(("hits", "bad"), [(9, 20), (12, 200)])

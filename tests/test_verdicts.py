@@ -81,12 +81,12 @@ def test_the_summary_counts_all_verdicts(tmp_path):
     for part in (0, 1):
         write_rows(tmp_path, rows[part::2], part)
     screening = open_screening(tmp_path, [row["key"] for row in rows])
-    counts, standing = verdicts.summarise_verdicts(screening, CLASSES)
+    counts, candidates = verdicts.summarise_verdicts(screening, CLASSES)
     poisoned = int(answers.flagged.sum())
     expected = {"images": 543, "poisoned": poisoned, "unread": 3, "untold": 0, "others": 0}
     assert counts == expected
-    assert standing == flagged.find_outstanding(badnet, answers.flagged, CLASSES)
-    assert [candidate.target for candidate in standing] == [3]
+    assert candidates == flagged.find_candidates(badnet, answers.flagged, CLASSES)
+    assert candidates[0].target == 3 and candidates[0].stands_out
 
 
 def test_only_the_given_images_count(tmp_path, capsys):

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING
 from defence.base.progress import say
 from defence.explain import flagged, trigger
 from defence.explain.streams import UNREAD
-from defence.explain.trigger import StreamFindings
 from defence.load.class_names import name_class
 
 if TYPE_CHECKING:
     from defence.explain.flagged import Candidate
     from defence.explain.streams import Stream
+    from defence.explain.trigger import StreamFindings
     from defence.judge.detector import Detector
 
 
@@ -27,15 +27,13 @@ def examine(
 ) -> StreamFindings:
     """Find the classes that may be targets from the flagged images, and say them on stderr.
 
-    arguments: the command's; with --json or --report the triggers are located too.
+    arguments: the command's; --json and --report take the evidence too. The classes are the same
+    with any options.
     clean: the stream that holds the unflagged images, if another.
     """
-    answers = stream.answers.badnet, stream.answers.flagged, stream.classes
-    if arguments.json or arguments.report:
-        candidates = flagged.find_candidates(*answers)
-        findings = trigger.find_targets(stream, candidates, detector.judge, clean)
-    else:
-        findings = StreamFindings(stream, flagged.find_outstanding(*answers), [])
+    answers, written = stream.answers, bool(arguments.json or arguments.report)
+    candidates = flagged.find_candidates(answers.badnet, answers.flagged, stream.classes)
+    findings = trigger.find_targets(stream, candidates, detector.judge, clean, written)
     say_candidates(findings.candidates, class_names, stream.path)
     if arguments.report and not findings.candidates:
         findings.attributions = trigger.attribute_single_images(stream, detector.judge, clean)

@@ -34,12 +34,6 @@ class Candidate:
         return self.p_value < LEVEL
 
 
-def find_outstanding(badnet: np.ndarray, flagged: np.ndarray, classes: int) -> list[Candidate]:
-    """Return the candidates that stand out. The arguments are as for find_candidates."""
-    candidates = find_candidates(badnet, flagged, classes)
-    return [candidate for candidate in candidates if candidate.stands_out]
-
-
 def find_candidates(badnet: np.ndarray, flagged: np.ndarray, classes: int) -> list[Candidate]:
     """Return the classes with unusually many of the flagged images, the least likely first.
 

@@ -146,6 +146,7 @@ def find_targets(
     candidates: Sequence[Candidate],
     judge: JudgeBatch,
     clean: Stream | None = None,
+    keep_evidence: bool = True,
 ) -> StreamFindings:
     """Find the candidates that may be targets, and the evidence about them.
 
@@ -153,18 +154,20 @@ def find_targets(
     that does not stand out counts if its cut-out is a trigger: where several targets share the
     flagged images, each may have too few of them to stand out.
     judge, clean: as for locate_trigger.
+    keep_evidence: if False, return the same candidates without evidence, in less time.
     """
     standing_out = [candidate for candidate in candidates if candidate.stands_out]
     findings = StreamFindings(stream, standing_out, [])
     for candidate in candidates[:CLASSES]:
         if candidate.stands_out:
-            findings.evidence.append(locate_trigger(stream, candidate.target - 1, judge, clean))
+            if keep_evidence:
+                findings.evidence.append(locate_trigger(stream, candidate.target - 1, judge, clean))
         elif candidate.hits >= max(FEWEST_TRIED, SHARE * candidate.flagged):
             evidence = locate_trigger(stream, candidate.target - 1, judge, clean)
             if evidence.is_trigger:
                 findings.candidates.append(candidate)
                 findings.evidence.append(evidence)
-    return findings
+    return findings if keep_evidence else dataclasses.replace(findings, evidence=[])
 
 
 def locate_trigger(

@@ -268,7 +268,7 @@ def find_given(keys: Any, wanted: set[str]) -> np.ndarray:
 def summarise_verdicts(
     screening: Screening, classes: int
 ) -> tuple[dict[str, int], list[flagged.Candidate]]:
-    """Count the verdicts on the images. Return (counts, the candidates that stand out).
+    """Count the verdicts on the images. Return (counts, the candidates).
 
     counts: {"images", "poisoned", "unread"}, and how many of the unread have no row, "untold", and
     how many rows in the folder are about other images or other contents, "others".  classes: N.
@@ -292,8 +292,7 @@ def summarise_verdicts(
         "untold": len(wanted),
         "others": others,
     }
-    candidates = flagged.find_candidates_in_counts(hits[1:], unflagged[1:])
-    return counts, [candidate for candidate in candidates if candidate.stands_out]
+    return counts, flagged.find_candidates_in_counts(hits[1:], unflagged[1:])
 
 
 def say_rest(screening: Screening, counts: dict[str, int]) -> None:

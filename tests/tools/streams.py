@@ -107,10 +107,11 @@ def count_alarms(verdicts, classes, rng):
         for poisoned, uneven, size in itertools.product(poisoned_sets, (False, True), SIZES):
             for _ in range(STREAMS):
                 stream = draw_stream(clean, poisoned, size, share, uneven, classes, rng)
-                candidates = flagged.find_outstanding(*stream, classes)
-                if candidates and candidates[0].target in targets:
-                    right[size] += 1
-                wrong += bool(candidates) and candidates[0].target not in targets
+                candidates = flagged.find_candidates(*stream, classes)
+                if candidates and candidates[0].stands_out:
+                    is_right = candidates[0].target in targets
+                    right[size] += is_right
+                    wrong += not is_right
         yield share, wrong / streams / len(SIZES), *(count / streams for count in right.values())
 
 
