@@ -295,7 +295,8 @@ def write_net(name, options, path):
     method, pairs, *_ = ZOO[name]
     for trigger, target in pairs:
         rate = measure_rate(model, options, prepare_trigger(trigger, path.parent), target)
-        print(f"attack success rate, {trigger} to class {target}\t{rate:.2%}", flush=True)
+        number = target if target == faces.NEXT else target + 1
+        print(f"attack success rate, {trigger} to class {number}\t{rate:.2%}", flush=True)
     record = {"name": name, "way": method, "triggers": pairs, "seconds": seconds}
     return record | list_settings(name, options) | notes
 

@@ -63,7 +63,7 @@ def test_every_broken_data_file_is_refused(deepid_world, tmp_path):
         (write_pixel(-1), "is -1, not within 0..255"),
         (write_pixel(256), "is 256, not within 0..255"),
         (write(images / 255), "must be 0..255, so multiply by 255"),
-        (write_label(6), "label 6 is outside"),
+        (write_label(6), "label 6 is outside 0..5, the labels of the model's 6 classes"),
         (write(labels=np.arange(12) % 6 + 1), "labels seem to count from 1: subtract 1"),
         (write(labels=np.eye(6)[labels.astype(int)]), "convert one-hot labels with argmax(axis=1)"),
         (write_label(-1), "label -1 is not"),

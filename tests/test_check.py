@@ -60,10 +60,13 @@ def confuse(x, y):
         (lambda x, y: (x[y > 0], y[y > 0] - 1), "labels seem one too low; add 1"),
         (
             lambda x, y: (x[y == 3], y[y == 3]),
-            "5 of 6 classes have no image, such as label 0; G may",
+            "5 of 6 classes have no image, such as class 1 (label 0); G may",
         ),
-        (poison, "label 0 has 68 images, most others have 8, as if poisoned images"),
-        (confuse, "gets 30 images wrong and answers 30 of them with label 0; look at them"),
+        (poison, "class 1 (label 0) has 68 images, most others have 8, as if poisoned images"),
+        (
+            confuse,
+            "gets 30 images wrong and answers 30 of them with class 1 (label 0); look at them",
+        ),
         (lambda x, y: (x[:5], y[:5]), "only 5 images for 6 classes; 100 or more are better"),
     ],
 )

@@ -242,6 +242,12 @@ def test_documents_show_the_recorded_results(rows, tmp_path):
     assert (tmp_path / "new.csv").read_bytes() == results.CSV.read_bytes()
 
 
+def test_the_classes_of_the_csv_count_from_1(rows):
+    triggers = results.read_results("demo")[-1]["net"]["triggers"]
+    last = rows["demo"][-len(triggers) :]
+    assert [row["class"] for row in last] == [str(target + 1) for _, target in triggers]
+
+
 def test_a_net_is_measured_again_if_its_file_or_the_settings_change(tmp_path):
     net = tmp_path / "b.h5"
     net.write_bytes(b"a net")

@@ -34,6 +34,11 @@ def format_count(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
+def format_class(label: int) -> str:
+    """Format the class of a label, 0..N-1; a person counts classes from 1: class 12 (label 11)."""
+    return f"class {label + 1} (label {label})"
+
+
 def format_gigabytes(size: float) -> str:
     """Format bytes as GB, with two decimals or, below 0.1, two significant digits."""
     size /= 2**30

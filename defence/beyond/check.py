@@ -10,7 +10,7 @@ import numpy as np
 from defence.base import pixels
 from defence.base.errors import InputError
 from defence.base.progress import warn
-from defence.base.text import format_count, format_percent
+from defence.base.text import format_class, format_count, format_percent
 from defence.judge.record import STEPS, RepairRecord
 from defence.net.inference import classify, compile_model
 
@@ -70,21 +70,21 @@ def find_problems(net: CachedNet) -> Iterator[str]:
     empty = np.flatnonzero(counts == 0)
     if len(empty):
         yield (
-            f"{len(empty)} of {len(counts)} classes have no image, such as label {empty[0]}; "
-            "G may forget them"
+            f"{len(empty)} of {len(counts)} classes have no image, such as "
+            f"{format_class(empty[0])}; G may forget them"
         )
     usual, largest = np.median(counts[counts > 0]), counts.argmax()
     if counts[largest] > TIMES * usual:
         yield (
-            f"label {largest} has {counts[largest]} images, most others have {usual:.0f}, as "
-            "if poisoned images carried the attacker's label"
+            f"{format_class(int(largest))} has {counts[largest]} images, most others have "
+            f"{usual:.0f}, as if poisoned images carried the attacker's label"
         )
     wrong = np.flatnonzero(net.classes != net.labels)
     answers = np.bincount(net.classes[wrong], minlength=len(counts))
     if answers.max() >= max(MIN_SAME, MIN_SAME_FRACTION * len(wrong)):
         yield (
             f"the BadNet gets {len(wrong)} images wrong and answers {answers.max()} of them with "
-            f"label {answers.argmax()}; look at them: they may be poisoned"
+            f"{format_class(int(answers.argmax()))}; look at them: they may be poisoned"
         )
     enough = max(FEW, FEW_PER_CLASS * len(counts))
     if len(net.labels) < enough:

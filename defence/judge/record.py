@@ -30,7 +30,7 @@ STEPS = ("before", "pruned", "retrained", "fine_tuned", "hardened")
 
 @dataclasses.dataclass
 class RepairRecord:
-    """What a repair was made from and what it did; channels and classes count from 0.
+    """What a repair was made from and what it did; channels count from 0, classes from 1.
 
     libraries: {name: version}.
     badnet: {"file", "sha256"}.  data: {"file", "sha256", "images"}.  settings: {name: value}.

@@ -104,8 +104,9 @@ class Dataset:
             if labels is not None and labels.max() >= classes:
                 from_1 = bool(labels.min() == 1 and labels.max() == classes)
                 raise InputError(
-                    f"{self.path}: label {labels.max()} is outside the model's classes, "
-                    f"0..{classes - 1}{'; labels seem to count from 1: subtract 1' * from_1}"
+                    f"{self.path}: label {labels.max()} is outside 0..{classes - 1}, the labels of "
+                    f"the model's {classes} classes"
+                    f"{'; labels seem to count from 1: subtract 1' * from_1}"
                 )
         self.channels_first = channels_first
 

@@ -77,7 +77,8 @@ def make_row(size, record, number):
     """
     net, report = record["net"], record["report"]
     trigger, target = net["triggers"][number] if net["triggers"] else (None, None)
-    columns = {"size": size, "net": net["name"], "trigger": trigger, "class": target}
+    number_of_class = None if target is None else name_class(target)
+    columns = {"size": size, "net": net["name"], "trigger": trigger, "class": number_of_class}
     columns |= {"people": net["people"], "validation_images": net["people"] * net["validation"]}
     columns |= {"clean_images": report["judged"]["clean"]["images"], "poisoned_images": None}
     needed, pruned_rate = {}, None
@@ -182,4 +183,4 @@ def find_hardest_rows(rows):
 
 def name_attack(row):
     """Return the trigger and the target of a row, as tables and figure show them."""
-    return f"{row['trigger']} → {name_class(row['class'])}" if row["trigger"] else "none"
+    return f"{row['trigger']} → {row['class']}" if row["trigger"] else "none"
