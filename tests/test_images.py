@@ -121,7 +121,9 @@ def test_ray_passes_over_no_file_of_a_folder_and_goes_in_no_circle(tmp_path):
     names = [r"\xff.png", "gone", "inner/a\n.png", "loop", "one", "pipe", "two"]
     assert paths == [f"{folder}/{name}" for name in names]
     for path in paths:
-        expected = contextlib.nullcontext() if "inner" in path else pytest.raises((InputError, OSError))
+        expected = (
+            contextlib.nullcontext() if "inner" in path else pytest.raises((InputError, OSError))
+        )
         with expected:
             verdicts.read_image(path, (9, 9, 3), fs.LocalFileSystem(), 2**20, ("PNG",))
 
