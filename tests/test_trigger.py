@@ -138,14 +138,17 @@ def test_the_same_classes_are_accused_however_the_results_are_written(capsys):
 def test_the_same_classes_are_accused_on_ray(monkeypatch, capsys):
     """Also without a page, where the counts alone accuse nobody."""
     screen = pytest.importorskip("defence.explain.screen", exc_type=ImportError)
+    verdicts = screen.verdicts
     progress.set_quiet(False)
     stream = make_shared_stream()
     answers = stream.answers
     candidates = flagged.find_candidates(answers.badnet, answers.flagged, CLASSES)
-    counts = {"images": 240, "poisoned": int(answers.flagged.sum()), "unread": 0}
-    monkeypatch.setattr(screen, "judge_on_ray", lambda *_: (counts, candidates))
-    monkeypatch.setattr(screen, "read_stream", lambda *_: (stream, []))
-    detector = types.SimpleNamespace(judge=judge_two_targets, rule="a rule")
+    counts = {"images": 240, "poisoned": int(answers.flagged.sum())}
+    counts |= {"unread": 0, "untold": 0, "others": 0}
+    monkeypatch.setattr(screen, "judge_on_ray", lambda *_: None)
+    monkeypatch.setattr(verdicts, "summarise_verdicts", lambda *_: (counts, candidates))
+    monkeypatch.setattr(verdicts, "read_stream", lambda *_: (stream, []))
+    detector = types.SimpleNamespace(judge=judge_two_targets, rule="a rule", classes=CLASSES)
     monkeypatch.setattr(eval_defence, "load", lambda *_: (detector, None))
     names = "images max_bytes formats output ray_address workers json report fail_on_flagged"
     assert eval_defence.judge_on_ray(Namespace(**dict.fromkeys(names.split())), []) == 0
