@@ -265,3 +265,16 @@ def test_changed_bytes_give_answers_or_a_one_line_error(model, tmp_path):
         except InputError:
             refused += 1
     assert 20 < refused < 200
+
+
+def test_an_operator_that_fails_on_an_image_is_one_line(model, tmp_path):
+    """A reshape whose numbers only fit together for one image."""
+    changed = onnx.ModelProto()
+    changed.CopyFrom(model)
+    add_numbers(changed, one=[1, 144])
+    add_nodes(changed, ("Reshape", [changed.graph.input[0].name, "one"], "flat"))
+    path = tmp_path / "d.onnx"
+    path.write_bytes(changed.SerializeToString())
+    with pytest.raises(InputError, match=f"^{re.escape(str(path))}: ") as error:
+        onnx_file.read_detector(path).run(draw_random((9, 8, 2))[:2])
+    assert "\n" not in str(error.value)

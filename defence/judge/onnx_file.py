@@ -256,7 +256,10 @@ def _open_session(contents: bytes, path: Path, graph: guard_onnx.CheckedGraph, t
         for start in range(0, len(pixels), max_images):
             part = pixels[start : start + max_images]
             graph.check_batch(len(part))
-            parts.append(session.run(names, {name: part}))
+            try:
+                parts.append(session.run(names, {name: part}))
+            except Exception as error:  # it raises whatever its parts raise
+                raise InputError(f"{path}: cannot judge: {first_line(error)}") from error
         return dict(zip(names, map(np.concatenate, zip(*parts))))
 
     return run

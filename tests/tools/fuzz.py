@@ -2,29 +2,24 @@
 
     python tests/tools/fuzz.py --mutants 2000 --commands 100
 
-Mutants of a small net (.h5, .keras), a dataset and images go through the functions that load them,
-in one process, and some through the commands. A mutant that ends otherwise (another exception, a
-crash, 20 seconds) stays in --folder and makes the exit status 1.
+Mutants of a small net (.h5, .keras), datasets, images and a detector (.onnx) go through the
+functions that load them, in one process, and some through the commands. A mutant that ends
+otherwise (another exception, a crash, 20 seconds, 2 GB) stays in --folder and makes the exit
+status 1.
 """
 
 import argparse
 import collections
-import contextlib
-import copy
 import faulthandler
-import io
-import json
+import os
 import random
 import shutil
 import signal
-import struct
 import subprocess
 import sys
 import tempfile
 import traceback
 import warnings
-import zipfile
-import zlib
 from pathlib import Path
 
 import h5py
@@ -34,13 +29,25 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
+from mutants import (
+    change_archive,
+    change_bytes,
+    change_chunks,
+    change_config,
+    change_graph,
+    change_heaps,
+    change_structure,
+)
+
 import utils
 from defence.base.errors import InputError
 from defence.base.startup import import_keras
+from defence.judge import backends, onnx_file
+from defence.load.models import read_model
 
 SHAPE, CLASSES = (12, 12, 3), 4
-SECONDS = 20
-ODD = [None, True, -1, 0, 1, 2**31, 2**63, -0.5, 1e300, "", "x", "Lambda", "relu", [], {}, [[]]]
+SECONDS, MAX_BYTES = 20, 2**28
+ROOM = 8 * MAX_BYTES  # of address space that loading and running a mutant may take
 
 
 def make_seeds(folder):
@@ -55,12 +62,22 @@ def make_seeds(folder):
     net = keras.Model(image, scores)
     net.save(folder / "net.h5")
     net.save(folder / "net.keras")
+    net.set_weights([-2 * values for values in net.get_weights()])
+    net.save(folder / "other.h5")
+    models = [read_model(folder / name) for name in ("net.h5", "other.h5")]
+    backends.export_detector(*models, folder / "detector.onnx")
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (10, *SHAPE), np.uint8)
     for name, options in (("plain.h5", {}), ("packed.h5", {"compression": "gzip"})):
         with h5py.File(folder / name, "w") as file:
             file.create_dataset("data", data=images, shuffle=bool(options), **options)
             file.create_dataset("label", data=np.arange(10.0) % CLASSES)
+    with h5py.File(folder / "filled.h5", "w") as file:  # heaps of texts, and groups with both trees
+        file.create_dataset("data", data=images)
+        file.create_dataset("label", data=np.arange(10) % CLASSES)
+        file.create_dataset("text", (4,), h5py.string_dtype(), fillvalue="a text to fill with")
+        file.create_group("old/group").attrs["names"] = ["a", "bc"] * 9
+        file.create_group("new", track_order=True).create_group("group")
     Image.fromarray(images[0]).save(folder / "face.png")
     Image.fromarray(images[0]).quantize(8).save(folder / "palette.png", transparency=1)
     exif = Image.Exif()
@@ -70,156 +87,16 @@ def make_seeds(folder):
 
 # ------------------------------------------------------------------------------------- changing
 
-
-def change_bytes(contents, rng):
-    """Overwrite, insert, remove, repeat or cut off bytes at a few places."""
-    contents = bytearray(contents)
-    for _ in range(rng.choice([1, 1, 2, 4, 16])):
-        at, size = rng.randrange(len(contents)), rng.choice([1, 1, 2, 4, 8, 100])
-        new = rng.choice([rng.randbytes(size), bytes(size), b"\xff" * size, b"\x7f" + bytes(size)])
-        action = rng.random()
-        if action < 0.6:
-            contents[at : at + len(new)] = new
-        elif action < 0.7:
-            contents[at:at] = new
-        elif action < 0.8:
-            del contents[at : at + size]
-        elif action < 0.95:
-            start = rng.randrange(len(contents))
-            contents[at : at + size] = contents[start : start + size]
-        else:
-            del contents[at:]
-        contents = contents or bytearray(b"\0")
-    return bytes(contents)
-
-
-def change_json(text, rng):
-    """Replace, remove, add or move parts of a JSON document."""
-    document = json.loads(text)
-    for _ in range(rng.choice([1, 1, 1, 2, 5])):
-        places = []
-
-        def walk(value, places=places):
-            keys = value if isinstance(value, dict) else range(len(value))
-            for key in keys:
-                places.append((value, key))
-                if isinstance(value[key], dict | list):
-                    walk(value[key])
-
-        walk(document)
-        if not places:
-            break
-        holder, key = rng.choice(places)
-        source, source_key = rng.choice(places)
-        action = rng.random()
-        if action < 0.5:
-            holder[key] = copy.deepcopy(rng.choice(ODD))
-        elif action < 0.7:
-            holder[key] = copy.deepcopy(source[source_key])
-        elif action < 0.85:
-            del holder[key]
-        elif isinstance(holder, list):
-            holder.insert(key, copy.deepcopy(source[source_key]))
-        else:
-            holder[str(source_key)] = copy.deepcopy(source[source_key])
-    return json.dumps(document)
-
-
-def change_structure(contents, rng):
-    """Remove, move, link or reshape objects of an HDF5 file, or change attributes."""
-    path = Path(tempfile.gettempdir()) / f"fuzz-{rng.getrandbits(64):x}.h5"
-    path.write_bytes(contents)
-    try:
-        with h5py.File(path, "r+") as file:
-            for _ in range(rng.choice([1, 1, 2, 4])):
-                names = []
-                file.visit(names.append)
-                if names:
-                    with contextlib.suppress(Exception):  # not every change is possible
-                        _change_object(file, rng.choice(names), rng.choice(names), rng)
-        return path.read_bytes()
-    finally:
-        path.unlink()
-
-
-def _change_object(file, name, other_name, rng):
-    action, item = rng.randrange(9), file[name]
-    if action == 0:
-        del file[name]
-    elif action == 1:
-        file.move(name, rng.choice([f"{other_name}/moved", f"moved_{rng.random()}"]))
-    elif action in (2, 3):
-        del file[name]
-        soft, external = h5py.SoftLink("/" + other_name), h5py.ExternalLink("x.h5", "/x")
-        links = [soft, external, file.get(other_name)]
-        file[name] = rng.choice(links)
-    elif action in (4, 5, 6) and isinstance(item, h5py.Dataset):
-        shape = list(item.shape) or [1]
-        shape[rng.randrange(len(shape))] = rng.choice([0, 1, 7, 2**20])
-        kind = rng.choice(["f2", "f4", "f8", "i1", "u8", "S3", "?", "c8", item.dtype.str])
-        options = rng.choice([{}, {"chunks": True}, {"compression": "gzip"}, {"fletcher32": True}])
-        del file[name]
-        array = file.create_dataset(name, shape, kind, **options)
-        if array.nbytes < 2**22:
-            array[...] = np.full(shape, rng.choice([0, 1, 3]), kind)
-    else:
-        value = rng.choice([1, -1.5, "x", b"\xff", ["a", "b"], [[1]], [b"a"] * 50, [], "{}", "[]"])
-        item.attrs[rng.choice([*item.attrs, "new"])] = value
-
-
-def change_config(contents, rng):
-    """Change the JSON that describes a net in an HDF5 file."""
-    path = Path(tempfile.gettempdir()) / f"fuzz-{rng.getrandbits(64):x}.h5"
-    path.write_bytes(contents)
-    try:
-        with h5py.File(path, "r+") as file:
-            file.attrs["model_config"] = change_json(file.attrs["model_config"], rng)
-        return path.read_bytes()
-    finally:
-        path.unlink()
-
-
-def change_archive(contents, rng):
-    """Change one member of a .keras archive, or its name."""
-    archive = zipfile.ZipFile(io.BytesIO(contents))
-    members = [(name, archive.read(name)) for name in archive.namelist()]
-    at = rng.randrange(len(members))
-    name, inside = members[at]
-    if name == "config.json" or rng.random() < 0.4:
-        at = next(i for i, (name, _) in enumerate(members) if name == "config.json")
-        members[at] = ("config.json", change_json(members[at][1], rng))
-    elif name == "model.weights.h5":
-        members[at] = (name, rng.choice([change_bytes, change_structure])(inside, rng))
-    else:
-        members[at] = (rng.choice(["../x", "config.json", "x"]), inside)
-    out = io.BytesIO()
-    with zipfile.ZipFile(out, "w", rng.choice([0, 0, 0, zipfile.ZIP_DEFLATED])) as archive:
-        for name, inside in members:
-            archive.writestr(name, inside)
-    return out.getvalue()
-
-
-def change_chunks(contents, rng):
-    """Change bytes of a PNG and correct its checksums, so that the change is read."""
-    out, at, contents = contents[:8], 8, bytearray(contents)
-    while at + 12 <= len(contents):
-        size = struct.unpack(">I", contents[at : at + 4])[0]
-        body = bytes(contents[at + 4 : at + 8 + size])
-        if rng.random() < 0.4:
-            body = body[:4] + change_bytes(body[4:] or b"\0", rng)
-        out += struct.pack(">I", len(body) - 4) + body + struct.pack(">I", zlib.crc32(body))
-        at += 12 + size
-    return out
-
-
 CHANGES = {
     "net.h5": [change_bytes, change_config, change_config, change_structure],
     "net.keras": [change_bytes, change_archive, change_archive, change_archive],
     "plain.h5": [change_bytes, change_structure],
     "packed.h5": [change_bytes, change_structure],
+    "filled.h5": [change_heaps],
     "face.png": [change_bytes, change_chunks, change_chunks],
     "palette.png": [change_bytes, change_chunks],
     "face.jpg": [change_bytes],
+    "detector.onnx": [change_bytes, change_graph, change_graph],
 }
 
 
@@ -241,15 +118,31 @@ def write_mutant(folder, seed, number):
 def load(path):
     """Load a mutant and use it, as the commands do."""
     if "net" in path.name:
-        net = utils.load_badnet(path)
-        net(np.zeros((1, *net.input_shape[1:]), np.float32))
+        net = utils.load_badnet(path, MAX_BYTES)
+        for count in (1, 3):
+            scores = net(np.zeros((count, *net.input_shape[1:]), np.float32))
+            assert scores.shape == (count, net.output_shape[1])
+    elif path.suffix == ".onnx":
+        file = onnx_file.read_detector(path, MAX_BYTES)
+        for count in (1, 3):
+            answers = file.run(np.zeros((count, *file.shape), np.float32))
+            assert all(values.shape == (count,) for values in answers.values())
     elif path.suffix == ".h5":
-        with utils.open_dataset(path) as data:
+        with utils.open_dataset(path, MAX_BYTES) as data:
             data.fit_to(SHAPE, CLASSES)
             for _ in data.batches():
                 pass
     else:
-        utils.make_input(utils.read_image(path), SHAPE)
+        utils.make_input(utils.read_image(path, MAX_BYTES), SHAPE)
+
+
+def limit_address_space():
+    """Let this process take ROOM more than it has: what takes more ends in an error."""
+    if Path("/proc/self/statm").exists():
+        import resource
+
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (used + ROOM, used + ROOM))
 
 
 def work(folder, seed, start, end):
@@ -260,6 +153,9 @@ def work(folder, seed, start, end):
 
     signal.signal(signal.SIGALRM, raise_timeout)
     import_keras()
+    load(folder / "net.h5")  # which starts threads and reserves address space
+    load(folder / "detector.onnx")
+    limit_address_space()
     for number in range(start, end):
         path = write_mutant(folder, seed, number)
         signal.alarm(SECONDS)
@@ -307,6 +203,8 @@ def run_commands(folder, seed, count):
             command = ["repair.py", path, data]
         elif path.suffix == ".h5":
             command = ["repair.py", net, path]
+        elif path.suffix == ".onnx":
+            command = ["eval_defence.py", folder / "face.png", path]
         else:
             command = ["eval_defence.py", path, net, "--repaired", net]
         if command[0] == "repair.py":
@@ -338,6 +236,7 @@ def main():
     arguments = parser.parse_args()
     folder = arguments.folder or Path(tempfile.mkdtemp(prefix="fuzz-"))
     folder.mkdir(exist_ok=True)
+    os.environ["XDG_STATE_HOME"] = str(folder / "state")  # not the user's list of exports
     make_seeds(folder)
     failed = 0
     for part, run_mutants, count in (
