@@ -28,7 +28,7 @@ ROOMS = {
 }
 CALLERS = (architecture, models, datasets)
 ELSEWHERE = {"check_fits", "check_step_fits"}  # the limits of memory are in limits.py
-HELPERS = {"describe_array", "is_array", "open_hdf5"}  # they refuse no file
+HELPERS = {"describe_array", "is_array", "open_hdf5", "walk_through"}  # they refuse no file
 
 
 def read_list():
@@ -84,7 +84,9 @@ def test_the_guards_of_a_model_run_in_the_order_of_the_list(suffix, calls, tmp_p
     order = [name for name in calls if name != "read_shapes"]
     assert order == [name for _, name in read_list() if name in order]
     needed = {name for file, name in read_list() if file == "guard_model.py"} - {"check_step_fits"}
-    assert needed | {"check_heaps", "check_links", "check_stored", "parse_json"} <= set(calls)
+    assert needed | {"check_heaps", "rehearse", "check_links", "check_stored", "parse_json"} <= set(
+        calls
+    )
     assert ("open_archive" in calls) == (suffix == ".keras")
 
 
@@ -92,4 +94,4 @@ def test_the_guards_of_a_dataset_run_in_the_order_of_the_list(calls, tmp_path):
     images, labels = draw_images(9, 3, (9, 8, 3), seed=0)
     with utils.open_dataset(write_data(tmp_path / "d.h5", images, labels)):
         order = [name for name in calls if name != "check_fits"]  # of the labels, at the end
-    assert order == ["inspect_file", "check_links", "check_stored"]
+    assert order == ["inspect_file", "rehearse", "check_links", "check_stored"]

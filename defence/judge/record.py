@@ -209,8 +209,7 @@ def read_record(model_file: ModelFile) -> RepairRecord | None:
     path = model_file.path
     if path.suffix == ".keras":
         return None
-    with model_file.open_hdf5() as file, guard.inspect_file(path, model_file.max_bytes):
-        text = read_text(file, ATTRIBUTE, path)
+    text = model_file.read_hdf5(lambda file: read_text(file, ATTRIBUTE, path))
     if text is None:
         return None
     return parse_record(text, path) or _refuse_damaged(path)

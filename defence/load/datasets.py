@@ -18,9 +18,18 @@ from defence.base.limits import BATCH_VALUES, DEFAULT_MAX_BYTES, Name, check_fit
 from defence.base.text import format_count
 from defence.load import guard
 from defence.load.folder import FolderImages, find_images
-from defence.load.guard_hdf5 import check_links, check_stored, describe_array, is_array, open_hdf5
+from defence.load.guard_hdf5 import (
+    check_links,
+    check_stored,
+    describe_array,
+    is_array,
+    open_hdf5,
+    rehearse,
+    walk_through,
+)
 
 DATASET_SUFFIXES = (".h5", ".hdf5")
+ARRAYS = ("data", "label", "original_label")  # of a dataset's file; the last may be absent
 
 
 class ImageArray(Protocol):
@@ -196,10 +205,12 @@ def open_dataset(path: Name, max_bytes: int = DEFAULT_MAX_BYTES) -> Iterator[Dat
         return
     path = require_file(path)
     fingerprint = fingerprint_file(path)
+    with guard.inspect_file(path, max_bytes):
+        rehearse(lambda: walk_through(path, ARRAYS, max_bytes), path)
     with open_hdf5(path, path, max_bytes) as file:
         with guard.inspect_file(path, max_bytes):
             objects = check_links(file, path)
-            names = ["data", "label"] + ["original_label"] * ("original_label" in objects)
+            names = [name for name in ARRAYS if name != ARRAYS[2] or name in objects]
             for name in names:
                 if not is_array(objects.get(name)):
                     contents = ", ".join(sorted(filter(None, objects))[:9]) or "nothing"

@@ -9,6 +9,7 @@ guard.py, for any file
 
 guard_hdf5.py, for an HDF5 file
     check_heaps        the heaps of texts have an end
+    rehearse           reading it has an end, and does not crash the process
     check_links        one tree, no link to another file
     check_stored       an array is as large in the file as declared; known filters only
     read_text          an attribute is one text

@@ -3,15 +3,18 @@
 import contextlib
 import math
 import os
+import signal
 import struct
+import warnings
 import zlib
-from collections.abc import Iterator
-from typing import Any, BinaryIO
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, BinaryIO, NoReturn
 
 import numpy as np
 
 from defence.base.errors import InputError
 from defence.base.limits import DEFAULT_MAX_BYTES, Name, check_fits
+from defence.base.process import STOP_SIGNALS
 from defence.load.guard import TEXT_LENGTH, inspect_file
 
 SIGNATURE = b"\x89HDF\r\n\x1a\n"
@@ -19,6 +22,7 @@ OBJECTS = 50_000  # groups and arrays in an HDF5 file, for weights and an optimi
 TEXTS = 10**6  # in the heaps of an HDF5 file: names of layers and weights
 INFLATION = 1032  # bytes that one byte of a deflate stream can become, at most
 DEFLATE, SHUFFLE, FLETCHER32 = 1, 2, 3  # the numbers of these filters in an HDF5 file
+SECONDS = 15  # of the processor, to rehearse reading a file; one of 50,000 arrays takes 4
 HEAP = b"GCOL\1\0\0\0"  # the first bytes of each global heap of HDF5
 
 
@@ -71,6 +75,54 @@ def check_heaps(contents: bytes, path: Name) -> None:
                 raise InputError(f"{path}: the HDF5 file is damaged: a heap without an end")
             place += step
         heap = contents.find(HEAP, heap + 1)
+
+
+def rehearse(read: Callable[[], object], path: Name) -> None:
+    """Raise InputError where `read()` never ends or crashes, as libhdf5 can on a hostile file.
+
+    A copy of this process calls it first. An exception there does not count: it comes again when
+    the caller reads the file.  path: for messages.  Where a process cannot be copied, as on
+    Windows, nothing is checked.
+    """
+    import h5py  # noqa: F401  # here, so that the copy need not import it
+
+    if not hasattr(os, "fork"):
+        return
+    reader, writer = os.pipe()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about other threads, none of which runs in the copy
+        child = os.fork()
+    if child == 0:
+        _rehearse_and_exit(read, writer)
+    os.close(writer)
+    with open(reader, "rb") as pipe:
+        survived = pipe.read()
+    with contextlib.suppress(ChildProcessError):  # it is gone where SIGCHLD is ignored
+        os.waitpid(child, 0)
+    if not survived:
+        raise InputError(f"{path}: the HDF5 file is damaged: reading it crashes or has no end")
+
+
+def _rehearse_and_exit(read: Callable[[], object], writer: int) -> NoReturn:
+    """Call `read()`, write a byte to the pipe `writer`, and end this process, a copy."""
+    import faulthandler
+    import resource
+
+    try:
+        faulthandler.disable()
+        for number in STOP_SIGNALS:  # whose handler would delete what this process writes
+            signal.signal(number, signal.SIG_DFL)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # glibc writes why it ends a process
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        soft, hard = resource.getrlimit(resource.RLIMIT_CPU)
+        limits = [limit for limit in (soft, hard) if limit != resource.RLIM_INFINITY]
+        resource.setrlimit(resource.RLIMIT_CPU, (min([SECONDS, *limits]), hard))
+        signal.alarm(40 * SECONDS)
+        with contextlib.suppress(Exception):
+            read()
+        os.write(writer, b".")
+    finally:
+        os._exit(0)
 
 
 def check_links(file: Any, path: Name) -> dict[str, Any]:
@@ -145,6 +197,21 @@ def check_stored(array: Any, path: Name, max_bytes: int = DEFAULT_MAX_BYTES) -> 
         raise InputError(
             f"{path}: '{name}' is declared as {describe_array(array)}, but they are not in the file"
         )
+
+
+def walk_through(path: Name, names: Iterable[str], max_bytes: int = DEFAULT_MAX_BYTES) -> None:
+    """Have libhdf5 read the structures of a file, for rehearse: all that lead to its arrays.
+
+    names: of the arrays that will be read.  Their chunks are looked up, but not inflated.
+    """
+    with open_hdf5(path, path, max_bytes) as file, inspect_file(path, max_bytes):
+        objects = check_links(file, path)
+        for array in (objects[name] for name in names if is_array(objects.get(name))):
+            array.id.get_storage_size()
+            if array.chunks is not None:
+                array.id.get_num_chunks()
+                for row in {0, (len(array) - 1) // array.chunks[0] * array.chunks[0]}:
+                    array.id.read_direct_chunk((row, *[0] * (array.ndim - 1)))
 
 
 def _check_inflated(array: Any, info: Any, chunk: int, max_bytes: int, path: Name) -> None:

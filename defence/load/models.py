@@ -11,7 +11,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from defence.base.errors import InputError
 from defence.base.files import make_private_folder, replace_file, require_file
@@ -19,10 +19,11 @@ from defence.base.limits import DEFAULT_MAX_BYTES, Name, check_fits
 from defence.base.startup import import_keras
 from defence.base.text import first_line
 from defence.load import architecture, guard, guard_model
-from defence.load.guard_hdf5 import check_heaps, open_hdf5, read_text
+from defence.load.guard_hdf5 import check_heaps, open_hdf5, read_text, rehearse
 
 MODELS = Path("models")
 MODEL_SUFFIXES = (".h5", ".hdf5", ".keras")
+Result = TypeVar("Result")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,31 +52,49 @@ class ModelFile:
         path, max_bytes = self.path, self.max_bytes
         if path.suffix == ".keras":
             with guard.inspect_file(path, max_bytes), self._archive() as archive:
-                check_heaps(self.contents, path)
-                weights = io.BytesIO(archive.read("model.weights.h5"))
-                with open_hdf5(weights, path, max_bytes) as file:
-                    shapes = guard_model.read_shapes(file, path, max_bytes)
+                weights = archive.read("model.weights.h5")
+                shapes = self.read_hdf5(self._read_shapes, weights)
                 config = architecture.read_config(archive.read("config.json"), path)
             return functools.partial(architecture.build_model, config), shapes
-        with self.open_hdf5() as file, guard.inspect_file(path, max_bytes):
-            shapes = guard_model.read_shapes(file, path, max_bytes)
-            text = read_text(file, "model_config", path)
-            if text is None:
-                classes = architecture.count_deepid_classes(file, path)
-                return functools.partial(architecture.build_deepid, classes), shapes
-            return functools.partial(
-                architecture.build_model, architecture.read_config(text, path)
-            ), shapes
+        shapes, text = self.read_hdf5(self._read_declared)
+        if isinstance(text, int):
+            return functools.partial(architecture.build_deepid, text), shapes
+        with guard.inspect_file(path, max_bytes):
+            config = architecture.read_config(text, path)
+        return functools.partial(architecture.build_model, config), shapes
+
+    def _read_shapes(self, file: Any) -> guard_model.Shapes:
+        return guard_model.read_shapes(file, self.path, self.max_bytes)
+
+    def _read_declared(self, file: Any) -> tuple[guard_model.Shapes, str | int]:
+        """Read the shapes of the weights, and the config as JSON; without one, a DeepID's N."""
+        shapes = self._read_shapes(file)
+        text = read_text(file, "model_config", self.path)
+        if text is None:
+            return shapes, architecture.count_deepid_classes(file, self.path)
+        return shapes, text
 
     def _archive(self) -> contextlib.AbstractContextManager[Any]:
         return guard.open_archive(io.BytesIO(self.contents), self.path, self.max_bytes)
 
-    @contextlib.contextmanager
-    def open_hdf5(self) -> Iterator[Any]:
-        """Open the contents of an .h5 file to read attributes and arrays, as an h5py.File."""
-        with open_hdf5(io.BytesIO(self.contents), self.path, self.max_bytes) as file:
-            check_heaps(self.contents, self.path)
-            yield file
+    def read_hdf5(self, read: Callable[[Any], Result], contents: bytes | None = None) -> Result:
+        """Return what `read` returns for an h5py.File of an .h5 file's contents, or of `contents`.
+
+        Raise InputError where `read` does, or the guards refuse the file.
+        """
+        contents = self.contents if contents is None else contents
+
+        def call() -> Result:
+            with (
+                open_hdf5(io.BytesIO(contents), self.path, self.max_bytes) as file,
+                guard.inspect_file(self.path, self.max_bytes),
+            ):
+                return read(file)
+
+        with guard.inspect_file(self.path, self.max_bytes):
+            check_heaps(contents, self.path)
+            rehearse(call, self.path)
+        return call()
 
     def load(self) -> Any:
         """Load the image classifier, without its optimizer and without code from the file.
