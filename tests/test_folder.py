@@ -1,6 +1,8 @@
 """A folder of images, in a folder for each class, as a dataset."""
 
 import json
+import os
+import shutil
 
 import h5py
 import numpy as np
@@ -129,6 +131,36 @@ def test_dot_names_are_ignored_at_any_depth(image_folder, tmp_path):
     with utils.open_dataset(image_folder) as data:
         assert len(data) == 150
     assert hash_dataset(image_folder) == before
+
+
+@pytest.mark.parametrize("name", ["x.png", "link.png", "loop.png", "empty.png"])
+def test_what_is_not_a_regular_file_is_refused_before_any_work(
+    name, deepid_world, image_folder, tmp_path
+):
+    """Reading a pipe that nobody writes to would wait forever."""
+    path = image_folder / "person 3" / name
+    {
+        "x.png": lambda: os.mkfifo(path),
+        "link.png": lambda: path.symlink_to(tmp_path),
+        "loop.png": lambda: path.symlink_to(path),
+        "empty.png": path.touch,
+    }[name]()
+    process = command("repair.py", B, image_folder, cwd=deepid_world)
+    assert_refused(process, f"{path}: ")
+    assert "loading TensorFlow" not in process.stderr
+
+
+def test_an_image_that_changes_while_the_folder_is_read_is_refused(image_folder):
+    """An edit inside a class's folder does not change the folder around it."""
+    with utils.open_dataset(image_folder) as data:
+        data.fit_to(SHAPE, 6)
+        batches = data.batches()
+        path = image_folder / "person 5" / "new.png"
+        last = sorted((image_folder / "person 5").iterdir())[-1]
+        shutil.copy(last, path)
+        os.replace(path, last)
+        with pytest.raises(InputError, match=f"{last}: was changed"):
+            list(batches)
 
 
 def test_a_class_that_labels_txt_lists_twice_is_refused(image_folder):

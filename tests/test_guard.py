@@ -13,6 +13,7 @@ from defence.load import (
     guard,
     guard_config,
     guard_hdf5,
+    guard_image,
     guard_model,
     guard_onnx,
     models,
@@ -22,6 +23,7 @@ from defence.load.architecture import build_deepid
 ROOMS = {
     "guard.py": guard,
     "guard_hdf5.py": guard_hdf5,
+    "guard_image.py": guard_image,
     "guard_config.py": guard_config,
     "guard_model.py": guard_model,
     "guard_onnx.py": guard_onnx,

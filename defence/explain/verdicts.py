@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import io
 import json
 import os
 import time
@@ -172,13 +171,13 @@ def read_image(
     return make_input(image, shape)
 
 
-def read_contents(path: str, filesystem: fs.FileSystem, max_bytes: int) -> io.BytesIO:
+def read_contents(path: str, filesystem: fs.FileSystem, max_bytes: int) -> bytes:
     """Read a file, again after WAITS where that fails. Raise as read_image does."""
 
-    def read_once() -> io.BytesIO:
+    def read_once() -> bytes:
         with filesystem.open_input_file(path) as file:
             check_fits(path, "the file", file.size(), max_bytes)
-            return io.BytesIO(file.read())
+            return file.read()
 
     for wait in WAITS:
         try:

@@ -12,6 +12,7 @@ from defence.base.progress import say
 from defence.base.text import format_count
 
 FILE = "labels.txt"
+LINE_SIZE, COPIES = 100, 4  # bytes of a line in memory besides its text, and copies of the text
 
 
 def find_class_names(
@@ -40,11 +41,13 @@ def read_class_names(path: Path, max_bytes: int) -> list[str]:
     """Return the lines of a UTF-8 text file. Raise InputError where it is unreadable or large."""
     files.require_file(path)
     try:
-        check_fits(path, "its names", path.stat().st_size, max_bytes)
-        lines = path.read_text("utf-8").split("\n")
+        check_fits(path, "its names", COPIES * path.stat().st_size, max_bytes)
+        contents = path.read_bytes()
+        size = COPIES * len(contents) + LINE_SIZE * contents.count(b"\n")
+        check_fits(path, "its names", size, max_bytes)
+        lines = contents.decode("utf-8").replace("\r\n", "\n").split("\n")
     except OSError as error:
-        problem = (error.strerror or "cannot be read").lower()
-        raise InputError(f"{path}: {problem}") from error
+        raise InputError(f"{path}: {files.describe_reason(error)}") from error
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: is not text in UTF-8") from error
     return [line.strip() for line in (lines[:-1] if lines[-1] == "" else lines)]

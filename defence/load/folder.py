@@ -36,6 +36,7 @@ class FolderImages:
     ) -> None:
         self.paths, self.classes, self.listed = paths, classes, listed
         self.folder, self.max_bytes = folder, max_bytes
+        self.fingerprints = dict(zip(paths, map(files.fingerprint_file, paths)))
         self.shape: tuple[int, ...] = (len(paths), 0, 0, 0)
 
     def __len__(self) -> int:
@@ -62,14 +63,19 @@ class FolderImages:
             return np.stack(list(threads.map(self.read, self.paths[part]))).astype(np.uint8)
 
     def read(self, path: Path) -> np.ndarray:
-        return make_input(read_image(path, self.max_bytes), self.shape[1:])
+        """Return an image as an input. Raise InputError where it cannot be read, or was changed."""
+        image = make_input(read_image(path, self.max_bytes), self.shape[1:])
+        if files.fingerprint_file(path) != self.fingerprints[path]:
+            raise InputError(f"{path}: was changed while the dataset was being read")
+        return image
 
 
 def find_images(folder: Path, max_bytes: int) -> tuple[FolderImages, np.ndarray]:
     """Return the images in a folder's subfolders, at any depth, and their labels, int64 (n,).
 
     Names that begin with a dot are ignored.
-    Raise InputError where there are no images, or labels.txt does not list a subfolder.
+    Raise InputError where there are no images, one is not a regular file, or labels.txt does not
+    list a subfolder.
     """
     contents = sorted(path for path in folder.iterdir() if path.name[0] != ".")
     subfolders = [path.name for path in contents if path.is_dir()]
@@ -87,10 +93,10 @@ def find_images(folder: Path, max_bytes: int) -> tuple[FolderImages, np.ndarray]
             raise InputError(f"{folder / name}: is not a class in {FILE}")
         if classes.count(name) > 1:
             raise InputError(f"{folder / FILE}: lists {name!r} more than once")
-        class_paths = list_visible(folder / name)
+        class_paths = [files.require_file(path) for path in list_visible(folder / name)]
         paths += class_paths
         labels += [classes.index(name)] * len(class_paths)
-    check_fits(folder, "the names of its images", 300 * len(paths), max_bytes)
+    check_fits(folder, "the names of its images", 600 * len(paths), max_bytes)
     if not paths:
         raise InputError(f"{folder}: has no images")
     return FolderImages(paths, classes, listed, folder, max_bytes), np.array(labels)

@@ -1,6 +1,6 @@
 """Check the content of an untrusted file before a library that trusts it reads it.
 
-The guards are in five files. This is the order in which they run:
+The guards are in six files. This is the order in which they run:
 
 guard.py, for any file
     check_fits         (base/limits.py) what the file declares takes at most --max-memory
@@ -38,8 +38,11 @@ guard_onnx.py, for a detector's .onnx file
     check_onnx         one image in, a detector's answers out; allowed operators only, no other
                        file, no output for one image beyond --max-memory
 
-images.decode_image guards images, record.parse_record guards repair records. A guard raises
-InputError, one line that begins with the file's name.
+guard_image.py, for an image
+    check_parts        little beside its pixels, few scans
+
+images.decode_image also counts an image's pixels, and record.parse_record guards repair records.
+A guard raises InputError, one line that begins with the file's name.
 """
 
 import contextlib

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from defence.base.errors import InputError
-from defence.base.files import require_file
+from defence.base.files import describe_reason, require_file
 from defence.base.limits import DEFAULT_MAX_BYTES, Name, check_fits
 from defence.base.text import first_line
+from defence.load.guard_image import check_parts
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -23,18 +25,24 @@ def read_image(
     path: Name, max_bytes: int = DEFAULT_MAX_BYTES, formats: Sequence[str] = IMAGE_FORMATS
 ) -> Image.Image:
     """Decode the image file at `path`. Return and raise what decode_image does."""
-    return decode_image(require_file(path), path, max_bytes, formats)
+    path = require_file(path)
+    check_fits(path, "the file", path.stat().st_size, max_bytes)
+    try:
+        contents = path.read_bytes()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {describe_reason(error)}") from error
+    return decode_image(contents, path, max_bytes, formats)
 
 
 def decode_image(
-    file: Name | BinaryIO,
+    contents: bytes,
     path: Name,
     max_bytes: int = DEFAULT_MAX_BYTES,
     formats: Sequence[str] = IMAGE_FORMATS,
 ) -> Image.Image:
     """Decode an image file, or an animation's first frame, and apply its EXIF rotation.
 
-    file: its path, or a binary file open to read.  path: its name, for messages.
+    contents: the file's bytes, at most `max_bytes`.  path: its name, for messages.
     max_bytes: of memory; a pixel takes up to twelve until it is an input of a net.
     formats: of IMAGE_FORMATS and MORE_FORMATS; the file's first bytes tell its format.
     Raise InputError where the file is not such an image, is cut short, or too large to decode.
@@ -42,8 +50,9 @@ def decode_image(
     from PIL import Image, ImageOps
 
     Image.MAX_IMAGE_PIXELS = None  # they are counted below
+    check_parts(contents, path, max_bytes)
     try:
-        with Image.open(file, formats=tuple(formats)) as opened:
+        with Image.open(io.BytesIO(contents), formats=tuple(formats)) as opened:
             width, height = opened.size
             size = 12 * width * height
             check_fits(path, f"{width}×{height} pixels", size, max_bytes)

@@ -1,0 +1,62 @@
+"""What a PNG or JPEG file may contain beside its pixels. guard.py has the list of all guards.
+
+Pillow reads every part of a file, some of them several times: 10 MB of the smallest parts took it
+300 MB, 100 MB of EXIF data 0.8 GB. It decodes all scans of a progressive JPEG one after the other.
+"""
+
+import re
+import struct
+from collections.abc import Iterator
+
+from defence.base.errors import InputError
+from defence.base.limits import DEFAULT_MAX_BYTES, Name
+
+BESIDE = 2**24  # bytes beside the pixels: profiles, EXIF data, texts, thumbnails
+COPIES = 10  # that Pillow makes of them
+PARTS = 1_000  # besides those that hold pixels
+PIXEL_PARTS = 10**6  # Pillow writes 64 KB of pixels into one, others 8 KB
+SCANS = 100  # of a JPEG; usual progressive ones have 10
+PNG, JPEG = b"\x89PNG\r\n\x1a\n", b"\xff\xd8"
+PIXELS = {b"IDAT", b"fdAT", b"fcTL"}  # parts of a PNG, the last two of its animation
+SCAN, END = 0xDA, 0xD9  # markers of a JPEG
+MARKER = re.compile(rb"\xff+([^\x00\xff\xd0-\xd7])", re.DOTALL)  # after a scan's data
+
+
+def check_parts(contents: bytes, path: Name, max_bytes: int = DEFAULT_MAX_BYTES) -> None:
+    """Raise InputError where a PNG or JPEG has much beside its pixels, or many scans.
+
+    contents: the file's bytes.  path: for messages.  max_bytes: of memory.
+    """
+    list_parts = _list_png if contents.startswith(PNG) else _list_jpeg
+    beside, counts = 0, {True: 0, False: 0}
+    limits = {True: PIXEL_PARTS if list_parts is _list_png else SCANS, False: PARTS}
+    for has_pixels, size in list_parts(contents):
+        counts[has_pixels] += 1
+        beside += 0 if has_pixels else size
+        if counts[has_pixels] > limits[has_pixels]:
+            what = "scans or parts with pixels" if has_pixels else "parts beside its pixels"
+            raise InputError(f"{path}: the image has more than {limits[has_pixels]:,} {what}")
+        if beside > BESIDE or COPIES * beside > max_bytes:
+            raise InputError(
+                f"{path}: the image has too much beside its pixels, such as EXIF data or a "
+                "profile; save it without"
+            )
+
+
+def _list_png(contents: bytes) -> Iterator[tuple[bool, int]]:
+    """Yield (whether it holds pixels, size) of each part of a PNG."""
+    place = len(PNG)
+    while place + 8 <= len(contents):
+        size, kind = struct.unpack_from(">I4s", contents, place)
+        yield kind in PIXELS, size
+        place += 12 + size
+
+
+def _list_jpeg(contents: bytes) -> Iterator[tuple[bool, int]]:
+    """Yield (whether it is a scan, size) of each part of a JPEG; nothing for another file."""
+    place = len(JPEG) if contents.startswith(JPEG) else len(contents)
+    while (marker := MARKER.search(contents, place)) and marker[1][0] != END:
+        place = marker.end()
+        (size,) = struct.unpack(">H", contents[place : place + 2].rjust(2, b"\0"))
+        yield marker[1][0] == SCAN, size
+        place += max(2, size)

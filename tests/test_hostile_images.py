@@ -1,0 +1,128 @@
+"""Image files that take much memory or time beside their pixels are refused."""
+
+import io
+import resource
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image, PngImagePlugin
+
+import utils
+from defence.base.errors import InputError
+
+FACE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (55, 47, 3), np.uint8))
+
+
+def encode(kind, **options):
+    file = io.BytesIO()
+    FACE.save(file, kind, **options)
+    return file.getvalue()
+
+
+def add_to_png(*parts):
+    """Insert chunks, each (kind, body), before the pixels of a PNG."""
+    good = encode("PNG")
+    chunks = [
+        struct.pack(">I4s", len(body), kind) + body + struct.pack(">I", zlib.crc32(kind + body))
+        for kind, body in parts
+    ]
+    return good[:33] + b"".join(chunks) + good[33:]
+
+
+def add_to_jpeg(*bodies, marker=b"\xe1"):
+    """Insert segments before the pixels of a JPEG."""
+    good = encode("JPEG")
+    return good[:2] + b"".join(segment(marker, body) for body in bodies) + good[2:]
+
+
+def segment(marker, body):
+    return b"\xff" + marker + struct.pack(">H", len(body) + 2) + body
+
+
+def repeat_scans(count):
+    """Return a progressive JPEG whose last scan comes again and again."""
+    good = encode("JPEG", progressive=True)
+    last = good.rindex(b"\xff\xda")
+    return good[:-2] + good[last:-2] * count + good[-2:]
+
+
+TIFF = b"Exif\0\0MM\0*\0\0\0\x08\0\0"
+HOSTILE = {
+    "unknown chunks": (lambda: add_to_png(*[(b"juNk", bytes(2**23))] * 3), "too much beside"),
+    "EXIF data": (lambda: add_to_png((b"eXIf", TIFF[6:].ljust(2**25))), "too much beside"),
+    "a profile": (lambda: add_to_png((b"iCCP", b"n\0\0".ljust(2**25))), "too much beside"),
+    "texts": (lambda: add_to_png(*[(b"tEXt", b"k\0".ljust(2**19))] * 40), "too much beside"),
+    "many chunks": (lambda: add_to_png(*[(b"juNk", b"")] * 2_000), "more than 1,000 parts"),
+    "many segments": (lambda: add_to_jpeg(*[b""] * 2_000), "more than 1,000 parts"),
+    "long segments": (lambda: add_to_jpeg(*[TIFF.ljust(65_000)] * 400), "too much beside"),
+    "a JPEG's profile": (
+        lambda: add_to_jpeg(*[b"ICC_PROFILE\0\1\1".ljust(65_000)] * 400, marker=b"\xe2"),
+        "too much beside",
+    ),
+    "scans": (lambda: repeat_scans(400), "more than 100 scans"),
+}
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_an_image_with_much_beside_its_pixels_is_refused(kind, tmp_path):
+    make, words = HOSTILE[kind]
+    path = tmp_path / "evil.png"
+    path.write_bytes(make())
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(InputError, match=f"^{path}: .*{words}") as error:
+        utils.read_image(path)
+    assert "\n" not in str(error.value)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # KB
+
+
+def test_a_sparse_file_is_refused_before_it_is_read(tmp_path):
+    """It takes 16 KB on the disk and 3 GB in memory."""
+    path = tmp_path / "evil.png"
+    path.write_bytes(add_to_png((b"juNk", b"")))
+    with open(path, "r+b") as file:
+        file.truncate(3 * 2**30)
+    with pytest.raises(InputError, match="the file would take 3 GB of memory, more than"):
+        utils.read_image(path)
+
+
+def test_photographs_with_usual_metadata_are_read(tmp_path):
+    exif = Image.Exif()
+    exif[0x010E] = "a description" * 1_000
+    texts = PngImagePlugin.PngInfo()
+    for i in range(100):
+        texts.add_text(f"key {i}", "a text" * 1_000, zip=i % 2)
+    profile = np.random.default_rng(0).bytes(500_000)
+    jpeg = {"exif": exif, "icc_profile": profile}
+    files = [
+        encode("PNG", exif=exif, icc_profile=profile, pnginfo=texts),
+        encode("PNG", save_all=True, append_images=[FACE.rotate(9 * i) for i in range(1, 40)]),
+        encode("JPEG", **jpeg),
+        encode("JPEG", progressive=True, restart_marker_blocks=1, **jpeg),
+        encode("JPEG") + encode("JPEG") * 200,  # as a camera adds other sizes, or a film
+        repeat_scans(50),
+        encode("MPO", save_all=True, append_images=[FACE]),
+    ]
+    for contents in files:
+        (tmp_path / "image").write_bytes(contents)
+        assert utils.read_image(tmp_path / "image").size == FACE.size
+
+
+def test_the_limit_follows_max_memory(tmp_path):
+    path = tmp_path / "image.png"
+    path.write_bytes(add_to_png((b"juNk", bytes(2**20))))
+    assert utils.read_image(path).size == FACE.size
+    with pytest.raises(InputError, match="too much beside"):
+        utils.read_image(path, 2**22)
+
+
+def test_empty_lines_in_labels_txt(tmp_path):
+    """30 MB of them would take 1.7 GB; the file is read by itself."""
+    from defence.load.class_names import find_class_names
+
+    (tmp_path / "labels.txt").write_bytes(b"\n" * 30_000_000)
+    with pytest.raises(InputError, match="its names would take .* GB of memory"):
+        find_class_names(tmp_path / "net.h5", None, 6, 2**30)
+    (tmp_path / "labels.txt").write_bytes("Ann\r\nBo\nÇ\n".encode())
+    assert find_class_names(tmp_path / "net.h5", None, 3, 2**30) == ["Ann", "Bo", "Ç"]
