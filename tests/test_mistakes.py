@@ -168,3 +168,14 @@ def test_a_missing_output_folder_names_the_option(deepid_world, tmp_path):
     write_data(tmp_path / "d.h5", *draw_images(9, 3, (31, 31, 3), 0))
     process = run_apart("repair.py", Path(deepid_world, B), "d.h5", cwd=tmp_path)
     assert_refused(process, "there is no folder models/ to write to; choose another --output")
+
+
+@pytest.mark.parametrize("scale", ["caffe", "torch"])
+def test_a_scale_of_colours_is_refused_for_a_grey_net(scale, world):
+    if "deepid" in world.name:
+        pytest.skip("takes colours")
+    words = f"--scale {scale}: is for images of 3 channels, but the net takes 1; choose one of 0..1"
+    call = ("repair.py", B, "clean.h5", "--scale", scale, "--check")
+    assert_refused(command(*call, cwd=world), words)
+    call = ("eval_defence.py", "clean.h5", B, "--repaired", B, "--scale", scale, "--force")
+    assert_refused(command(*call, cwd=world), words)

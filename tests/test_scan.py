@@ -139,6 +139,26 @@ def test_the_mean_log_probability_is_over_images_of_other_classes(cached, activa
     assert np.allclose(scan.compute_mean_log_probability(cached), plain, atol=1e-3)
 
 
+def test_only_a_part_of_the_feature_maps_is_in_memory_at_a_time(cached, monkeypatch):
+    """They may be on the disk, since they do not fit in memory."""
+
+    class Features(np.ndarray):
+        def __getitem__(self, rows):
+            if isinstance(rows, np.ndarray):
+                sizes.append(len(rows))
+            return np.asarray(super().__getitem__(rows))
+
+    sizes, rows = [], np.arange(100)
+    expected = scan.count_map_errors(cached, rows, 1, np.random.default_rng(0))
+    monkeypatch.setattr(scan, "BATCH_VALUES", 20 * cached.features[0].size)
+    whole = scan.count_map_errors(cached, rows, 1, np.random.default_rng(0))
+    cached.features = cached.features.view(Features)
+    np.testing.assert_array_equal(
+        scan.count_map_errors(cached, rows, 1, np.random.default_rng(0)), whole
+    )
+    assert max(sizes) == 20 and expected.shape == whole.shape
+
+
 def test_a_scan_repeats_itself_and_leaves_the_net_as_it_is(cached):
     before, features = cached.split.net.get_weights(), cached.features.copy()
     first, second = scan.count_errors(cached, seed=3), scan.count_errors(cached, seed=3)

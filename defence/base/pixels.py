@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from defence.base.errors import InputError
+
 
 @dataclasses.dataclass(frozen=True)
 class Scale:
@@ -37,6 +39,15 @@ DEFAULT = "0..1"
 def list_scales(channels: int) -> list[str]:
     """Return the names of the SCALES for images with this number of channels, in their order."""
     return [name for name, scale in SCALES.items() if np.size(scale.mean) in (1, channels)]
+
+
+def check_scale(name: str, channels: int) -> None:
+    """Raise InputError unless one of SCALES is for images with this number of channels."""
+    if name not in list_scales(channels):
+        raise InputError(
+            f"--scale {name}: is for images of 3 channels, but the net takes {channels}; "
+            f"choose one of {', '.join(list_scales(channels))}"
+        )
 
 
 def scale_pixels(images: Any, name: str) -> Any:

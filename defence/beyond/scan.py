@@ -130,10 +130,11 @@ def count_map_errors(
     head, classes = net.split.head, net.split.net.output_shape[1]
     counts = np.zeros((len(RAISES), 2, classes))
     places = tuple(range(1, net.features.ndim - 1))
-    high = np.quantile(net.features[rows].max(axis=places), HIGH)
     size = max(1, BATCH_VALUES // net.features[0].size)
-    parts = np.array_split(rows, -(-len(rows) // size)) * repeats
-    for part in track(parts, "scan, raised feature maps", len(parts)):
+    parts = np.array_split(rows, -(-len(rows) // size))
+    largest = [net.features[part].max(axis=places) for part in parts]  # the maps may be on disk
+    high = np.quantile(np.concatenate(largest), HIGH)
+    for part in track(parts * repeats, "scan, raised feature maps", repeats * len(parts)):
         for variant, (max_channels, max_times) in enumerate(RAISES.values()):
             features = raise_channels(net.features[part], high, max_channels, max_times, rng)
             counts[variant] += tally_errors(net.labels[part], classify(head, features), classes)

@@ -226,6 +226,7 @@ def load_nets(
     for file in (badnet, repaired):  # before the seconds that the import takes
         _ = file.declared
     b, g = badnet.load(), repaired.load()
+    pixels.check_scale(usage.scale, b.input_shape[3])
     for fact, b_shape, g_shape in (
         ("takes images of {}", b.input_shape[1:], g.input_shape[1:]),
         ("has {} classes", b.output_shape[1:], g.output_shape[1:]),

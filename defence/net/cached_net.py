@@ -83,6 +83,7 @@ class CachedNet:
         Raise InputError where the features do not fit in memory or on disk, or are not finite.
         """
         if scale:
+            pixels.check_scale(scale, split.trunk.input_shape[3])
             return cls(split, clean, scale, *extract_features(split, clean, scale), seed=seed)
         return cls(split, clean, *choose_scale(split, clean), seed=seed)
 
