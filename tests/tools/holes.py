@@ -245,7 +245,8 @@ HOLES = {
 
 
 def prepare(folder):
-    """Copy the demo's files into a folder."""
+    """Copy the demo's files into a folder, with a place for what repair.py writes."""
+    (folder / "models").mkdir()
     for name, source in {
         B: "models/demo_bd_net.h5",
         G: "models/demo_bd_net_defence.h5",
