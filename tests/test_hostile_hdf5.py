@@ -99,3 +99,13 @@ def test_a_rehearsal_ends_with_any_end_of_the_block(tmp_path, monkeypatch):
     for end in (os.abort, loop, lambda: os.kill(os.getpid(), 9)):
         with pytest.raises(InputError, match=f"^x.h5: {WORDS}$"):
             guard_hdf5.rehearse(end, "x.h5")
+
+
+def test_where_no_process_can_be_copied_a_valid_file_is_read(tmp_path, monkeypatch):
+    def refuse():
+        raise BlockingIOError
+
+    monkeypatch.setattr(os, "fork", refuse)
+    path = write_data(tmp_path / "good.h5", *draw_images(12, 3, (9, 9, 3), seed=0))
+    with utils.open_dataset(path) as data:
+        assert len(data) == 12

@@ -82,16 +82,21 @@ def rehearse(read: Callable[[], object], path: Name) -> None:
 
     A copy of this process calls it first. An exception there does not count: it comes again when
     the caller reads the file.  path: for messages.  Where a process cannot be copied, as on
-    Windows, nothing is checked.
+    Windows or beyond a limit of processes, nothing is checked.
     """
     import h5py  # noqa: F401  # here, so that the copy need not import it
 
     if not hasattr(os, "fork"):
         return
     reader, writer = os.pipe()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about other threads, none of which runs in the copy
-        child = os.fork()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about other threads, none of which runs in the copy
+            child = os.fork()
+    except OSError:
+        os.close(reader)
+        os.close(writer)
+        return
     if child == 0:
         _rehearse_and_exit(read, writer)
     os.close(writer)
@@ -207,9 +212,9 @@ def walk_through(path: Name, names: Iterable[str], max_bytes: int = DEFAULT_MAX_
     with open_hdf5(path, path, max_bytes) as file, inspect_file(path, max_bytes):
         objects = check_links(file, path)
         for array in (objects[name] for name in names if is_array(objects.get(name))):
-            array.id.get_storage_size()
-            if array.chunks is not None:
-                array.id.get_num_chunks()
+            with contextlib.suppress(Exception):  # the other arrays count nevertheless
+                array.id.get_storage_size()
+                array.id.get_num_chunks()  # raises where it has no chunks
                 for row in {0, (len(array) - 1) // array.chunks[0] * array.chunks[0]}:
                     array.id.read_direct_chunk((row, *[0] * (array.ndim - 1)))
 
