@@ -40,6 +40,7 @@ guard_onnx.py, for a detector's .onnx file
 
 guard_image.py, for an image
     check_parts        little beside its pixels, few scans
+    check_tags         its EXIF tags cannot claim more than --max-memory
 
 images.decode_image also counts an image's pixels, and record.parse_record guards repair records.
 A guard raises InputError, one line that begins with the file's name.

@@ -9,7 +9,7 @@ import struct
 from collections.abc import Iterator
 
 from defence.base.errors import InputError
-from defence.base.limits import DEFAULT_MAX_BYTES, Name
+from defence.base.limits import DEFAULT_MAX_BYTES, Name, check_fits
 
 BESIDE = 2**24  # bytes beside the pixels: profiles, EXIF data, texts, thumbnails
 COPIES = 10  # that Pillow makes of them
@@ -19,6 +19,9 @@ SCANS = 100  # of a JPEG; usual progressive ones have 10
 PNG, JPEG = b"\x89PNG\r\n\x1a\n", b"\xff\xd8"
 PIXELS = {b"IDAT", b"fdAT", b"fcTL"}  # parts of a PNG, the last two of its animation
 SCAN, END = 0xDA, 0xD9  # markers of a JPEG
+FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}  # markers of an image's size and channels
+PROGRESSIVE = {0xC2, 0xC6, 0xCA, 0xCE}
+ALONE = {0x01, 0xC8, 0xD8, END, *range(0xF0, 0xFE)}  # markers that no size follows
 MARKER = re.compile(rb"\xff+([^\x00\xff\xd0-\xd7])", re.DOTALL)  # after a scan's data
 
 
@@ -43,20 +46,49 @@ def check_parts(contents: bytes, path: Name, max_bytes: int = DEFAULT_MAX_BYTES)
             )
 
 
+def check_tags(exif: bytes, path: Name, max_bytes: int = DEFAULT_MAX_BYTES) -> None:
+    """Raise InputError where EXIF tags could claim more than `max_bytes` together.
+
+    Before version 13, Pillow copies all that each tag claims, even if all claim the same bytes.
+    """
+    exif = re.sub(rb"^(Exif\0\0){1,2}", b"", exif)
+    order = "<" if exif[:2] == b"II" else ">"
+    (start,) = struct.unpack(f"{order}I", exif[4:8].ljust(4, b"\0"))
+    (tags,) = struct.unpack(f"{order}H", exif[start : start + 2].ljust(2, b"\0"))
+    check_fits(path, "its EXIF tags", tags * len(exif), max_bytes)
+
+
 def _list_png(contents: bytes) -> Iterator[tuple[bool, int]]:
-    """Yield (whether it holds pixels, size) of each part of a PNG."""
-    place = len(PNG)
-    while place + 8 <= len(contents):
+    """Yield (whether it holds pixels, size) of each part of a PNG. What follows it is not read."""
+    place, kind = len(PNG), b""
+    while place + 8 <= len(contents) and kind != b"IEND":
         size, kind = struct.unpack_from(">I4s", contents, place)
         yield kind in PIXELS, size
         place += 12 + size
 
 
 def _list_jpeg(contents: bytes) -> Iterator[tuple[bool, int]]:
-    """Yield (whether it is a scan, size) of each part of a JPEG; nothing for another file."""
-    place = len(JPEG) if contents.startswith(JPEG) else len(contents)
-    while (marker := MARKER.search(contents, place)) and marker[1][0] != END:
-        place = marker.end()
-        (size,) = struct.unpack(">H", contents[place : place + 2].rjust(2, b"\0"))
-        yield marker[1][0] == SCAN, size
-        place += max(2, size)
+    """Yield (whether it is a scan, size) of each part of a JPEG; nothing for another file.
+
+    Before the first scan Pillow reads on behind an end, and reads bytes between parts one by one.
+    A scan of all channels is the only one, except in a progressive JPEG: what follows is not read.
+    """
+    place, scans = len(JPEG) if contents.startswith(JPEG) else len(contents), 0
+    frame, channels = 0, b""
+    while (marker := MARKER.search(contents, place)) and not (scans and marker[1][0] == END):
+        between, kind = 0 if scans else marker.start(1) - 1 - place, marker[1][0]
+        place, size = marker.end(), 0
+        if between:
+            yield False, between
+        if kind in FRAMES:
+            frame, channels = kind, contents[place + 7 : place + 8]
+        whole = frame not in PROGRESSIVE and channels == contents[place + 2 : place + 3]
+        if kind not in ALONE:
+            (size,) = struct.unpack(">H", contents[place : place + 2].rjust(2, b"\0"))
+            place += max(2, size)
+        scans += kind == SCAN
+        yield kind == SCAN, size
+        if kind == SCAN and whole:
+            return
+    if not scans:
+        yield False, max(0, len(contents) - place)
