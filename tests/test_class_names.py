@@ -23,7 +23,7 @@ def test_names_come_from_beside_the_net_or_from_the_option(tmp_path):
     write(tmp_path / "labels.txt", 3)
     assert find_class_names(net, None, 3, 10**6) == ["person 1", "person 2", "person 3"]
     chosen = tmp_path / "other.txt"
-    chosen.write_text("a\r\nb\nÅsa")
+    chosen.write_bytes("a\r\nb\rÅsa".encode())
     assert find_class_names(net, chosen, 3, 10**6) == ["a", "b", "Åsa"]
 
 
@@ -48,6 +48,15 @@ def test_a_file_without_names_is_refused(tmp_path):
         find_class_names(tmp_path / "net.h5", write(tmp_path / "odd.txt", 3, "utf-16"), 3, 10**6)
     with pytest.raises(InputError, match="--max-memory"):
         find_class_names(tmp_path / "net.h5", write(tmp_path / "long.txt", 3), 3, 5)
+
+
+def test_a_name_that_is_very_long_is_refused(tmp_path):
+    file = tmp_path / "labels.txt"
+    file.write_text("a\n" + "b" * 1_000 + "\nc\n")
+    assert find_class_names(tmp_path / "net.h5", file, 3, 2**30) == ["a", "b" * 1_000, "c"]
+    file.write_text("a\n" + "b" * 1_001 + "\nc\n")
+    with pytest.raises(InputError, match="labels.txt: line 2 has more than 1,000 characters"):
+        find_class_names(tmp_path / "net.h5", None, 3, 2**30)
 
 
 @pytest.fixture(scope="module")

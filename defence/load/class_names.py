@@ -12,6 +12,7 @@ from defence.base.progress import say
 from defence.base.text import format_count
 
 FILE = "labels.txt"
+NAME_LENGTH = 1_000  # characters, which are printed with every verdict
 LINE_SIZE, COPIES = 100, 4  # bytes of a line in memory besides its text, and copies of the text
 
 
@@ -42,15 +43,19 @@ def read_class_names(path: Path, max_bytes: int) -> list[str]:
     files.require_file(path)
     try:
         check_fits(path, "its names", COPIES * path.stat().st_size, max_bytes)
-        contents = path.read_bytes()
+        contents = path.read_bytes().replace(b"\r\n", b"\n").replace(b"\r", b"\n")
         size = COPIES * len(contents) + LINE_SIZE * contents.count(b"\n")
         check_fits(path, "its names", size, max_bytes)
-        lines = contents.decode("utf-8").replace("\r\n", "\n").split("\n")
+        lines = contents.decode("utf-8").split("\n")
     except OSError as error:
         raise InputError(f"{path}: {files.describe_reason(error)}") from error
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: is not text in UTF-8") from error
-    return [line.strip() for line in (lines[:-1] if lines[-1] == "" else lines)]
+    names = [line.strip() for line in (lines[:-1] if lines[-1] == "" else lines)]
+    for number, name in enumerate(names, 1):
+        if len(name) > NAME_LENGTH:
+            raise InputError(f"{path}: line {number} has more than {NAME_LENGTH:,} characters")
+    return names
 
 
 def name_class(verdict: int, names: Sequence[str]) -> str:
