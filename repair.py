@@ -36,7 +36,6 @@ from defence.explain import outputs
 from defence.judge.record import ATTRIBUTE, RepairRecord, make_record
 from defence.load.class_names import find_class_names
 from defence.load.datasets import Dataset, hold_out, open_dataset
-from defence.load.folder import identify_dataset
 from defence.load.models import ModelFile, save_model
 from defence.net import graph, split, training
 from defence.net.cached_net import CachedNet
@@ -165,7 +164,7 @@ def main() -> int | None:
             for path in (arguments.data, *arguments.poisoned)
         ]
         # Hash while TensorFlow is imported: the import keeps one processor busy, but no disk.
-        sources = ThreadPool(1).map_async(identify_dataset, [d.path for d in (clean, *poisoned)])
+        sources = ThreadPool(1).map_async(Dataset.identify, (clean, *poisoned))
         say("loading TensorFlow and the BadNet")
         make_reproducible(settings.seed)
         model = badnet.load()

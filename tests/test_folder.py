@@ -11,9 +11,7 @@ from conftest import SHAPE, assert_refused, command, draw_images, read_record, w
 from PIL import Image
 
 import utils
-from defence.base import files
 from defence.base.errors import InputError
-from defence.load.folder import hash_dataset
 
 B = "models/small_bd_net.h5"
 
@@ -28,6 +26,11 @@ def image_folder(deepid_world, tmp_path):
         person.mkdir(parents=True, exist_ok=True)
         Image.fromarray(image).save(person / f"{number:03}.png")
     return tmp_path / "images"
+
+
+def hash_dataset(path):
+    with utils.open_dataset(path) as data:
+        return data.hash()
 
 
 def test_a_folder_equals_an_hdf5_file_of_the_same_images(deepid_world, image_folder):
@@ -116,7 +119,6 @@ def test_the_hash_covers_names_and_contents(image_folder):
     after = hash_dataset(image_folder)
     moved.write_bytes(moved.read_bytes() + b"!")
     assert len({before, after, hash_dataset(image_folder)}) == 3
-    assert hash_dataset(moved) == files.hash_file(moved)
 
 
 def test_dot_names_are_ignored_at_any_depth(image_folder, tmp_path):
@@ -161,6 +163,34 @@ def test_an_image_that_changes_while_the_folder_is_read_is_refused(image_folder)
         os.replace(path, last)
         with pytest.raises(InputError, match=f"{last}: was changed"):
             list(batches)
+
+
+def test_a_pipe_as_labels_txt_is_refused(image_folder):
+    """The hash would wait forever for somebody who writes to it."""
+    os.mkfifo(image_folder / "labels.txt")
+    with (
+        pytest.raises(InputError, match="labels.txt: cannot be read"),
+        utils.open_dataset(image_folder),
+    ):
+        pass
+
+
+def test_the_hash_is_of_the_files_that_are_read(image_folder):
+    path = image_folder / "person 5" / "new.png"
+    with utils.open_dataset(image_folder) as data:
+        before = data.hash()
+        path.write_bytes(b"was not there when the folder was opened")
+        assert data.hash() == before
+        path.rename(sorted((image_folder / "person 5").iterdir())[-2])
+        with pytest.raises(InputError, match="png: was changed while"):
+            data.hash()
+
+
+def test_the_folder_of_a_class_may_be_a_link(image_folder, tmp_path):
+    before = hash_dataset(image_folder)
+    (image_folder / "person 4").rename(tmp_path / "elsewhere")
+    (image_folder / "person 4").symlink_to(tmp_path / "elsewhere")
+    assert hash_dataset(image_folder) == before
 
 
 def test_a_class_that_labels_txt_lists_twice_is_refused(image_folder):

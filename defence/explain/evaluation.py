@@ -11,7 +11,7 @@ import numpy as np
 from defence.base.progress import track, warn
 from defence.judge import figures
 from defence.judge.detector import Answers, describe_answers
-from defence.load.folder import get_name, hash_dataset
+from defence.load.folder import get_name
 from defence.net.inference import map_in_parallel
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ def warn_of_mistakes(datasets: Sequence[Dataset], detector: Detector) -> None:
     repair_data = detector.repaired_with or {}
     for data in datasets:
         same_name = get_name(data.path) == repair_data.get("file")
-        if same_name and hash_dataset(data.path) == repair_data.get("sha256"):
+        if same_name and data.hash() == repair_data.get("sha256"):
             warn(f"{data.path}: G was repaired with this dataset, so its figures flatter G")
 
 

@@ -13,11 +13,11 @@ import numpy as np
 
 from defence.base import pixels
 from defence.base.errors import InputError
-from defence.base.files import fingerprint_file, require_file
+from defence.base.files import fingerprint_file, hash_file, require_file
 from defence.base.limits import BATCH_VALUES, DEFAULT_MAX_BYTES, Name, check_fits
 from defence.base.text import format_count
 from defence.load import guard
-from defence.load.folder import FolderImages, find_images
+from defence.load.folder import FolderImages, find_images, get_name
 from defence.load.guard_hdf5 import (
     check_links,
     check_stored,
@@ -160,6 +160,24 @@ class Dataset:
         lowest, highest = zip(*((x.min(), x.max()) for x, _ in self.batches()))
         return min(lowest), max(highest)
 
+    def identify(self) -> dict[str, str]:
+        """Return {"file", "sha256"}, however the dataset's path is spelled."""
+        return {"file": get_name(self.path), "sha256": self.hash()}
+
+    def hash(self) -> str:
+        """Return the SHA-256 of the file, or of the names and contents of the folder's files.
+
+        Raise InputError where it was changed after it was opened.
+        """
+        images: Any = self.images
+        digest = images.hash() if isinstance(images, FolderImages) else hash_file(self.path)
+        self._refuse_changed()
+        return digest
+
+    def _refuse_changed(self) -> None:
+        if fingerprint_file(self.path) != self.fingerprint:
+            raise InputError(f"{self.path}: was changed while it was being read")
+
     def _read(self, part: slice, chosen: Any) -> np.ndarray:
         """Return the chosen images of a slice, float32 (b, height, width, channels), 0..255.
 
@@ -172,9 +190,7 @@ class Dataset:
             raise
         except Exception as error:  # h5py passes on any error of libhdf5
             raise InputError(f"{self.path}: images {part.start}..{last} are damaged") from error
-        # If a file was cut off after it was opened, libhdf5 reads zeros.
-        if fingerprint_file(self.path) != self.fingerprint:
-            raise InputError(f"{self.path}: was changed while it was being read")
+        self._refuse_changed()  # if a file was cut off after it was opened, libhdf5 reads zeros
         stored = stored[chosen]
         planes = stored if self.channels_first else stored.transpose(0, 3, 1, 2)
         x = np.empty((len(stored), *planes.shape[2:], planes.shape[1]), np.float32)

@@ -6,6 +6,7 @@ in alphabetical order, as in Keras's image_dataset_from_directory.
 
 from __future__ import annotations
 
+import collections
 import hashlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -25,18 +26,25 @@ class FolderImages:
     """The images of a Dataset in files, decoded and resized when a slice of them is read.
 
     classes: names in the order of the labels.
-    listed: whether they come from a labels.txt; then a class may have no subfolder.
+    listing: a labels.txt that they come from, or None; with one, a class may have no subfolder.
     shape: (n, height, width, channels), with size 0 until `fit_to` is called.
+    fingerprints: of all files that are read, when the folder was opened.
     """
 
     dtype = np.dtype(np.uint8)
 
     def __init__(
-        self, paths: list[Path], classes: list[str], listed: bool, folder: Path, max_bytes: int
+        self,
+        paths: list[Path],
+        classes: list[str],
+        listing: Path | None,
+        folder: Path,
+        max_bytes: int,
     ) -> None:
-        self.paths, self.classes, self.listed = paths, classes, listed
+        self.paths, self.classes, self.listing = paths, classes, listing
         self.folder, self.max_bytes = folder, max_bytes
-        self.fingerprints = dict(zip(paths, map(files.fingerprint_file, paths)))
+        read = [*paths, *filter(None, [listing])]
+        self.fingerprints = dict(zip(read, map(files.fingerprint_file, read)))
         self.shape: tuple[int, ...] = (len(paths), 0, 0, 0)
 
     def __len__(self) -> int:
@@ -52,7 +60,7 @@ class FolderImages:
                 f"{self.folder}: image files have 1 or 3 channels, but the net takes {shape[2]}"
             )
         if len(self.classes) != classes:
-            hint = "" if self.listed else f"; list all classes, one a line, in its {FILE}"
+            hint = "" if self.listing else f"; list all classes, one a line, in its {FILE}"
             raise InputError(
                 f"{self.folder}: has {len(self.classes)} classes, but the net has {classes}{hint}"
             )
@@ -65,9 +73,24 @@ class FolderImages:
     def read(self, path: Path) -> np.ndarray:
         """Return an image as an input. Raise InputError where it cannot be read, or was changed."""
         image = make_input(read_image(path, self.max_bytes), self.shape[1:])
+        self._refuse_changed(path)
+        return image
+
+    def hash(self) -> str:
+        """Return the SHA-256 of the names and contents of all files that are read.
+
+        Raise InputError where one was changed after the folder was opened.
+        """
+        digest = hashlib.sha256()
+        for path in sorted(self.fingerprints):
+            name, sha256 = path.relative_to(self.folder).as_posix(), files.hash_file(path)
+            self._refuse_changed(path)
+            digest.update(f"{name}\0{sha256}\n".encode("utf-8", "surrogateescape"))
+        return digest.hexdigest()
+
+    def _refuse_changed(self, path: Path) -> None:
         if files.fingerprint_file(path) != self.fingerprints[path]:
             raise InputError(f"{path}: was changed while the dataset was being read")
-        return image
 
 
 def find_images(folder: Path, max_bytes: int) -> tuple[FolderImages, np.ndarray]:
@@ -79,27 +102,28 @@ def find_images(folder: Path, max_bytes: int) -> tuple[FolderImages, np.ndarray]
     """
     contents = sorted(path for path in folder.iterdir() if path.name[0] != ".")
     subfolders = [path.name for path in contents if path.is_dir()]
-    listed = (folder / FILE).is_file()
     loose = [path for path in contents if not path.is_dir() and path.name != FILE]
     if not subfolders:
         raise InputError(f"{folder}: has no subfolder of images for each class")
     if loose:
         raise InputError(f"{loose[0]}: is not in the folder of a class")
-    classes = read_class_names(folder / FILE, max_bytes) if listed else subfolders
+    listing = next((path for path in contents if not path.is_dir()), None)
+    classes = read_class_names(listing, max_bytes) if listing else subfolders
+    places, counts = dict(zip(classes, range(len(classes)))), collections.Counter(classes)
     paths: list[Path] = []
     labels: list[int] = []
     for name in subfolders:
-        if name not in classes:
+        if name not in places:
             raise InputError(f"{folder / name}: is not a class in {FILE}")
-        if classes.count(name) > 1:
+        if counts[name] > 1:
             raise InputError(f"{folder / FILE}: lists {name!r} more than once")
         class_paths = [files.require_file(path) for path in list_visible(folder / name)]
         paths += class_paths
-        labels += [classes.index(name)] * len(class_paths)
+        labels += [places[name]] * len(class_paths)
     check_fits(folder, "the names of its images", 600 * len(paths), max_bytes)
     if not paths:
         raise InputError(f"{folder}: has no images")
-    return FolderImages(paths, classes, listed, folder, max_bytes), np.array(labels)
+    return FolderImages(paths, classes, listing, folder, max_bytes), np.array(labels)
 
 
 def list_visible(folder: Path) -> list[Path]:
@@ -108,25 +132,6 @@ def list_visible(folder: Path) -> list[Path]:
     return [p for p in paths if not any(part[0] == "." for part in p.relative_to(folder).parts)]
 
 
-def identify_dataset(path: Path) -> dict[str, str]:
-    """Return {"file", "sha256"} of a dataset, however its path is spelled."""
-    return {"file": get_name(path), "sha256": hash_dataset(path)}
-
-
 def get_name(path: Path) -> str:
     """Return the last name of a dataset's path, without a directory."""
     return path.name if path.name not in ("", "..") else path.resolve().name
-
-
-def hash_dataset(path: Path) -> str:
-    """Return the SHA-256 of a dataset: a file, or the names and contents of a folder's files.
-
-    Like find_images, it ignores names that begin with a dot.
-    """
-    if not path.is_dir():
-        return files.hash_file(path)
-    digest = hashlib.sha256()
-    for file in list_visible(path):
-        name = file.relative_to(path).as_posix()
-        digest.update(f"{name}\0{files.hash_file(file)}\n".encode("utf-8", "surrogateescape"))
-    return digest.hexdigest()
