@@ -244,7 +244,7 @@ def test_arrays_beyond_the_memory_limit_are_on_disk(hardened, tmp_path, monkeypa
                 "load.guard",
                 "load.guard_hdf5",
                 "load.guard_model",
-                "load.models",
+                "base.files",
                 "load.datasets",
             ):
                 monkeypatch.setattr(f"defence.{room}.check_fits", lambda *_: None)

@@ -7,6 +7,7 @@ import pytest
 from conftest import draw_images, write_data
 
 import utils
+from defence.base import files
 from defence.load import (
     architecture,
     datasets,
@@ -28,7 +29,7 @@ ROOMS = {
     "guard_model.py": guard_model,
     "guard_onnx.py": guard_onnx,
 }
-CALLERS = (architecture, models, datasets)
+CALLERS = (architecture, models, datasets, files)
 ELSEWHERE = {"check_fits", "check_step_fits"}  # the limits of memory are in limits.py
 HELPERS = {"describe_array", "is_array", "open_hdf5", "walk_through"}  # they refuse no file
 

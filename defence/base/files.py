@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from defence.base.errors import InputError
-from defence.base.limits import Name
+from defence.base.limits import Name, check_fits
 from defence.base.process import unfinished_folders
 from defence.base.text import escape
 
@@ -48,6 +48,16 @@ def require_file(path: Name) -> Path:
     if status.st_size == 0:
         raise InputError(f"{path}: the file is empty")
     return path
+
+
+def read_file(path: Name, max_bytes: int) -> bytes:
+    """Read a file. Raise InputError where it cannot be read, or is larger than `max_bytes`."""
+    path = require_file(path)
+    check_fits(path, "the file", path.stat().st_size, max_bytes)
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {describe_reason(error)}") from error
 
 
 def describe_reason(error: OSError) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 from collections.abc import Sequence
 from os import PathLike
@@ -14,7 +13,7 @@ import numpy as np
 
 from defence.base import pixels
 from defence.base.errors import InputError
-from defence.base.files import hash_file, require_file
+from defence.base.files import hash_file, read_file, require_file
 from defence.base.limits import DEFAULT_MAX_BYTES
 from defence.base.progress import say, warn
 from defence.judge import detector, exports, onnx_file
@@ -263,12 +262,12 @@ def find_detector_file(
         onnx_file.require_packages(*onnx_file.RUN_PACKAGES)
         if not path.exists():
             raise InputError(f"{path}: no such file; make it with: eval_defence.py NAME --export")
-        contents = onnx_file.read_contents(path, badnet.max_bytes)
+        contents = read_file(path, badnet.max_bytes)
     except InputError:
         if backend == "onnx":
             raise
         return None
-    if not exports.is_export(hashlib.sha256(contents).hexdigest()):
+    if not exports.is_export(contents):
         problem = f"{path}: was not exported by you on this machine"
         if backend == "onnx":
             raise InputError(
@@ -307,7 +306,6 @@ def export_detector(
         "repair_record": usage.record.to_json() if usage.record else json.dumps(None),
     }
     file = onnx_file.write_detector(model, metadata, path, badnet.max_bytes)
-    exports.add_export(file.sha256)
     return file.detector(file.threshold)
 
 

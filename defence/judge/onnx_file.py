@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import importlib.util
 import logging
 import math
@@ -17,11 +16,11 @@ import numpy as np
 
 from defence.base import pixels
 from defence.base.errors import InputError
-from defence.base.files import replace_file, require_file
-from defence.base.limits import BATCH_VALUES, DEFAULT_MAX_BYTES, OUTPUT_VALUES, check_fits
+from defence.base.files import read_file, replace_file
+from defence.base.limits import BATCH_VALUES, DEFAULT_MAX_BYTES, OUTPUT_VALUES
 from defence.base.startup import count_processors, import_onnxruntime
 from defence.base.text import first_line
-from defence.judge import detector
+from defence.judge import detector, exports
 from defence.judge.record import RepairRecord, no_threshold_error, parse_record
 from defence.load import guard_onnx
 
@@ -48,7 +47,7 @@ class DetectorFile:
     run: float32 (n, height, width, channels), whole numbers 0..255 → {name: array (n,)}, the
     outputs that `write_detector` describes.
     shape: (height, width, channels).  classes: N.  threshold: as for detector.is_flagged.
-    made_of: (SHA-256 of B, of G, input scale).  record: G's, or None.  sha256: of the file.
+    made_of: (SHA-256 of B, of G, input scale).  record: G's, or None.
     """
 
     path: Path
@@ -58,7 +57,6 @@ class DetectorFile:
     threshold: float | None
     made_of: tuple[str, str, str]
     record: RepairRecord | None
-    sha256: str
 
     def detector(self, threshold: float | None) -> detector.Detector:
         """Return the file's Detector, with a threshold that may differ from the file's."""
@@ -112,7 +110,7 @@ def require_packages(*names: str, packages: str = "requirements.txt") -> None:
 def write_detector(
     model: Any, metadata: dict[str, str], path: Path, max_bytes: int = DEFAULT_MAX_BYTES
 ) -> DetectorFile:
-    """Write a detector as an ONNX file, check it against Keras, and return it.
+    """Write a detector as an ONNX file, check it against Keras, list it, and return it.
 
     model: from detector.build_detector.  metadata: badnet_sha256, repaired_sha256, classes,
     threshold (empty where disagreement counts), input_scale, repair_record (JSON).
@@ -129,7 +127,8 @@ def write_detector(
     problem = f"{path}: cannot be made from these nets"
     with replace_file(path) as beside:
         try:
-            beside.write_bytes(_convert_to_onnx(function, metadata))
+            contents = _convert_to_onnx(function, metadata)
+            beside.write_bytes(contents)
             file = read_detector(beside, max_bytes)
             outputs = file.run(noise.astype(np.float32))
         except OSError:  # such as a full disk
@@ -143,6 +142,7 @@ def write_detector(
             )  # a thousandth of a class may be a class
             if not np.allclose(values, expected[name], rtol=tolerance, atol=tolerance):
                 raise InputError(f"{problem}: its {name} differs from theirs")
+    exports.add_export(contents)
     return dataclasses.replace(file, path=path)
 
 
@@ -196,16 +196,9 @@ def read_detector(
 ) -> DetectorFile:
     """Open a detector's ONNX file, whoever made it.
 
-    Return and raise what read_contents and open_detector do.
+    Return and raise what files.read_file and open_detector do.
     """
-    return open_detector(read_contents(path, max_bytes), path, max_bytes, threads)
-
-
-def read_contents(path: Path, max_bytes: int = DEFAULT_MAX_BYTES) -> bytes:
-    """Read a file. Raise InputError where there is none, or it is larger than `max_bytes`."""
-    path = require_file(path)
-    check_fits(path, "the file", path.stat().st_size, max_bytes)
-    return path.read_bytes()
+    return open_detector(read_file(path, max_bytes), path, max_bytes, threads)
 
 
 def open_detector(
@@ -221,8 +214,7 @@ def open_detector(
     graph = guard_onnx.check_onnx(contents, path, max_bytes)
     facts = read_metadata(graph.metadata, path)
     run = _open_session(contents, path, graph, threads or max(1, count_processors() // 2))
-    sha256 = hashlib.sha256(contents).hexdigest()
-    return DetectorFile(path, run, graph.shape, **facts, sha256=sha256)
+    return DetectorFile(path, run, graph.shape, **facts)
 
 
 def _open_session(contents: bytes, path: Path, graph: guard_onnx.CheckedGraph, threads: int) -> Run:

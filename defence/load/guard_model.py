@@ -144,7 +144,7 @@ def check_prepared(model: Any, path: Name) -> None:
 def check_outputs(model: Any, path: Name, max_bytes: int = DEFAULT_MAX_BYTES) -> None:
     """Raise InputError where a layer's output for one image takes more than `max_bytes`.
 
-    So do a layer that computes across images, and a regularizer that would multiply a weight by
+    Raise it also where a layer computes across images, or a regularizer would multiply a weight by
     itself to a larger array.
     """
     if layer := graph.find_mixing_layer(model):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from defence.base.errors import InputError
-from defence.base.files import describe_reason, require_file
+from defence.base.files import read_file
 from defence.base.limits import DEFAULT_MAX_BYTES, Name, check_fits
 from defence.base.text import first_line
 from defence.load.guard_image import check_parts, check_tags
@@ -37,13 +37,7 @@ def read_image(
     path: Name, max_bytes: int = DEFAULT_MAX_BYTES, formats: Sequence[str] = IMAGE_FORMATS
 ) -> Image.Image:
     """Decode the image file at `path`. Return and raise what decode_image does."""
-    path = require_file(path)
-    check_fits(path, "the file", path.stat().st_size, max_bytes)
-    try:
-        contents = path.read_bytes()
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {describe_reason(error)}") from error
-    return decode_image(contents, path, max_bytes, formats)
+    return decode_image(read_file(path, max_bytes), path, max_bytes, formats)
 
 
 def decode_image(

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from defence.base.errors import InputError
-from defence.base.files import make_private_folder, replace_file, require_file
-from defence.base.limits import DEFAULT_MAX_BYTES, Name, check_fits
+from defence.base.files import make_private_folder, read_file, replace_file, require_file
+from defence.base.limits import DEFAULT_MAX_BYTES, Name
 from defence.base.startup import import_keras
 from defence.base.text import first_line
 from defence.load import architecture, guard, guard_model
@@ -148,8 +148,7 @@ def read_model(path: Name, max_bytes: int = DEFAULT_MAX_BYTES) -> ModelFile:
     path = require_file(path)
     if path.suffix not in MODEL_SUFFIXES:
         raise InputError(f"{path}: a model is a .h5 or a .keras file")
-    check_fits(path, "the file", path.stat().st_size, max_bytes)
-    return ModelFile(path, path.read_bytes(), max_bytes)
+    return ModelFile(path, read_file(path, max_bytes), max_bytes)
 
 
 def load_badnet(path: Name, max_bytes: int = DEFAULT_MAX_BYTES) -> Any:
