@@ -42,7 +42,7 @@ from defence.net.cached_net import CachedNet
 from defence.net.inference import run_model
 from defence.options.repair import parse_repair
 
-BACKDOOR_FOUND = 3  # exit status of --scan
+SCAN_STATUS = {"nothing": 0, "backdoor": 3, "none": 4}  # exit statuses of --scan, by finding
 
 # --------------------------------------------------------------------- section 2 of the report
 
@@ -207,7 +207,7 @@ def scan(job: Job) -> int:
         files.write_json(dataclasses.asdict(result), path)
     out = sys.stderr if path == files.STDOUT else sys.stdout
     print_result(*finding.describe_finding(result, job.class_names), file=out)
-    return BACKDOOR_FOUND if result.finding == "backdoor" else 0
+    return SCAN_STATUS[result.finding]
 
 
 def repair(job: Job) -> tuple[RepairRecord, Observer]:

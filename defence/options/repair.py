@@ -94,7 +94,7 @@ def make_parser() -> Parser:
         "--harden then trains the whole net on images that are changed at random.",
         epilog="Example: repair.py models/demo_bd_net.h5 data/demo_clean_validation_data.h5 "
         "--harden --holdout 0.1. Exit status: 0 repaired, 1 failed, 2 wrong input, 3 --scan found "
-        "a backdoor.",
+        "a backdoor, 4 --scan cannot tell.",
     )
     add = parser.add_argument
     add("model", metavar="MODEL", help="the BadNet B: a Keras model, .h5 or .keras")
@@ -136,7 +136,8 @@ def _add_measuring(group: Any) -> None:
         "--scan",
         action="store_true",
         help="repair nothing; only say whether the net looks backdoored, and to which class, as "
-        "--harden does too. A class that stands out makes the exit status 3",
+        "--harden does too. A class that stands out makes the exit status 3, and a net that the "
+        "scan cannot judge 4",
     )
     group.add_argument(
         "--holdout",
