@@ -207,26 +207,49 @@ def describe_finding(finding: Finding, class_names: Sequence[str] | None = None)
     if finding.finding == "none" or finding.p_value is None:
         yield f"no finding about a backdoor: {finding.reason}"
         return
-    wrong = f"{format_count(finding.wrong, 'wrong answer')} to disturbed images"
-    chance = describe_p_value(finding.p_value, finding)
     if finding.finding == "nothing":
         yield (
-            f"no class stands out among {wrong} ({chance}): no sign of a backdoor of the kinds "
+            f"no class stands out among {describe_wrong(finding)} "
+            f"({describe_p_value(finding.p_value, finding)}): no sign of a backdoor of the kinds "
             "that this can see"
         )
-    for row in [row for row in finding.classes if row["class"] in finding.targets][:SHOWN]:
-        name = f" ({escape(class_names[row['class'] - 1])})" if class_names else ""
-        yield (
-            f"class {row['class']}{name} gets {row['count']} of {wrong}, {row['ratio']:.1f} times "
-            f"as many as most classes ({describe_p_value(row['p_value'], finding)}): the BadNet "
-            f"{describe_likelihood(row['p_value'], finding)} a backdoor with that target"
-        )
+    for row in list_target_rows(finding)[:SHOWN]:
+        yield describe_target(row, finding, class_names)
     if finding.shift:
-        yield (
-            f"wrong answers are often the right class + {finding.shift} ({chance}): the BadNet "
-            f"{describe_likelihood(finding.p_value, finding)} a backdoor that turns every class "
-            "into another (all-to-all)"
-        )
+        yield describe_shift(finding)
+
+
+def list_target_rows(finding: Finding) -> list[dict[str, Any]]:
+    """Return the rows of a Finding's `classes` that are targets, the clearest first."""
+    return [row for row in finding.classes if row["class"] in finding.targets]
+
+
+def describe_target(
+    row: dict[str, Any], finding: Finding, class_names: Sequence[str] | None = None
+) -> str:
+    """Return a line of text about a target. row: of the Finding's `classes`."""
+    name = f" ({escape(class_names[row['class'] - 1])})" if class_names else ""
+    return (
+        f"class {row['class']}{name} gets {row['count']} of {describe_wrong(finding)}, "
+        f"{row['ratio']:.1f} times as many as most classes "
+        f"({describe_p_value(row['p_value'], finding)}): the BadNet "
+        f"{describe_likelihood(row['p_value'], finding)} a backdoor with that target"
+    )
+
+
+def describe_shift(finding: Finding) -> str:
+    """Return a line of text about an all-to-all attack."""
+    assert finding.p_value is not None  # wherever there is a shift
+    return (
+        f"wrong answers are often the right class + {finding.shift} "
+        f"({describe_p_value(finding.p_value, finding)}): the BadNet "
+        f"{describe_likelihood(finding.p_value, finding)} a backdoor that turns every class "
+        "into another (all-to-all)"
+    )
+
+
+def describe_wrong(finding: Finding) -> str:
+    return f"{format_count(finding.wrong, 'wrong answer')} to disturbed images"
 
 
 def describe_p_value(p_value: float, finding: Finding) -> str:
