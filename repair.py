@@ -15,7 +15,6 @@ if __name__ == "__main__":  # until run_command takes over, Ctrl-C ends the impo
 
 import contextlib
 import dataclasses
-import sys
 import time
 from argparse import Namespace
 from multiprocessing.pool import AsyncResult, ThreadPool
@@ -23,7 +22,6 @@ from typing import Any
 
 import numpy as np
 
-from defence.base import files
 from defence.base.arguments import take_settings
 from defence.base.errors import InputError
 from defence.base.process import exit_now, run_command
@@ -202,11 +200,8 @@ def scan(job: Job) -> int:
     memory.check_scan_fits(cached.split.net, cached.data)
     check.warn_of_problems(cached)
     check.refuse_unfit(cached, harden=False)
-    result, path = finding.scan_net(cached, job.settings.seed), job.arguments.json
-    if path:
-        files.write_json(dataclasses.asdict(result), path)
-    out = sys.stderr if path == files.STDOUT else sys.stdout
-    print_result(*finding.describe_finding(result, job.class_names), file=out)
+    result = finding.scan_net(cached, job.settings.seed)
+    outputs.print_scan(result, job.class_names, job.badnet, job.arguments)
     return SCAN_STATUS[result.finding]
 
 

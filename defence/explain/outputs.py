@@ -1,4 +1,4 @@
-"""Print the outcome of a repair, and write the files that its options ask for beside G."""
+"""Print the outcome of a repair or a scan, and write the files that the options ask for."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ import dataclasses
 import sys
 from argparse import Namespace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 from defence.base import files
 from defence.base.errors import InputError
 from defence.base.progress import print_result, say
-from defence.explain import page_repaired, plots, tables
+from defence.beyond.finding import describe_finding
+from defence.explain import page_repaired, plots, sarif, tables
 from defence.judge import backends
 from defence.load.models import read_model
 
@@ -19,6 +20,20 @@ if TYPE_CHECKING:
     from defence.beyond.finding import Finding
     from defence.judge.record import RepairRecord
     from defence.load.models import ModelFile
+
+
+def print_scan(
+    finding: Finding, class_names: list[str] | None, badnet: ModelFile, arguments: Namespace
+) -> None:
+    """Write the files that the options ask for, and print the finding about the BadNet.
+
+    arguments: as for print_repair.
+    """
+    if arguments.json:
+        files.write_json(dataclasses.asdict(finding), arguments.json)
+    if arguments.sarif:
+        sarif.write_log(arguments.sarif, finding, class_names, badnet)
+    print_result(*describe_finding(finding, class_names), file=choose_stream(arguments))
 
 
 def print_repair(
@@ -37,11 +52,13 @@ def print_repair(
     if arguments.json:
         extra = {"finding": finding and dataclasses.asdict(finding), "seconds": seconds}
         files.write_json(dataclasses.asdict(record) | extra, arguments.json)
+    if arguments.sarif and finding:
+        sarif.write_log(arguments.sarif, finding, class_names, badnet)
     if arguments.plot:
         plots.plot_pruning_curve(record, arguments.plot)
     if arguments.report:
         page_repaired.write_repaired_page(arguments.report, record, finding, seconds, class_names)
-    out = sys.stderr if arguments.json == files.STDOUT else sys.stdout
+    out = choose_stream(arguments)
     print_result(*tables.format_summary(record, seconds, class_names), file=out)
     print_result(f"Saved model: {arguments.output}", file=out)
     if arguments.detector and export_detector(badnet, arguments):
@@ -50,6 +67,11 @@ def print_repair(
         backends.discard_detector(Path(arguments.output))
     if arguments.report:
         print_result(f"Saved page: {arguments.report}", file=out)
+
+
+def choose_stream(arguments: Namespace) -> TextIO:
+    """Return where lines of text go: to stderr where a file goes to stdout."""
+    return sys.stderr if files.STDOUT in (arguments.json, arguments.sarif) else sys.stdout
 
 
 def export_detector(badnet: ModelFile, arguments: Namespace) -> bool:

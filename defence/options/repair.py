@@ -24,7 +24,7 @@ from defence.options.common import (
 
 # The options that have an effect where nothing is repaired, besides MODEL and DATA.
 GENERAL = {"model", "data", "layer", "scale", "max_bytes", "quiet"}
-MODES = {"check": GENERAL, "scan": GENERAL | {"seed", "json", "labels"}}
+MODES = {"check": GENERAL, "scan": GENERAL | {"seed", "json", "sarif", "labels"}}
 
 
 def parse_repair() -> tuple[Namespace, ModelFile]:
@@ -65,6 +65,8 @@ def refuse_idle_options(parser: Parser, arguments: Namespace) -> None:
     idle = [f"--{name.replace('_', '-')}" for name in changes if name.startswith("harden_")]
     if idle and not arguments.harden:
         parser.error(f"{', '.join(idle)}: does nothing without --harden")
+    if arguments.sarif and not (arguments.scan or arguments.harden):
+        parser.error("--sarif: does nothing without --scan or --harden")
 
 
 def check_outputs(arguments: Namespace, badnet: ModelFile, repairs: bool) -> None:
@@ -72,10 +74,11 @@ def check_outputs(arguments: Namespace, badnet: ModelFile, repairs: bool) -> Non
     datasets = [arguments.data, *arguments.poisoned]
     inputs = list_inputs([badnet.path], arguments.labels, datasets)
     if not repairs:
-        files.check_writable({"--json": arguments.json}, inputs)
+        logs = {"--json": arguments.json, "--sarif": arguments.sarif}
+        files.check_writable(logs, inputs)
         return
-    outputs = {"--output": arguments.output}
-    outputs |= {f"--{name}": getattr(arguments, name) for name in ("json", "plot", "report")}
+    names = ("output", "json", "sarif", "plot", "report")
+    outputs = {f"--{name}": getattr(arguments, name) for name in names}
     files.check_writable(outputs | {"the detector's file": arguments.detector}, inputs)
     if arguments.plot:
         plots.require_format(arguments.plot)
@@ -168,6 +171,12 @@ def _add_writing(group: Any) -> None:
     add = group.add_argument
     add("--output", metavar="FILE", help="G's file (default: models/NAME_defence.h5)")
     add("--json", metavar="FILE", help="also write the repair record as JSON; - for stdout")
+    add(
+        "--sarif",
+        metavar="FILE",
+        help="with --scan or --harden, write whether the net looks backdoored as a SARIF 2.1.0 "
+        "log, which pipelines and code hosts read; - for stdout",
+    )
     add("--plot", metavar="FILE", help="draw the pruning curve, as .png, .svg or .pdf")
     add_report(group, "how the repair went, and whether the net looks backdoored")
     add_labels(group)
