@@ -1,7 +1,7 @@
 """The nets of the zoo: the competition's DeepID, and small nets of three other families.
 
 Each function takes the number of classes N and returns an untrained Keras model: images, float32
-(n, 55, 47, 3), 0..1 → probabilities (n, N).
+(n, 55, 47, 3), 0..1 → probabilities (n, N). Some also take another shape of an image.
 """
 
 import faces
@@ -12,7 +12,7 @@ from defence.load.architecture import build_deepid
 SHAPE = (faces.HEIGHT, faces.WIDTH, 3)
 
 
-def resnet(classes):
+def resnet(classes, shape=SHAPE):
     """Return a ResNet-20 with batch normalisation.
 
     Its first convolution has a stride of 2, since the original is for CIFAR's 32×32 images.
@@ -32,7 +32,7 @@ def resnet(classes):
             x = convolve(x, channels, 1, strides)
         return layers.ReLU()(layers.Add()([x, y]))
 
-    image = layers.Input(SHAPE)
+    image = layers.Input(shape)
     x = layers.ReLU()(convolve(image, 16, 3, 2))
     for channels in (16, 32, 64):
         for number in range(3):
@@ -40,7 +40,7 @@ def resnet(classes):
     return add_classifier(image, layers.GlobalAveragePooling2D()(x), classes)
 
 
-def mobilenet(classes):
+def mobilenet(classes, shape=SHAPE):
     """Return a narrow MobileNetV2: inverted residuals, depthwise convolutions, linear bottlenecks.
 
     Source: Sandler and others, CVPR 2018.
@@ -60,7 +60,7 @@ def mobilenet(classes):
         y = apply(convolution(channels), apply(depthwise, y), active=False)
         return layers.Add()([x, y]) if x.shape == y.shape else y
 
-    image = layers.Input(SHAPE)
+    image = layers.Input(shape)
     x = apply(convolution(16, 3, 2), image)
     for channels, strides in [(16, 1), (24, 2), (24, 1), (32, 2), (32, 1)]:
         x = add_block(x, channels, strides)
