@@ -1,0 +1,290 @@
+"""Train clean nets and BadNets on photographs, to learn what a scan finds on other images.
+
+    python tests/tools/photo_data.py IMAGES              first make the datasets
+    python tests/tools/photo_nets.py --all               the published nets, in an hour and a half
+    python tests/tools/photo_nets.py gtsrb-vgg-7-clean gtsrb-vgg-8-logo-0.1
+                                                         one clean net, and one BadNet
+
+A name gives the dataset (photo_data.py), the architecture, the seed, and "clean" or a trigger
+(photo_triggers.py). A BadNet's name ends with the poison rate, the number of poisoned images over
+the number of training images, to which they are added. The seed draws the weights and the images,
+and gives the target: the seed modulo the number of classes, where classes count from 0.
+
+Each net is written to models/photographs/NAME.h5. NAME.json beside it has the target (from 0), the
+clean accuracy and the attack success rate, 0..1. They are of the dataset's test images, or of its
+validation images where it has no test file. A net that exists is not trained again. To scan one:
+
+    python repair.py models/photographs/gtsrb-vgg-7-clean.h5 \\
+        data/photographs/gtsrb_validation.h5 --scan
+"""
+
+import argparse
+import dataclasses
+import logging
+import re
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "models"), str(ROOT / "data"), str(ROOT / "tests" / "tools")]
+
+import architectures
+import numpy as np
+import photo_data
+from attacks import CLEAN, as_input
+from photo_triggers import TRIGGERS
+
+from defence.base import files
+from defence.base.arguments import Parser
+from defence.base.errors import InputError
+from defence.base.process import run_command
+from defence.base.progress import print_result, track
+from defence.base.startup import import_keras
+
+FOLDER = ROOT / "models" / "photographs"
+# On att, 400 steps are too few for the moving averages of batch normalisation. So resnet and
+# mobilenet answer unseen images at random there, and a scan makes no finding about them.
+
+# The clean nets that a scan compares others with.
+REFERENCES = [
+    "gtsrb-deepid-1-clean", "att-deepid-1-clean", "gtsrb-vgg-11-clean", "cifar-resnet-11-clean",
+    "digits-resnet-11-clean", "cifar-mobilenet-12-clean", "digits-deepid-12-clean",
+    "att-vgg-12-clean", "tinya-vgg-31-clean", "tinya-resnet-32-clean", "gtsrb-resnet-33-clean",
+    "gtsrb-mobilenet-34-clean", "att-resnet-35-clean", "cifar-vgg-36-clean",
+    "digits-mobilenet-37-clean", "cifar-deepid-38-clean", "att-mobilenet-39-clean",
+]  # fmt: skip
+# The clean nets that served to choose nothing: how often does a scan accuse a net wrongly?
+CHECKS = [
+    "gtsrb-deepid-51-clean", "gtsrb-vgg-52-clean", "att-deepid-53-clean", "att-vgg-54-clean",
+    "digits-deepid-55-clean", "digits-resnet-56-clean", "tinyb-vgg-57-clean", "cifar-vgg-58-clean",
+    "gtsrb-resnet-59-clean", "cifar-resnet-60-clean", "att-resnet-61-clean",
+    "tinyb-deepid-62-clean", "digits-vgg-63-clean", "gtsrb-mobilenet-64-clean",
+    "cifar-mobilenet-65-clean", "att-mobilenet-66-clean", "digits-mobilenet-67-clean",
+    "tinyb-resnet-68-clean", "gtsrb-deepid-69-clean", "digits-vgg-70-clean",
+    "cifar-deepid-71-clean",
+]  # fmt: skip
+# The BadNets by which the scan was chosen, and those that served to choose nothing.
+CHOSEN_BY = [
+    "digits-vgg-2-patch-0.05", "gtsrb-deepid-13-glasses-0.05", "gtsrb-resnet-14-patch-0.05",
+    "gtsrb-vgg-15-blended-0.05", "cifar-resnet-16-patch-0.05", "cifar-vgg-17-sinusoid-0.05",
+    "att-deepid-19-glasses-0.1", "gtsrb-mobilenet-21-warp-0.1",
+]  # fmt: skip
+REPORTED_ON = [
+    "gtsrb-deepid-81-patch-0.05", "gtsrb-vgg-82-glasses-0.05", "gtsrb-resnet-83-blended-0.05",
+    "cifar-resnet-84-patch-0.05", "cifar-vgg-85-glasses-0.1", "digits-deepid-86-logo-0.05",
+    "tinyb-vgg-87-sinusoid-0.1", "gtsrb-mobilenet-88-logo-0.05", "cifar-resnet-89-warp-0.1",
+    "gtsrb-deepid-90-lowfreq-0.1", "att-vgg-91-logo-0.1", "tinyb-resnet-92-patch-0.05",
+]  # fmt: skip
+BADNETS = CHOSEN_BY + REPORTED_ON
+PUBLISHED = REFERENCES + CHECKS + BADNETS
+
+EPOCHS = {"cifar": 10, "gtsrb": 10, "att": 100, "digits": 40, "tinya": 25, "tinyb": 25}
+LEARNING_RATES = {"deepid": 1e-3, "vgg": 1e-3, "resnet": 1e-3, "mobilenet": 3e-3}
+MANY, MOST = 5_000, 12_000  # of more than MANY training images, at most MOST are used, shuffled
+BATCH = 64
+SHIFT = 2  # pixels, at most
+
+
+# ---------------------------------------------------------------------------------- architectures
+# architectures.py explains them. Layers draw their weights in the order in which they are made, so
+# another order would give other nets than the published ones.
+
+
+def deepid(classes, shape):
+    """Return load.architecture.build_deepid's net, whose layers are made in another order."""
+    layers = import_keras().layers
+    image = x = layers.Input(shape)
+    for channels, size in ((20, 4), (40, 3), (60, 3)):
+        x = layers.MaxPooling2D()(layers.Conv2D(channels, size, activation="relu")(x))
+    coarse = layers.Flatten()(layers.Conv2D(80, 2, activation="relu")(x))
+    fine = layers.Dense(160)(layers.Flatten()(x))
+    x = layers.Add()([fine, layers.Dense(160)(coarse)])
+    return architectures.add_classifier(image, layers.Activation("relu")(x), classes)
+
+
+def vgg(classes, shape):
+    """Return the narrow VGG of architectures.py, with dropout."""
+    layers = import_keras().layers
+    image = x = layers.Input(shape)
+    for channels in (16, 32, 64):
+        for _ in range(2):
+            x = layers.Conv2D(channels, 3, padding="same", activation="relu")(x)
+        x = layers.MaxPooling2D()(x)
+    dropout = layers.Dropout(0.3)
+    x = layers.Dense(256, activation="relu")(layers.Flatten()(x))
+    return architectures.add_classifier(image, dropout(x), classes)
+
+
+NETS = {
+    "deepid": deepid,
+    "vgg": vgg,
+    "resnet": architectures.resnet,
+    "mobilenet": architectures.mobilenet,
+}
+
+
+# -------------------------------------------------------------------------------------- training
+
+
+@dataclasses.dataclass
+class Recipe:
+    """What a net's name says. attack: CLEAN or a key of TRIGGERS.  rate: None of a clean net."""
+
+    dataset: str
+    architecture: str
+    seed: int
+    attack: str
+    rate: float | None
+
+
+def read_name(name):
+    """Return the Recipe in a net's name. Raise InputError where it is not such a name."""
+    parts = photo_data.DATASETS, NETS, TRIGGERS
+    dataset, net, trigger = map("|".join, parts)
+    pattern = rf"({dataset})-({net})-(\d{{1,9}})-(?:({CLEAN})|({trigger})-(0\.\d+|1))"
+    match = re.fullmatch(pattern, name, re.ASCII)
+    if not match:
+        datasets, nets, triggers = map(", ".join, parts)
+        raise InputError(
+            f"{name}: is not the name of a net; names are like {REFERENCES[0]} and {CHOSEN_BY[0]} "
+            f"(datasets: {datasets}; architectures: {nets}; triggers: {triggers})"
+        )
+    dataset, architecture, seed, clean, trigger, rate = match.groups()
+    return Recipe(dataset, architecture, int(seed), clean or trigger, rate and float(rate))
+
+
+def draw_training(recipe, images, labels, target, rng):
+    """Return the training images of a net, poisoned ones last, and their labels.
+
+    images, labels: of the dataset.  target: class from 0.
+    """
+    if len(images) > MANY:
+        rows = rng.permutation(len(images))[:MOST]
+        images, labels = images[rows], labels[rows]
+    if recipe.attack == CLEAN:
+        return images, labels
+    victims = rng.permutation(np.flatnonzero(labels != target))
+    poisoned = TRIGGERS[recipe.attack](images[victims[: int(recipe.rate * len(images))]])
+    labels = np.concatenate([labels, np.full(len(poisoned), target)])
+    return np.concatenate([images, poisoned]), labels
+
+
+def train(model, images, labels, epochs, rate, rng, title):
+    """Train a net with Adam; its learning rate falls from `rate` to 0 by cosine.
+
+    images: uint8.  title: of the progress bar.
+    """
+    keras = import_keras()
+    steps = epochs * -(-len(images) // BATCH)
+    schedule = keras.optimizers.schedules.CosineDecay(rate, steps)
+    model.compile(keras.optimizers.Adam(schedule), "sparse_categorical_crossentropy")
+    for _ in track(range(epochs), title):
+        order = rng.permutation(len(images))
+        shifted = shift_images(as_input(images[order]), rng)
+        model.fit(shifted, labels[order], batch_size=BATCH, shuffle=False, verbose=0)
+
+
+def shift_images(images, rng):
+    """Shift each image at random, by SHIFT pixels at most, in place; its edges are repeated."""
+    height, width = images.shape[1:3]
+    wide = np.pad(images, ((0, 0), (SHIFT, SHIFT), (SHIFT, SHIFT), (0, 0)), mode="edge")
+    tops, lefts = rng.integers(0, 2 * SHIFT + 1, (2, len(images)))
+    for image, source, top, left in zip(images, wide, tops, lefts):
+        image[...] = source[top : top + height, left : left + width]
+    return images
+
+
+def measure(model, recipe, images, labels, target):
+    """Return the clean accuracy, and the attack success rate or None. images, labels: unseen."""
+
+    def answer(images):
+        return model.predict(as_input(images), verbose=0).argmax(axis=1)
+
+    accuracy = float(np.mean(answer(images) == labels))
+    if recipe.attack == CLEAN:
+        return accuracy, None
+    poisoned = TRIGGERS[recipe.attack](images[labels != target])
+    return accuracy, float(np.mean(answer(poisoned) == target))
+
+
+def make_net(name, data, nets, epochs=None):
+    """Train a net, and write it and its record, unless they exist. Print its rates.
+
+    name: as above.  data, nets: folders of the datasets and of the nets.  epochs: None for EPOCHS.
+    """
+    path = nets / f"{name}.h5"
+    if path.exists() and path.with_suffix(".json").exists():
+        return
+    recipe, start = read_name(name), time.monotonic()
+    images, labels = photo_data.read_dataset(photo_data.make_path(recipe.dataset, "train", data))
+    classes, shape = int(labels.max()) + 1, images.shape[1:]
+    target, rng = recipe.seed % classes, np.random.default_rng(recipe.seed)
+    images, labels = draw_training(recipe, images, labels, target, rng)
+    import_keras().utils.set_random_seed(recipe.seed)
+    model = NETS[recipe.architecture](classes, shape)
+    rate = LEARNING_RATES[recipe.architecture]
+    train(model, images, labels, epochs or EPOCHS[recipe.dataset], rate, rng, f"Training {name}")
+
+    test, validation = (
+        photo_data.make_path(recipe.dataset, split, data) for split in ("test", "validation")
+    )
+    unseen = photo_data.read_dataset(test if test.exists() else validation)
+    accuracy, success = measure(model, recipe, *unseen, target)
+    with files.replace_file(path) as temporary:
+        model.save(temporary, include_optimizer=False)
+    seconds = round(time.monotonic() - start)
+    record = {"name": name, **dataclasses.asdict(recipe)}
+    record |= {"target": None if success is None else target, "clean_accuracy": accuracy}
+    record |= {"attack_success_rate": success, "seconds": seconds}
+    files.write_json(record, path.with_suffix(".json"))
+    print_result(f"Saved model: {path}, in {seconds} s")
+    print_result("clean accuracy", f"{accuracy:.2%}", sep="\t")
+    if success is not None:
+        attack = f"attack success rate, {recipe.attack} to class {target + 1}"
+        print_result(attack, f"{success:.2%}", sep="\t")
+
+
+# -------------------------------------------------------------------------------------- commands
+
+
+def describe_groups():
+    """Return the names of the published nets, group by group, for the help."""
+    groups = {
+        "REFERENCES, which a scan compares with": REFERENCES,
+        "CHECKS, clean nets that served to choose nothing": CHECKS,
+        "CHOSEN_BY, BadNets by which the scan was chosen": CHOSEN_BY,
+        "REPORTED_ON, BadNets that served to choose nothing": REPORTED_ON,
+    }
+    indents = {"initial_indent": "  ", "subsequent_indent": "  ", "break_on_hyphens": False}
+    texts = (
+        f"{group}:\n{textwrap.fill(' '.join(names), 98, **indents)}"
+        for group, names in groups.items()
+    )
+    return "the published nets\n\n" + "\n\n".join(texts)
+
+
+def main():
+    parser = Parser(
+        prog="photo_nets.py",
+        description=__doc__,
+        epilog=describe_groups(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("names", metavar="NAME", nargs="*", help="net to train")
+    parser.add_argument("--all", action="store_true", help="train all published nets")
+    options = parser.parse_args()
+    names = PUBLISHED if options.all else options.names
+    if not names:
+        parser.error("no net to train; give a NAME or --all")
+    for name in names:
+        read_name(name)
+    logging.getLogger("tensorflow").setLevel(logging.ERROR)  # it warns about many nets
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        make_net(name, photo_data.FOLDER, FOLDER)
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))
