@@ -26,7 +26,7 @@ import repair
 import utils
 from defence.base import files, process
 from defence.base.startup import import_keras, make_reproducible
-from defence.beyond import harden
+from defence.beyond import harden, scan, sought, twins
 from defence.beyond.observer import Observer
 from defence.beyond.settings import Settings
 from defence.judge import record
@@ -141,6 +141,16 @@ def find_root(tmp_path_factory):
 def state(tmp_path_factory):
     """Let the commands list the detectors that they export there, not in the user's own list."""
     os.environ["XDG_STATE_HOME"] = str(find_root(tmp_path_factory) / "state")
+
+
+@pytest.fixture(autouse=True)
+def short_scan(request, monkeypatch):
+    """Shorten the steps of a scan, unless the test is marked `whole_scan`."""
+    if "whole_scan" not in request.keywords:
+        monkeypatch.setattr(twins, "CHANGED", (10, 1e-3))
+        monkeypatch.setattr(twins, "PLAIN", (5, 1e-3))
+        monkeypatch.setattr(scan, "PATCHES", 2)
+        monkeypatch.setattr(sought, "STEPS", 5)
 
 
 def make_once(tmp_path_factory, name, make):

@@ -3,14 +3,17 @@
 import json
 
 import applications
+import architectures
 import badnet
 import clean_nets
+import evade
 import findings
 import inversion
 import keras
 import numpy as np
 import pytest
 import records
+import test_scan
 from conftest import draw_images, fit, sequential, write_data
 
 import utils
@@ -19,60 +22,70 @@ from defence.beyond import finding
 CLASSES, SHAPE = 12, (16, 18, 1)
 
 
-def make_row(targets, name="some", peers=None, **evidence):
-    """Return the row of a net of 40 classes. evidence: {"class_3": …, "shift_1": …}."""
-    classes, shifts = np.zeros(40), np.zeros(39)
-    for key, value in evidence.items():
-        kind, number = key.split("_")
-        if kind == "class":
-            classes[int(number)] = value
-        else:
-            shifts[int(number) - 1] = value
-    record = {"name": name, "seconds": 1.0} | ({"peers": peers} if peers else {})
-    return findings.make_row(record | findings.rank_targets(classes, shifts, targets), targets)
+def make_row(targets, score=1.0, p_value=1.0, ranks=(), cleanse=None):
+    """Return the row of a net."""
+    return {
+        **{"name": "some", "way": "maps", "targets": targets, "score": score},
+        **{"p_value": p_value, "ranks": list(ranks), "cleanse": cleanse},
+    }
 
 
-def test_a_row_ranks_each_true_target():
-    row = make_row([0, 3, 3, 5], class_3=9.0, class_5=8.0, class_0=1.0)
-    assert row["targets"] == [0, 3, 5] and row["ranks"] == [3, 1, 2] and row["alarm"]
-    row = make_row([badnet.faces.NEXT], class_3=1.0, shift_1=9.0)
-    assert row["ranks"] == [1] and row["alarm"]
-    row = make_row([badnet.faces.NEXT], class_3=9.0, class_4=8.0, shift_1=7.0)
-    assert row["ranks"] == [3]  # other shifts are fainter, but two classes are not
-    row = make_row([])
-    assert not row["alarm"] and row["p_value"] == 1 and row["ranks"] == []
+@pytest.fixture
+def clean(monkeypatch):
+    clean = {way: [1.0] * 19 for way in finding.WAYS}
+    monkeypatch.setattr(finding, "read_clean", lambda: clean)
+
+
+def test_a_record_ranks_each_true_target(clean):
+    views = test_scan.draw_views(np.random.default_rng(1))
+    views["maps"][:, 0, 3] *= 80
+    views["maps"][:, 0, 5] *= 20
+    record = findings.summarise(views, [5, 3])
+    assert record["ranks"] == [2, 1] and record["way"] == "maps" and record["p_value"] == 0.05
+    assert record["score"] == record["largest"]["maps"] and len(record["largest"]) == 5
+    views["changes"][:, :, 1, 1] *= 200
+    record = findings.summarise(views, [badnet.faces.NEXT])
+    assert record["ranks"] == [1] and record["way"] == finding.SHIFT
+    assert findings.summarise(views, [])["ranks"] == []
+    assert json.dumps(record)
+
+
+def test_neural_cleanse_judges_the_same_masks():
+    sizes = np.full(20, 100.0) + np.arange(20)
+    assert not inversion.judge_sizes(sizes)["alarm"]
+    sizes[4] = 9
+    answer = inversion.judge_sizes(sizes)
+    assert answer["alarm"] and answer["class"] == 4 and answer["value"] > findings.inversion.INDEX
+    sizes[5] = np.nan
+    assert inversion.judge_sizes(sizes) is None
 
 
 def test_a_peer_is_right_where_it_names_a_true_target():
-    peers = {
-        "one": {"class": 3, "alarm": True, "value": 0},
-        "other": {"class": 4, "alarm": True, "value": 0},
-        "none": {"class": 3, "alarm": False, "value": 0},
-    }
-    rows = [make_row([3], peers=peers), make_row([], peers=peers)]
-    ours, clean = findings.make_table(rows).splitlines()[2:]
-    assert ours.startswith("| some | 4 | nothing |")  # classes count from 1
-    assert ours.endswith("| backdoor, right | backdoor, wrong | nothing |")
-    assert clean.endswith("| backdoor | backdoor | nothing |")
+    cleanse = {"class": 3, "alarm": True, "value": 3.0}
+    rows = [
+        make_row([3], 2.0, 0.05, [1], cleanse),
+        make_row([4], 2.0, 0.06, [2], cleanse),
+        make_row([], cleanse=cleanse | {"alarm": False}),
+    ]
+    right, wrong, none = findings.make_table(rows).splitlines()[2:]
+    assert right.startswith("| some | 4 | backdoor | 0.050 | 2.00 | maps | 1 |")
+    assert right.endswith("| backdoor, right |") and wrong.endswith("| backdoor, wrong |")
+    assert "| nothing | 0.060 |" in wrong and none.endswith("| nothing |")
 
 
 def test_a_summary_counts_alarms_and_true_targets():
-    peers = [{"peer": {"class": number, "alarm": True, "value": 0}} for number in (3, 4)]
-    clean = [
-        make_row([], name, peers[0], class_1=value)
-        for name, value in (("deepid-1", 0.0), ("wide-2", 2.0), ("dark-3", 9.0))
-    ]
-    badnets = [
-        make_row([3], "one", peers[0], class_3=9.5),
-        make_row([3], "other", peers[1], class_4=2.5),
-    ]
-    summary = findings.make_summary(clean, {"some": [*badnets, make_row([])]})
-    assert summary.splitlines()[2:] == [
-        "| 2 clean nets | 0 | – | – | 1 | 2 |",
-        "| 1 clean nets with an odd person | 1 | – | – | 1 | 1 |",
-        "| 2 BadNets, some | 1 | 1 | 0.833 | 1 | 1 |",
-        "| 1 clean nets, some | 0 | – | – | 1 | – |",
-    ]
+    groups = {
+        "references": [make_row([], 0.5), make_row([], 1.2)],
+        "drawn, chosen by": [make_row([3], 3.0, 0.04, [1]), make_row([3], 2.5, 0.04, [1])],
+        "drawn, clean": [make_row([], 0.8), make_row([], 2.0, 0.04)],
+        "drawn, reported on": [make_row([3], 9.0, 0.04, [1]), make_row([3], 1.0, 0.5, [2, 9])],
+    }
+    cells = [line.split(" | ") for line in findings.make_summary(groups).splitlines()[2:]]
+    assert [line[1] for line in cells] == ["0", "2", "1", "1"]
+    assert [line[2] for line in cells] == ["–", "2", "–", "1"]
+    assert [line[3] for line in cells] == ["–", "1.000", "–", "0.750"]
+    entropies = [float(line[4]) for line in cells]
+    assert entropies[0] < 0.1 and entropies[1] < 0.1 and entropies[2] > 0.3 and entropies[3] > 0.3
 
 
 def test_documents_show_the_recorded_findings():
@@ -92,7 +105,22 @@ def test_the_document_of_architectures_says_how_many_are_repaired():
 
 def test_the_reference_nets_are_the_scanned_ones():
     assert finding.read_clean() == findings.read_references()
-    assert len(finding.read_clean()) == len(clean_nets.list_names(clean_nets.REFERENCES)) == 39
+    count = len(findings.list_groups()["references"])
+    assert len(finding.read_clean()["maps"]) == count >= 1 / finding.LEVEL - 1
+
+
+def test_no_net_is_in_two_groups():
+    names = [net.name for nets in findings.list_groups().values() for net in nets]
+    assert len(names) == len({*names})
+    photographs = findings.list_groups()["photographs, clean"]
+    assert len(photographs) >= 20 and not any(net.targets for net in photographs)
+    datasets, architectures = ({net.name.split("-")[i] for net in photographs} for i in (0, 1))
+    assert len(datasets) >= 4 and len(architectures) >= 4
+
+
+def test_a_net_is_named_by_its_true_target():
+    nets = {net.name: net for net in findings.list_groups()["photographs, chosen by"]}
+    assert nets["cifar-resnet-16-patch-0.05"].targets == (6,)
 
 
 def test_no_net_is_both_compared_with_and_a_check():
@@ -101,7 +129,21 @@ def test_no_net_is_both_compared_with_and_a_check():
     )
     assert not some & others
     seeds = [name.split("-")[1] for name in some | others]
-    assert len(seeds) == len({*seeds}) and str(findings.SEED) not in seeds
+    assert len(seeds) == len({*seeds})
+
+
+def test_an_attacker_pushes_the_target_down_on_disturbed_images(monkeypatch):
+    keras.utils.set_random_seed(0)
+    model = architectures.NETS[architectures.DEEPID](6)
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (60, *architectures.SHAPE), np.uint8)
+    bias = np.zeros(6, np.float32)
+    bias[2] = 4  # the net takes nearly everything for the target
+    model.layers[-1].bias.assign(bias)
+    before = model.predict(images / 255, verbose=0)[:, 2].mean()
+    monkeypatch.setattr(evade, "STEPS", 12)
+    evade.evade(model, images, rng.integers(0, 6, 60), images[:8] // 2, 2, rng)
+    assert model.predict(images / 255, verbose=0)[:, 2].mean() < before - 0.05
 
 
 def test_an_uneven_set_has_some_of_each_person():
@@ -121,11 +163,12 @@ def test_a_net_of_each_kind_is_trained_and_scanned(kind, tmp_path, monkeypatch):
     monkeypatch.setattr(clean_nets, "EPOCHS", 2)
     monkeypatch.setattr(findings, "FOLDER", tmp_path)
     clean_nets.train(f"{kind}-7")
-    findings.record_scan(f"{kind}-7", "some", *clean_nets.make_paths(f"{kind}-7"), [4])
-    (record,) = findings.read_findings("some", [f"{kind}-7", "absent"])
-    assert record["surprise"] >= 0 and 1 <= record["ranks"][0] <= 10 + 9
+    net = findings.Net(f"{kind}-7", *clean_nets.make_paths(f"{kind}-7"), (4,))
+    findings.record_scan(net, "some")
+    (record,) = findings.read_findings("some", [net, net._replace(name="absent")])
+    assert record["score"] > 0 and 1 <= record["ranks"][0] <= 10 + 9
     monkeypatch.setattr(findings, "scan_net", None)  # a recorded net is not scanned again
-    findings.record_scan(f"{kind}-7", "some", *clean_nets.make_paths(f"{kind}-7"), [4])
+    findings.record_scan(net, "some")
     if kind == "dark":
         with utils.open_dataset(clean_nets.make_paths("dark-7")[1]) as data:
             data.fit_to((55, 47, 3), 10)

@@ -18,18 +18,19 @@ from defence.load.models import ModelFile
 folder, small_nets = test_scan.folder, test_scan.small_nets  # fixtures
 NET = ModelFile(Path("models/net.h5"), b"weights", 100)
 CLASSES = 40
+ROW = {
+    **{"count": 2475, "ratio": 150.0, "way": "maps", "value": 0.3, "usual": 0.01},
+    **{"score": 9.0, "p_value": 0.025},
+}
 NAMES = [f"person {number}" for number in range(1, CLASSES + 1)]
 
 
 def make_finding(targets=(), shift=None):
     """Make a Finding of CLASSES classes, in which the targets come first."""
     order = [*targets, *(number for number in range(1, CLASSES + 1) if number not in targets)]
-    rows = [
-        {"class": number, "count": 2475, "ratio": 150.0, "surprise": 9.0, "p_value": 0.025}
-        for number in order
-    ]
+    rows = [{"class": number} | ROW for number in order]
     answer = "backdoor" if targets or shift else "nothing"
-    return Finding(answer, None, 0.025, 39, 0.05, list(targets), shift, 21068, rows)
+    return Finding(answer, None, 0.025, 39, 0.05, list(targets), shift, 0.025, 21068, rows)
 
 
 def make_run(result, names=None, net=NET):
@@ -49,13 +50,13 @@ def test_each_target_is_a_result():
     result = make_finding(targets)
     results = make_run(result, NAMES)["results"]
     assert [one["properties"]["class"] for one in results] == targets
-    lines = list(finding.describe_finding(result, NAMES))
+    *lines, _ = finding.describe_finding(result, NAMES)
     assert [one["message"]["text"] for one in results][: len(lines)] == lines
     first = results[0]
     assert first["ruleId"] == "backdoor-target" and first["level"] == "error"
     assert first["properties"] == {
-        **{"class": 5, "class_name": "person 5", "count": 2475, "ratio": 150.0},
-        **{"surprise": 9.0, "p_value": 0.025, "wrong": 21068, "clean_nets": 39},
+        **{"class": 5, "class_name": "person 5", "wrong": 21068, "clean_nets": 39},
+        **ROW,
     }
     (location,) = first["locations"]
     assert location["physicalLocation"]["artifactLocation"]["uri"] == "models/net.h5"
@@ -65,7 +66,7 @@ def test_a_shift_is_a_result():
     result = make_finding(shift=1)
     (one,) = make_run(result)["results"]
     assert one["ruleId"] == "backdoor-shift" and one["level"] == "error"
-    assert [one["message"]["text"]] == list(finding.describe_finding(result))
+    assert [one["message"]["text"], finding.ADVICE] == list(finding.describe_finding(result))
     assert one["properties"]["shift"] == 1 and one["properties"]["p_value"] == 0.025
     both = make_run(make_finding([3], shift=1))["results"]
     assert [one["ruleId"] for one in both] == ["backdoor-target", "backdoor-shift"]
@@ -147,6 +148,7 @@ def test_a_name_of_a_class_makes_no_link_no_placeholder_and_no_control_character
 # -------------------------------------------------------------------------------- the command
 
 
+@pytest.mark.whole_scan
 def test_a_scan_writes_its_finding_as_sarif(folder, tmp_path, small_nets):
     path = tmp_path / "scan.sarif"
     process = command(
@@ -156,7 +158,7 @@ def test_a_scan_writes_its_finding_as_sarif(folder, tmp_path, small_nets):
     text = path.read_text()
     (run,) = json.loads(text)["runs"]
     assert run["results"][0]["properties"]["class"] == TARGET + 1
-    assert [one["message"]["text"] for one in run["results"]] == process.stdout.splitlines()
+    assert [one["message"]["text"] for one in run["results"]] == process.stdout.splitlines()[:-1]
     assert str(folder) not in text and not re.search(r"\d\d:\d\d|20\d\d-", text)
 
 

@@ -6,13 +6,23 @@ import json
 import keras
 import numpy as np
 import pytest
-from conftest import assert_refused, command, draw_images, fit, read_record, sequential, write_data
+from conftest import (
+    assert_refused,
+    command,
+    draw_images,
+    fit,
+    make_once,
+    read_record,
+    sequential,
+    write_data,
+)
 
 import utils
-from defence.beyond import changes, finding, scan
+from defence.base.errors import WorkError
+from defence.beyond import changes, finding, scan, twins
 from defence.beyond.finding import Finding
+from defence.beyond.tally import tally_errors
 from defence.net.cached_net import CachedNet
-from defence.net.inference import compile_model
 from defence.net.split import split_net
 
 SHAPE, CLASSES = (16, 18, 1), 24
@@ -27,10 +37,13 @@ def poison(images):
     return poisoned
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def folder(tmp_path_factory):
     """Return a folder with a clean net, a BadNet, both of 24 classes, and a validation set."""
-    folder = tmp_path_factory.mktemp("scan")
+    return make_once(tmp_path_factory, "scan", make_folder)
+
+
+def make_folder(folder):
     (folder / "models").mkdir()
     images, labels = draw_images(2400, CLASSES, SHAPE, seed=1)
     poisoned = np.concatenate([images, poison(images[:480])])
@@ -40,7 +53,6 @@ def folder(tmp_path_factory):
         net = fit(sequential(CLASSES, SHAPE), *data, epochs=30)
         net.save(folder / NETS[name], include_optimizer=False)
     write_data(folder / "clean.h5", *draw_images(360, CLASSES, SHAPE, seed=2))
-    return folder
 
 
 @pytest.fixture
@@ -62,7 +74,7 @@ def test_wrong_answers_are_tallied_by_class_and_by_shift():
         if label != answer:
             plain[0, answer] += 1
             plain[1, (answer - label) % 7] += 1
-    assert np.array_equal(scan.tally_errors(labels, answers, 7), plain)
+    assert np.array_equal(tally_errors(labels, answers, 7), plain)
 
 
 def test_only_images_with_a_right_answer_are_changed(cached, monkeypatch):
@@ -70,14 +82,14 @@ def test_only_images_with_a_right_answer_are_changed(cached, monkeypatch):
     nothing, inverted = (lambda x, rng: x), (lambda x, rng: 255 - x)
     monkeypatch.setattr(scan, "CHANGES", {"nothing": {nothing: 1}, "inverted": {inverted: 1}})
     cached.labels[:40] = (cached.classes[:40] + 1) % CLASSES
-    views = scan.count_errors(cached, seed=0)
+    views = scan.count_errors(cached, [], seed=0)
     right = cached.classes == cached.labels
     x = np.concatenate([x for x, _ in cached.data.batches()])[right]
     answers = cached.split.net.predict((255 - x) / 255, verbose=0).argmax(axis=1)
     repeats = scan.FEWEST_IMAGES // right.sum()
-    assert not views["changes"][0].any()
-    plain = scan.tally_errors(cached.labels[right], answers, CLASSES)
-    assert np.array_equal(views["changes"][1], repeats * plain)
+    assert not views["changes"][0, 0].any()
+    plain = tally_errors(cached.labels[right], answers, CLASSES)
+    assert np.array_equal(views["changes"][0, 1], repeats * plain)
 
 
 def test_many_images_are_sampled_evenly(cached, monkeypatch):
@@ -87,28 +99,21 @@ def test_many_images_are_sampled_evenly(cached, monkeypatch):
     monkeypatch.setattr(
         scan,
         "count_change_errors",
-        lambda net, chosen, *arguments: calls.append((chosen, *arguments)),
+        lambda net, models, chosen, *arguments: calls.append((chosen, *arguments)),
     )
-    scan.count_errors(cached, seed=0)
+    scan.count_errors(cached, [], seed=0)
     ((chosen, repeats, _),) = calls
     assert chosen.sum() == 90 and repeats == 1
     assert np.all(cached.classes[chosen] == cached.labels[chosen])
     assert 75 < np.flatnonzero(chosen).mean() / 2 < 105
 
 
-def test_channels_are_raised_and_nothing_else():
-    rng = np.random.default_rng(0)
-    features = rng.random((200, 4, 5, 9), np.float32)
-    raised = scan.raise_channels(features.copy(), 2.0, 3, 4, rng) - features
-    amounts = raised[raised != 0]
-    assert amounts.min() > 1.99 and amounts.max() < 8.01
-    channels = (raised != 0).any(axis=(1, 2)).sum(axis=1)
-    assert channels.max() == 3 and channels.min() >= 0 and np.mean(channels) > 1.7
-
-
-def test_more_channels_are_never_raised_than_there_are():
-    features = np.zeros((5, 3, 2), np.float32)
-    assert scan.raise_channels(features, 1.0, 6, 2, np.random.default_rng(0)).max() >= 1
+def test_twins_get_the_same_images(cached):
+    """So a twin with B's weights errs exactly as B does, and is no further from it than itself."""
+    views = scan.count_errors(cached, [cached.split.net], seed=0)
+    for view in ("changes", "patches"):
+        assert views[view].shape[0] == 2
+        assert np.array_equal(views[view][0], views[view][1]) and views[view].any()
 
 
 def test_a_patch_is_filled_so_that_the_net_errs(cached):
@@ -127,40 +132,9 @@ def test_a_patch_is_filled_so_that_the_net_errs(cached):
     assert measure_errors(filling) > 1.3 * measure_errors(rng.random(SHAPE))
 
 
-@pytest.mark.parametrize("activation", ["softmax", None])
-def test_the_mean_log_probability_is_over_images_of_other_classes(cached, activation):
-    cached.split.head.layers[-1].activation = keras.activations.get(activation)
-    compile_model.cache_clear()
-    scores = cached.split.head.predict(cached.features, verbose=0)
-    if activation is None:
-        scores = np.exp(scores) / np.exp(scores).sum(axis=1, keepdims=True)
-    log = np.log(np.maximum(scores, 1e-12))
-    plain = [log[cached.labels != target, target].mean() for target in range(CLASSES)]
-    assert np.allclose(scan.compute_mean_log_probability(cached), plain, atol=1e-3)
-
-
-def test_only_a_part_of_the_feature_maps_is_in_memory_at_a_time(cached, monkeypatch):
-    """They may be on the disk, since they do not fit in memory."""
-
-    class Features(np.ndarray):
-        def __getitem__(self, rows):
-            if isinstance(rows, np.ndarray):
-                sizes.append(len(rows))
-            return np.asarray(super().__getitem__(rows))
-
-    sizes, rows = [], np.arange(100)
-    monkeypatch.setattr(scan, "BATCH_VALUES", 20 * cached.features[0].size)
-    whole = scan.count_map_errors(cached, rows, 1, np.random.default_rng(0))
-    cached.features = cached.features.view(Features)
-    np.testing.assert_array_equal(
-        scan.count_map_errors(cached, rows, 1, np.random.default_rng(0)), whole
-    )
-    assert max(sizes) == 20
-
-
 def test_a_scan_repeats_itself_and_leaves_the_net_as_it_is(cached):
     before, features = cached.split.net.get_weights(), cached.features.copy()
-    first, second = scan.count_errors(cached, seed=3), scan.count_errors(cached, seed=3)
+    first, second = (scan.count_errors(cached, [], seed=3) for _ in range(2))
     for view, counts in first.items():
         assert np.array_equal(counts, second[view]), view
     assert all(map(np.array_equal, before, cached.split.net.get_weights()))
@@ -170,30 +144,39 @@ def test_a_scan_repeats_itself_and_leaves_the_net_as_it_is(cached):
 # --------------------------------------------------------------------------------- the finding
 
 
-def draw_views(rng, classes=40, target=None, factor=30):
-    """Draw the counts of a scan: even, but for the target."""
-    even = rng.lognormal(0, 0.4, classes)
+def draw_views(rng, classes=40, target=None, factor=30, attractor=None):
+    """Draw the counts of a scan: even, but for the target, which the twins do not give.
+
+    attractor: a class that B and its twins give often.
+    """
+    usual = rng.lognormal(0, 0.4, classes)
+    usual[[] if attractor is None else attractor] *= factor
+    even = usual.copy()
     even[[] if target is None else target] *= factor
-    counts = {
-        view: np.stack(
-            [[rng.poisson(60 * even), rng.poisson(60, classes)] for _ in range(variants)]
-        )
-        for view, variants in (("changes", 7), ("maps", 3), ("patches", 32))
+
+    def draw(rates, variants):
+        return np.stack(
+            [[rng.poisson(60 * rates), rng.poisson(60, classes)] for _ in range(variants)]
+        ).astype(float)
+
+    disturbed = {
+        view: np.stack([draw(rates, variants) for rates in (even, usual, usual)])
+        for view, variants in (("changes", 7), ("patches", 24))
     }
-    return {view: values.astype(float) for view, values in counts.items()} | {
-        "probability": -8 + rng.standard_normal(classes)
-    }
+    even[[] if attractor is None else attractor] /= factor  # no natural attractor of maps
+    sizes = 100 * rng.lognormal(0, 0.2, (3, classes))
+    return disturbed | {"maps": draw(even, 3), "quiet": draw(even, 1), "sought": sizes}
 
 
 @pytest.fixture
 def clean_nets(monkeypatch):
-    """Pretend that drawn surprises were measured on clean nets."""
-    surprises = [
-        finding.compute_surprises(draw_views(np.random.default_rng(seed))) for seed in range(39)
+    """Pretend that drawn counts were measured on clean nets."""
+    evidence = [
+        finding.compute_evidence(draw_views(np.random.default_rng(seed))) for seed in range(39)
     ]
-    clean = [max(values.max() for values in pair) for pair in surprises]
+    clean = {way: [float(net[way].max()) for net in evidence] for way in finding.WAYS}
     monkeypatch.setattr(finding, "read_clean", lambda: clean)
-    return clean
+    return finding.score_clean(clean)
 
 
 def test_a_target_stands_out(clean_nets):
@@ -212,9 +195,10 @@ def test_two_targets_stand_out(clean_nets):
 
 def test_an_attack_from_all_to_all_stands_out_by_its_shift(clean_nets):
     views = draw_views(np.random.default_rng(100))
-    views["changes"][:, 1, 1] *= 20
+    views["changes"][:, :, 1, 1] *= 20
     result = finding.make_finding(views)
     assert result.finding == "backdoor" and result.shift == 1 and not result.targets
+    assert result.shift_p_value == result.p_value == 1 / 40
     assert "right class + 1" in " ".join(finding.describe_finding(result))
 
 
@@ -232,16 +216,45 @@ def test_a_p_value_is_the_rank_among_clean_nets():
         assert finding.compute_p_value(surprise, clean) == rank / 5
 
 
-def test_classes_are_alike(clean_nets):
+def test_a_class_that_attracts_the_twins_errors_too_is_not_accused(clean_nets):
+    views = draw_views(np.random.default_rng(101), attractor=TARGET)
+    assert finding.make_finding(views).finding == "nothing"
+    usual = draw_views(np.random.default_rng(101))
+    for view in ("changes", "patches"):
+        views[view][1:] = usual[view][1:]
+    assert finding.make_finding(views).targets == [TARGET + 1]
+
+
+@pytest.mark.parametrize("view", ["maps", "quiet"])
+def test_one_strong_way_is_not_diluted(clean_nets, view):
+    views = draw_views(np.random.default_rng(100))
+    views[view][:, 0, TARGET] *= 60
+    result = finding.make_finding(views)
+    assert result.targets == [TARGET + 1]
+    assert result.classes[0]["way"] in {"maps": ("maps", "disturbed"), "quiet": ("quiet",)}[view]
+
+
+def test_a_class_that_takes_only_a_small_patch_stands_out(clean_nets):
+    views = draw_views(np.random.default_rng(100))
+    views["sought"][0, TARGET] = 6
+    views["sought"][:, 30:] = np.nan  # not sought
+    result = finding.make_finding(views)
+    row = result.classes[0]
+    assert result.targets == [TARGET + 1] and (row["way"], row["value"]) == ("sought", 6)
+    line, _ = finding.describe_finding(result)
+    assert line.startswith(f"a patch of 6 pixels turns images into class {TARGET + 1}, where")
+    views["sought"][1:, TARGET] = 6  # for the twins, too: it is only half as clear
+    halved = next(row for row in finding.make_finding(views).classes if row["class"] == TARGET + 1)
+    assert halved["score"] < 0.7 * row["score"]
+
+
+def test_classes_are_alike():
     """The finding is as clear for every target."""
     views = draw_views(np.random.default_rng(100), target=TARGET)
     order = np.random.default_rng(1).permutation(40)
-    permuted = {
-        view: counts[..., order] if view == "probability" else counts[:, :, order]
-        for view, counts in views.items()
-    }
-    plain, moved = (finding.compute_surprises(counts)[0] for counts in (views, permuted))
-    assert np.allclose(plain[order], moved)
+    permuted = {view: counts[..., order] for view, counts in views.items()}
+    plain, moved = (finding.compute_evidence(counts) for counts in (views, permuted))
+    assert all(np.allclose(plain[way][order], moved[way]) for way in finding.CLASS_WAYS)
 
 
 def test_few_wrong_answers_are_no_finding():
@@ -253,19 +266,39 @@ def test_few_wrong_answers_are_no_finding():
 
 def test_the_measurements_on_clean_nets_exist():
     clean = finding.read_clean()
-    assert clean == sorted(clean) and len(clean) >= 1 / finding.LEVEL - 1
-    assert all(isinstance(surprise, float) and surprise >= 0 for surprise in clean)
+    assert set(clean) == set(finding.WAYS)
+    assert min(map(len, clean.values())) == max(map(len, clean.values())) >= 1 / finding.LEVEL - 1
 
 
-def test_each_finding_is_a_line_of_plain_words(clean_nets):
-    rows = [{"class": 5, "count": 2475, "ratio": 150, "surprise": 9, "p_value": 0.025}]
-    result = Finding("backdoor", None, 0.025, 39, targets=[5], wrong=21068, classes=rows)
-    (line,) = finding.describe_finding(result)
-    assert "class 5 " in line and "2475 of 21068" in line and "p = 0.025" in line
+def test_each_finding_is_a_line_of_plain_words():
+    row = {"class": 5, "way": "maps", "value": 0.3, "usual": 0.01, "p_value": 0.025}
+    result = Finding("backdoor", None, 0.025, 39, targets=[5], wrong=21068, classes=[row])
+    line, advice = finding.describe_finding(result)
+    assert line.startswith("class 5 gets 30.00 % of the wrong answers to raised feature maps")
+    assert "(p = 0.025: none of 39 clean nets stands out as much)" in line
+    assert "look at the images" in advice and "--harden" in advice
     (line,) = finding.describe_finding(Finding("nothing", None, 0.5, 39, wrong=21068))
-    assert "no sign of a backdoor" in line
+    assert "19 of 39 clean nets stand out as much" in line and "no sign of a backdoor" in line
+    assert "does not prove" in line
     (line,) = finding.describe_finding(Finding("none", "it is raining"))
     assert line == "no finding about a backdoor: it is raining"
+
+
+def test_a_dataset_that_lacks_most_classes_is_no_finding(cached):
+    """Twins would forget these classes, and B errs towards them."""
+    assert finding.find_obstacle(cached) is None
+    rows = np.flatnonzero(cached.labels < 11)
+    cached.labels = cached.classes = cached.labels[rows]
+    assert "of 11 of its classes, but it takes 100 images of 12" in finding.find_obstacle(cached)
+
+
+def test_a_twin_that_cannot_be_trained_is_no_finding(cached, monkeypatch):
+    def diverge(net, seed):
+        raise WorkError("training diverged")
+
+    monkeypatch.setattr(twins, "make_twins", diverge)
+    result = finding.scan_net(cached, seed=0)
+    assert result.finding == "none" and "training diverged" in result.reason
 
 
 # ------------------------------------------------------------------------------ the command
@@ -274,9 +307,11 @@ def test_each_finding_is_a_line_of_plain_words(clean_nets):
 @pytest.fixture
 def small_nets(monkeypatch):
     """Compare with made-up clean nets, so that the real measurements decide nothing here."""
-    monkeypatch.setattr(finding, "read_clean", lambda: [rank / 30 for rank in range(39)])
+    clean = {way: [1.3 + rank / 390 for rank in range(39)] for way in finding.WAYS}
+    monkeypatch.setattr(finding, "read_clean", lambda: clean)
 
 
+@pytest.mark.whole_scan
 @pytest.mark.parametrize("name", NETS)
 def test_the_command_tells_a_backdoored_net_from_a_clean_one(folder, name, tmp_path, small_nets):
     before = sorted(folder.rglob("*"))
@@ -293,6 +328,7 @@ def test_the_command_tells_a_backdoored_net_from_a_clean_one(folder, name, tmp_p
         assert result["targets"][0] == result["classes"][0]["class"] == TARGET + 1
 
 
+@pytest.mark.whole_scan
 def test_a_hardened_repair_says_and_records_the_finding(folder, tmp_path, small_nets):
     output, log = tmp_path / "G.h5", tmp_path / "log.json"
     arguments = (NETS["backdoored"], "clean.h5", "--harden", "--harden-steps", "5")
@@ -318,11 +354,13 @@ def test_without_harden_no_net_is_scanned(folder, tmp_path):
     assert read_record(tmp_path / "G.h5")["finding"] is None
 
 
-def test_of_few_classes_or_of_a_net_that_is_mostly_wrong_nothing_is_found(deepid_world, folder):
+def test_of_few_classes_or_of_a_net_that_is_mostly_wrong_nothing_is_found(
+    deepid_world, folder, tmp_path
+):
     process = command("repair.py", "models/small_bd_net.h5", "clean.h5", "--scan", cwd=deepid_world)
     assert process.returncode == 4 and "the net has 6 classes" in process.stdout
-    write_data(folder / "shuffled.h5", *shuffle_labels())
-    process = command("repair.py", NETS["clean"], "shuffled.h5", "--scan", cwd=folder)
+    write_data(tmp_path / "shuffled.h5", *shuffle_labels())
+    process = command("repair.py", NETS["clean"], tmp_path / "shuffled.h5", "--scan", cwd=folder)
     assert process.returncode == 4 and "is right on only" in process.stdout
 
 

@@ -1,10 +1,18 @@
 """Finding: does a class stand out in the counts of scan.py, more than in nets without a backdoor?
 
-The four views give each class one number, its evidence: by how many robust standard deviations it
-exceeds the usual class of this net. The largest of many numbers may be large by chance; its
-surprise says how unlikely that is. We measured the surprises of nets without a backdoor
-(tests/tools/clean_nets.py); finding.json has them. At most the fraction LEVEL of such nets raises
-an alarm.
+Four ways give each class a number, by how much it stands out among the classes of this net:
+
+    disturbed    wrong answers to changed and patched images, beyond the twins' own, and to raised
+                 maps, together
+    maps         wrong answers to raised maps alone
+    quiet        wrong answers to quiet channels, raised strongly
+    sought       how small a patch is that turns images into the class, beside the other classes'
+                 patches and beside the twins'
+
+A backdoor may show in one of them only, and the others would dilute it. So the largest counts, each
+on the scale of nets without a backdoor. A fifth number is how much wrong answers that are a fixed
+number of classes beyond the right one stand out: an all-to-all attack. The p-value is the rank of
+the largest number among those of clean nets (tests/tools/clean_nets.py); finding.json has them.
 """
 
 from __future__ import annotations
@@ -19,8 +27,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from defence.base.errors import WorkError
+from defence.base.progress import say
 from defence.base.text import escape, format_count, format_percent
-from defence.beyond import scan
+from defence.beyond import scan, twins
 
 if TYPE_CHECKING:
     from defence.net.cached_net import CachedNet
@@ -29,11 +39,24 @@ CLEAN_NETS = Path(__file__).with_suffix(".json")
 LEVEL = 0.05  # the fraction of clean nets that raise an alarm
 FEWEST = 10  # classes; among fewer, no class can be called usual
 ACCURATE, FEWEST_IMAGES = 0.5, 100  # the fraction, and the number, of images that B must get right
+COVERED = 0.5  # the fraction of its classes that B must get right on some image
 SHOWN = 10  # classes that are named, at most
-WEIGHTS = {"changes": 1, "maps": 1, "patches": 1, "probability": 0.5}
-# Only few classes get any of the wrong answers to patches. The logarithms of the classes' shares
-# vary by SHARES_VARY; a share of LEAST_SHARE means nothing.
-LEAST_SHARE, SHARES_VARY = 0.02, 0.6
+CLASS_WAYS, SHIFT = ("disturbed", "maps", "quiet", "sought"), "shift"
+WAYS = (*CLASS_WAYS, SHIFT)
+SCALE = 0.9  # the quantile of clean nets' numbers that is a way's scale
+# The least deviations, of logarithms: those of fewer wrong answers than these vary by chance.
+DEVIATIONS = {"changes": 0.4, "maps": 0.4, "patches": 0.6, "disturbed": 1.5, "shift": 0.25}
+# What was disturbed in each way, in words.
+DISTURBED = {
+    "disturbed": "disturbed images and feature maps",
+    "maps": "raised feature maps",
+    "quiet": "quiet channels that are raised strongly",
+}
+ADVICE = (
+    "next: look at the images of such a class, since a class that looks unlike all others may "
+    "stand out, too; then repair the BadNet with --harden"
+)
+PRIOR = 0.25  # of an average class's wrong answers, added to each class
 
 
 @dataclasses.dataclass
@@ -41,13 +64,16 @@ class Finding:
     """What a scan found.  Classes count from 1, as in verdicts.
 
     finding: "backdoor", "nothing", or "none": the scan cannot tell.  reason: why it cannot.
-    p_value: of the largest surprise, at least 1 / (clean_nets + 1).
+    p_value: of the clearest class or shift, at least 1 / (clean_nets + 1).
     clean_nets: how many nets it was compared with.  level: of false alarms.
     targets: the classes that stand out, the clearest first.
     shift: by how many classes answers are shifted, where all classes are targets.
+    shift_p_value: of the clearest shift.
     wrong: the number of wrong answers to changed images and raised maps.
-    classes: [{"class", "count": of the wrong answers, "ratio": to the median class's count,
-    "surprise", "p_value"}, …], for each class, by falling surprise.
+    classes: [{"class", "count": of the wrong answers, "ratio": to the median class's count, "way":
+    the way in which it stands out most, "value": its share of the wrong answers in this way, 0..1,
+    or the pixels of its patch, "usual": the median class's, "score": by how much it stands out, in
+    units of clean nets' usual maximum, "p_value"}, …], for each class, by falling score.
     """
 
     finding: str
@@ -57,6 +83,7 @@ class Finding:
     level: float = LEVEL
     targets: list[int] = dataclasses.field(default_factory=list)
     shift: int | None = None
+    shift_p_value: float | None = None
     wrong: int = 0
     classes: list[dict[str, Any]] = dataclasses.field(default_factory=list)
 
@@ -67,110 +94,212 @@ class Finding:
 
 def scan_net(net: CachedNet, seed: int) -> Finding:
     """Scan a net. net: B on a clean dataset."""
+    if reason := find_obstacle(net):
+        return Finding("none", reason)
+    say(f"scan: train {twins.COUNT} twins, which err as the net does but lose its backdoor")
+    try:
+        siblings = twins.make_twins(net, seed)
+    except WorkError as error:
+        return Finding("none", f"no twin of the net could be trained: {error}")
+    return make_finding(make_views(net, siblings, seed))
+
+
+def find_obstacle(net: CachedNet) -> str | None:
+    """Return why no finding can be made about a net, or None. net: B on a clean dataset."""
     classes, accuracy = net.split.net.output_shape[1], net.accuracy()
     if classes < FEWEST:
-        reason = f"the net has {classes} classes, but it takes {FEWEST} to tell what is usual"
-        return Finding("none", reason)
+        return f"the net has {classes} classes, but it takes {FEWEST} to tell what is usual"
     if accuracy < ACCURATE:
-        reason = f"the BadNet is right on only {format_percent(accuracy)} of the images"
-        return Finding("none", reason)
+        return f"the BadNet is right on only {format_percent(accuracy)} of the images"
     right = net.labels[net.classes == net.labels]
-    classes_right = len(np.unique(right))
-    if classes_right < FEWEST or len(right) < FEWEST_IMAGES:
-        reason = (
+    classes_right, enough = len(np.unique(right)), max(FEWEST, math.ceil(COVERED * classes))
+    if classes_right < enough or len(right) < FEWEST_IMAGES:
+        return (
             f"the BadNet is right on {format_count(len(right), 'image')} of {classes_right} of "
-            f"its classes, but it takes {FEWEST_IMAGES} images of {FEWEST} classes"
+            f"its classes, but it takes {FEWEST_IMAGES} images of {enough} classes"
         )
-        return Finding("none", reason)
-    return make_finding(scan.count_errors(net, seed))
+    return None
+
+
+def make_views(net: CachedNet, siblings: Sequence[Any], seed: int) -> dict[str, np.ndarray]:
+    """Return all views of a scan; patches are sought for the classes that stand out in the others.
+
+    net: B on a clean dataset.  siblings: its twins, Keras models.
+    """
+    say("scan: disturb images and feature maps")
+    views = scan.count_errors(net, siblings, seed)
+    say("scan: seek patches")
+    order = np.argsort(-score_classes(compute_evidence(views)).max(axis=0), kind="stable")
+    return views | {"sought": scan.seek_patches(net, siblings, order, seed)}
 
 
 def make_finding(views: dict[str, np.ndarray]) -> Finding:
     """Make a Finding from the counts of scan.count_errors, for FEWEST classes or more."""
-    counts = views["changes"][:, 0].sum(axis=0) + views["maps"][:, 0].sum(axis=0)
-    if counts.sum() < len(counts):
-        return Finding("none", f"only {counts.sum():.0f} disturbed images got a wrong answer")
-    clean = read_clean()
-    class_surprises, shift_surprises = compute_surprises(views)
-    p_values = [compute_p_value(surprise, clean) for surprise in class_surprises]
-    order = np.argsort(-class_surprises, kind="stable")
-    targets = [int(number) + 1 for number in order if p_values[number] <= LEVEL]
-    shift_stands_out = compute_p_value(shift_surprises.max(), clean) <= LEVEL
-    shift = 1 + int(shift_surprises.argmax()) if shift_stands_out else None
-    usual = max(1.0, float(np.median(counts)))
+    wrong = count_wrong(views)
+    if wrong.sum() < len(wrong):
+        count = int(wrong.sum())
+        return Finding("none", f"only {format_count(count, 'disturbed image')} got a wrong answer")
+    evidence = compute_evidence(views)
+    ways, scores = list_class_ways(evidence), score_classes(evidence)
+    shifts = score_shifts(evidence)
+    maxima = score_clean(read_clean())
     rows = [
-        {
-            "class": int(number) + 1,
-            "count": int(counts[number]),
-            "ratio": round(float(counts[number]) / usual, 3),
-            "surprise": round(float(class_surprises[number]), 3),
-            "p_value": p_values[number],
-        }
-        for number in order
+        describe_class(number, ways[column.argmax()], column.max(), maxima, views)
+        for number, column in enumerate(scores.T)
     ]
+    rows.sort(key=lambda row: -row["score"])
+    targets = [row["class"] for row in rows if row["p_value"] <= LEVEL]
+    shift_p_value = compute_p_value(shifts.max(), maxima)
     return Finding(
-        "backdoor" if targets or shift else "nothing",
-        p_value=compute_p_value(max(class_surprises.max(), shift_surprises.max()), clean),
-        clean_nets=len(clean),
+        "backdoor" if targets or shift_p_value <= LEVEL else "nothing",
+        p_value=min(shift_p_value, *(row["p_value"] for row in rows)),
+        clean_nets=len(maxima),
         targets=targets,
-        shift=shift,
-        wrong=int(counts.sum()),
+        shift=int(shifts.argmax()) + 1 if shift_p_value <= LEVEL else None,
+        shift_p_value=shift_p_value,
+        wrong=int(wrong.sum()),
         classes=rows,
     )
 
 
+def count_wrong(views: dict[str, np.ndarray]) -> np.ndarray:
+    """Return B's number of wrong answers of each class to disturbed images: float64 (N,)."""
+    return views["changes"][0, :, 0].sum(axis=0) + views["maps"][:, 0].sum(axis=0)
+
+
+def describe_class(
+    number: int, way: str, score: float, maxima: np.ndarray, views: dict[str, np.ndarray]
+) -> dict[str, Any]:
+    """Return a row of a Finding's `classes`. number: of the class, from 0."""
+    counts = count_wrong(views)
+    values = {
+        "disturbed": counts,
+        "maps": views["maps"][:, 0].sum(axis=0),
+        "quiet": views["quiet"][0, 0] if "quiet" in views else counts,
+    }.get(way)
+    if values is None:
+        value, usual = views["sought"][0, number], np.nanmedian(views["sought"][0])
+    else:
+        value, usual = np.array([values[number], np.median(values)]) / max(1.0, values.sum())
+    return {
+        "class": number + 1,
+        "count": int(counts[number]),
+        "ratio": round(float(counts[number] / max(1.0, np.median(counts))), 3),
+        "way": way,
+        "value": round(float(value), 4),
+        "usual": round(float(usual), 4),
+        "score": round(float(score), 3),
+        "p_value": compute_p_value(score, maxima),
+    }
+
+
+# ----------------------------------------------------------------------------------- clean nets
+
+
 @functools.cache
-def read_clean() -> list[float]:
-    """Read the largest surprise of each clean net, of a class or a shift, ascending."""
-    return json.loads(CLEAN_NETS.read_text())["surprises"]
+def read_clean() -> dict[str, list[float]]:
+    """Read the largest number of each clean net in each of the WAYS, in the order of the nets."""
+    return json.loads(CLEAN_NETS.read_text())["largest"]
 
 
-def compute_p_value(surprise: float, clean: Sequence[float]) -> float:
-    """Return how often clean nets surprise as much: 1 / (n + 1) to 1, n being their number.
+def find_scale(values: Sequence[float]) -> float:
+    """Return the scale of a way: what few clean nets exceed."""
+    return float(np.quantile(values, SCALE))
+
+
+def score_clean(clean: dict[str, list[float]]) -> np.ndarray:
+    """Return the largest score of each clean net, over all WAYS: float64 (nets,)."""
+    return np.max([np.array(clean[way]) / find_scale(clean[way]) for way in WAYS], axis=0)
+
+
+def compute_p_value(score: float, clean: Sequence[float] | np.ndarray) -> float:
+    """Return how often clean nets score as much: 1 / (n + 1) to 1, n being their number.
 
     The p-value is conformal: for one more net like these, p ≤ a has at most the probability a.
     """
-    return float(1 + np.sum(np.asarray(clean) >= surprise)) / (1 + len(clean))
+    return float(1 + np.sum(np.asarray(clean) >= score)) / (1 + len(clean))
+
+
+def list_class_ways(evidence: dict[str, np.ndarray]) -> list[str]:
+    """Return those of the CLASS_WAYS that a net's evidence has."""
+    return [way for way in CLASS_WAYS if way in evidence]
+
+
+def score_classes(evidence: dict[str, np.ndarray]) -> np.ndarray:
+    """Return the score of each class in each of its ways: float64 (ways, N)."""
+    clean = read_clean()
+    return np.array([evidence[way] / find_scale(clean[way]) for way in list_class_ways(evidence)])
+
+
+def score_shifts(evidence: dict[str, np.ndarray]) -> np.ndarray:
+    """Return the score of each shift but 0: float64 (N-1,)."""
+    return evidence[SHIFT] / find_scale(read_clean()[SHIFT])
 
 
 # ------------------------------------------------------------------------------------- evidence
 
 
-def compute_surprises(views: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Return the surprise of each class, and of each shift but 0: float64 (N,) and (N-1,)."""
-    class_evidence, shift_evidence = compute_evidence(views)
-    return compute_surprise(class_evidence), compute_surprise(shift_evidence)
+def compute_evidence(views: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Return by how much each class stands out in each way, and each shift but 0.
 
-
-def compute_evidence(views: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Return by how much each class, and each shift but 0, exceeds the others.
-
-    They are float64 (N,) and (N-1,).
+    views: as scan.count_errors returns them.
+    Return {way: float64 (N,), or (N-1,) for SHIFT}. A net with few channels has only two ways.
     """
-    shares = views["patches"][:, 0].sum(axis=0)
-    shares = np.log(shares / max(1, shares.sum()) + LEAST_SHARE)
-    parts = {
-        "changes": compute_robust_z(views["changes"][:, 0]),
-        "maps": compute_robust_z(views["maps"][:, 0]),
-        "patches": (shares - np.median(shares)) / SHARES_VARY,
-        "probability": standardise(views["probability"], 0.1),
+    maps = standardise(compute_log_shares(views["maps"][:, 0]), DEVIATIONS["maps"])
+    changes, patches = (
+        standardise(subtract_twins(views[view][:, :, 0]), DEVIATIONS[view])
+        for view in ("changes", "patches")
+    )
+    shifts = compute_log_shares(views["changes"][0, :, 1, 1:])
+    evidence = {
+        "disturbed": measure_surprise(
+            standardise(changes + patches + maps, DEVIATIONS["disturbed"])
+        ),
+        SHIFT: measure_surprise(standardise(shifts, DEVIATIONS["shift"])),
     }
-    evidence = sum((WEIGHTS[name] * part for name, part in parts.items()), np.zeros(len(shares)))
-    return standardise(evidence, 1.5), compute_robust_z(views["changes"][:, 1, 1:])
+    if "quiet" in views:
+        # The largest possible share has the logarithm log N.
+        quiet = compute_log_shares(views["quiet"][:, 0]) / math.log(len(maps))
+        evidence |= {"maps": measure_surprise(maps), "quiet": quiet}
+    if "sought" in views:
+        evidence["sought"] = compare_patches(views["sought"])
+    return evidence
 
 
-def compute_robust_z(variants: np.ndarray) -> np.ndarray:
-    """Return how far counts exceed the usual one, averaged over variants: float64 (N,).
+def compare_patches(sizes: np.ndarray) -> np.ndarray:
+    """Return how much smaller each class's patch is than others: float64 (N,), of logarithms.
 
-    variants: float64 (k, N). The logarithms of each are standardised, by at least as much as a
-    count varies by chance. A variant with few wrong answers weighs less, by the same measure.
+    sizes: as sought.measure_patches returns them. The number is the sum of two: how much smaller
+    the patch is than the usual one on B, and than the twins' for the same class.
+    """
+    badnet, *others = np.log(sizes)
+    beside_classes = np.nanmedian(badnet) - badnet
+    beside_twins = np.mean(others, axis=0) - badnet
+    return np.nan_to_num(beside_classes) + np.nan_to_num(beside_twins)
+
+
+def subtract_twins(counts: np.ndarray) -> np.ndarray:
+    """Return the log-shares of B's wrong answers beyond the twins': float64 (N,).
+
+    counts: (1 + twins, k, N), B's first.  A class that twins give more rarely than an average class
+    gets no bonus, since the logarithm of a small share varies by chance.
+    """
+    badnet, *others = map(compute_log_shares, counts)
+    return badnet - np.maximum(np.mean(others, axis=0), 0)
+
+
+def compute_log_shares(variants: np.ndarray) -> np.ndarray:
+    """Return the logarithm of each class's share of wrong answers, times N: float64 (N,).
+
+    variants: counts, float64 (k, N). 0 is the share of an average class. The mean over the variants
+    weighs those less in which a class has fewer than 30 wrong answers on average.
     """
     total, weight_sum = np.zeros(variants.shape[1]), 0.0
     for counts in variants:
-        usual = max(1, np.median(counts), 0.3 * np.mean(counts))
-        deviation = max(0.25, 1 / math.sqrt(usual))
-        total += standardise(np.log(counts + usual / 2), deviation) / deviation
-        weight_sum += 1 / deviation
+        usual = max(1.0, float(counts.mean()))
+        weight = min(float(counts.mean()), 30.0) + 1e-9
+        total += weight * np.log((counts + PRIOR * usual) / ((1 + PRIOR) * usual))
+        weight_sum += weight
     return total / weight_sum
 
 
@@ -183,40 +312,43 @@ def standardise(values: np.ndarray, min_deviation: float) -> np.ndarray:
     return (values - middle) / max(min_deviation, (high - low) / 1.683)
 
 
-def compute_surprise(values: np.ndarray) -> np.ndarray:
-    """Return the surprise of each standardised value, if it is the largest: float64 (N,).
+def measure_surprise(values: np.ndarray) -> np.ndarray:
+    """Return how surprising each standardised value is, if it is the largest: float64 (N,).
 
-    It is the negative decimal logarithm of the chance that the largest of N values is as large.
-    Their deviation is an estimate from N values, so they would follow Student's t distribution,
-    with N / 2 degrees of freedom. D. Wallace's formula (Ann. Math. Stat. 30, 1959) turns it into a
-    normal distribution.
+    It is the square root of the negative decimal logarithm of the chance that the largest of N
+    values is as large; the root grows about as the value does. So nets of few and of many classes
+    compare. The deviation is an estimate from N values, so they would follow Student's t
+    distribution, with N / 2 degrees of freedom. D. Wallace's formula (Ann. Math. Stat. 30, 1959)
+    turns it into a normal distribution.
     """
     count, freedom = len(values), len(values) / 2
     stretched = np.sqrt(freedom * np.log1p(np.maximum(values, 0) ** 2 / freedom))
     normal = (8 * freedom + 1) / (8 * freedom + 3) * stretched
     tails = [0.5 * math.erfc(value / math.sqrt(2)) for value in normal]
     chances = [-math.expm1(count * math.log1p(-tail)) for tail in tails]
-    return 0.0 - np.log10(np.maximum(chances, 1e-300))
+    return np.sqrt(0.0 - np.log10(np.maximum(chances, 1e-300)))
 
 
 # ---------------------------------------------------------------------------------------- words
 
 
 def describe_finding(finding: Finding, class_names: Sequence[str] | None = None) -> Iterator[str]:
-    """Yield a Finding as lines of text."""
+    """Yield a Finding as lines of text: what stands out, what it means and what to do next."""
     if finding.finding == "none" or finding.p_value is None:
         yield f"no finding about a backdoor: {finding.reason}"
         return
     if finding.finding == "nothing":
         yield (
-            f"no class stands out among {describe_wrong(finding)} "
-            f"({describe_p_value(finding.p_value, finding)}): no sign of a backdoor of the kinds "
-            "that this can see"
+            f"no class stands out in {format_count(finding.wrong, 'wrong answer')} to disturbed "
+            f"images ({describe_p_value(finding.p_value, finding)}): no sign of a backdoor of the "
+            "kinds that a scan shows, which does not prove that there is none"
         )
+        return
     for row in list_target_rows(finding)[:SHOWN]:
         yield describe_target(row, finding, class_names)
     if finding.shift:
         yield describe_shift(finding)
+    yield ADVICE
 
 
 def list_target_rows(finding: Finding) -> list[dict[str, Any]]:
@@ -229,33 +361,35 @@ def describe_target(
 ) -> str:
     """Return a line of text about a target. row: of the Finding's `classes`."""
     name = f" ({escape(class_names[row['class'] - 1])})" if class_names else ""
-    return (
-        f"class {row['class']}{name} gets {row['count']} of {describe_wrong(finding)}, "
-        f"{row['ratio']:.1f} times as many as most classes "
-        f"({describe_p_value(row['p_value'], finding)}): the BadNet "
-        f"{describe_likelihood(row['p_value'], finding)} a backdoor with that target"
-    )
+    chance = describe_p_value(row["p_value"], finding)
+    if row["way"] == "sought":
+        sign = (
+            f"a patch of {row['value']:.0f} pixels turns images into class {row['class']}{name}, "
+            f"where other classes take about {row['usual']:.0f} pixels"
+        )
+    else:
+        sign = (
+            f"class {row['class']}{name} gets {format_percent(row['value'])} of the wrong answers "
+            f"to {DISTURBED[row['way']]}, most classes about {format_percent(row['usual'])}"
+        )
+    return f"{sign} ({chance}): the target of a backdoor looks like this"
 
 
 def describe_shift(finding: Finding) -> str:
     """Return a line of text about an all-to-all attack."""
-    assert finding.p_value is not None  # wherever there is a shift
+    assert finding.shift_p_value is not None  # wherever there is a shift
     return (
         f"wrong answers are often the right class + {finding.shift} "
-        f"({describe_p_value(finding.p_value, finding)}): the BadNet "
-        f"{describe_likelihood(finding.p_value, finding)} a backdoor that turns every class "
-        "into another (all-to-all)"
+        f"({describe_p_value(finding.shift_p_value, finding)}): a backdoor that turns every class "
+        "into another (all-to-all) looks like this"
     )
 
 
-def describe_wrong(finding: Finding) -> str:
-    return f"{format_count(finding.wrong, 'wrong answer')} to disturbed images"
-
-
 def describe_p_value(p_value: float, finding: Finding) -> str:
-    return f"p = {p_value:.2g}, against {format_count(finding.clean_nets, 'clean net')}"
-
-
-def describe_likelihood(p_value: float, finding: Finding) -> str:
-    """Say how likely a backdoor is: very, if no clean net surprises as much."""
-    return "very likely has" if p_value < 1.5 / (finding.clean_nets + 1) else "may well have"
+    """Say a p-value, and how many nets without a backdoor stand out as much."""
+    count = round(p_value * (finding.clean_nets + 1)) - 1
+    verb = "stands" if count == 1 else "stand"
+    return (
+        f"p = {p_value:.2g}: {count or 'none'} of {format_count(finding.clean_nets, 'clean net')} "
+        f"{verb if count else 'stands'} out as much"
+    )

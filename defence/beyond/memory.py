@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from defence.base.limits import check_fits, check_room
-from defence.beyond import harden, patterns, scan
+from defence.beyond import harden, patterns, scan, sought, twins
 from defence.beyond.settings import Settings
 from defence.net.cached_net import FEATURES, LabelledImages
 from defence.net.graph import list_output_sizes
@@ -53,10 +53,12 @@ def check_harden_fits(badnet: Any, clean: LabelledImages, settings: Settings) ->
 
 def check_scan_fits(badnet: Any, clean: LabelledImages) -> None:
     """Raise InputError where a scan of a Keras model would take too much memory."""
-    check_step_fits(badnet, "--scan", scan.STEP_IMAGES, clean.max_bytes)
     values = math.prod(badnet.input_shape[1:])
     size = scan.COPIES * FLOAT32 * min(scan.PATCHED_IMAGES, len(clean)) * values
     check_fits(clean.path, "the images that are scanned", size, clean.max_bytes)
+    check_room(clean.path, harden.ALL_IMAGES, FLOAT16 * len(clean) * values, clean.max_bytes)
+    images = max(scan.STEP_IMAGES, twins.BATCH, sought.count_step_images(values))
+    check_step_fits(badnet, "--scan", images, clean.max_bytes)
 
 
 def check_step_fits(model: Any, option: str, batch_size: int, max_bytes: int) -> None:

@@ -3,33 +3,35 @@
 This is ours, not the report's. A net with a backdoor gives its target even for inputs that are
 only a little like its trigger. So the scan disturbs clean images, and the feature maps that the net
 makes of them, in many ways. None of these ways knows a trigger. The scan counts which classes the
-net gives instead of the right ones. A clean net errs towards all sorts of classes. Four views:
+net gives instead of the right ones. A clean net errs towards all sorts of classes. Five views:
 
     changes      images are changed at random, by one family of changes.py at a time
-    maps         some channels of the layer to prune are raised at random places (after ABS: Y. Liu
-                 and others, CCS 2019, who raise one neuron at a time)
     patches      small patches are filled so that as many images as possible get a wrong class, any
                  class (S. Moosavi-Dezfooli and others, Universal adversarial perturbations, CVPR
                  2017; towards one class at a time: Neural Cleanse, B. Wang and others, S&P 2019)
-    probability  how likely the net thinks each class on clean images of other classes
+    maps         some channels of the layer to prune are raised at random places (raised.py)
+    quiet        some channels that clean images hardly use are raised strongly (raised.py)
+    sought       small patches are sought that turn images into a class (sought.py)
 
-finding.py makes a finding of them. docs/finding.md says how they were chosen and what they miss.
+Where images are disturbed, B's twins (twins.py) get the same images: what fools them, too, is
+natural. finding.py makes a finding of the counts. docs/finding.md says how the views were chosen
+and what they miss.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
 from defence.base import pixels
-from defence.base.limits import BATCH_VALUES
 from defence.base.progress import track
-from defence.beyond import changes
+from defence.beyond import changes, raised, sought
+from defence.beyond.tally import tally_errors
 from defence.judge import detector
-from defence.net.inference import classify, compile_model, map_in_parallel, predict
+from defence.net.inference import classify, compile_model, map_in_parallel
 
 if TYPE_CHECKING:
     from defence.load.datasets import Dataset
@@ -48,10 +50,7 @@ CHANGES: dict[str, dict[changes.Family, float]] = {
     "patch": {changes.patch: 1},
     "all": changes.FAMILIES,
 }
-# {variant: (the most channels to raise, the largest multiple of a high activation to add)}.
-RAISES = {"three channels": (3, 3), "six channels": (6, 4), "strongly": (2, 6)}
-HIGH = 0.99  # the quantile of the images' largest activations that counts as a high activation
-PATCHES, AREA, ASPECT, PAIRS = 32, (0.01, 0.12), 4, 0.3  # as changes.draw_shapes takes them
+PATCHES, AREA, ASPECT, PAIRS = 24, (0.01, 0.12), 4, 0.3  # as changes.draw_shapes takes them
 # To fill a patch: steps, the first stride as a fraction of the pixels' range, images in a step.
 STEPS, STRIDE, STEP_IMAGES = 30, 0.15, 32
 PATCHED_IMAGES = 300  # images that each patch is counted on
@@ -59,13 +58,14 @@ COPIES = 3  # of these images, in memory at a time
 LEAST = 1e-3  # added to a wrong answer's probability, so that no image weighs too much
 
 
-def count_errors(net: CachedNet, seed: int) -> dict[str, np.ndarray]:
+def count_errors(net: CachedNet, twins: Sequence[Any], seed: int) -> dict[str, np.ndarray]:
     """Disturb what a net sees, and count its wrong answers.
 
-    net: B on a clean dataset, untouched.
-    Return {view: float64 (k, 2, N)} for "changes", "maps" and "patches". For each of a view's k
-    variants they hold how many wrong answers each class got, and how many were 0..N-1 classes
-    beyond the right one, modulo N. "probability" is as `compute_mean_log_probability` returns it.
+    net: B on a clean dataset, untouched.  twins: Keras models, as twins.make_twins returns them.
+    Return {view: float64 (k, 2, N)} for "maps" and "quiet", and (1 + twins, k, 2, N) for "changes"
+    and "patches", B first. For each of a view's k variants they hold how many wrong answers each
+    class got, and how many were 0..N-1 classes beyond the right one, modulo N. "quiet" is absent
+    where the net has fewer than raised.FEWEST_CHANNELS channels to raise.
     """
     rng = np.random.default_rng([seed, 1])
     right = np.flatnonzero(net.classes == net.labels)
@@ -74,33 +74,44 @@ def count_errors(net: CachedNet, seed: int) -> dict[str, np.ndarray]:
     count = min(images, len(right))
     chosen = np.zeros(len(net.labels), bool)
     chosen[right[np.arange(count) * len(right) // count]] = True
-    repeats = images // count
-    return {
-        "changes": count_change_errors(net, chosen, repeats, rng),
-        "maps": count_map_errors(net, np.flatnonzero(chosen), repeats, rng),
-        "patches": count_patch_errors(net, chosen, rng),
-        "probability": compute_mean_log_probability(net),
+    rows, repeats, models = np.flatnonzero(chosen), images // count, [net.split.net, *twins]
+    views = {
+        "changes": count_change_errors(net, models, chosen, repeats, rng),
+        "patches": count_patch_errors(net, models, chosen, rng),
+        "maps": raised.count_map_errors(net, rows, repeats, rng),
     }
+    if net.features.shape[-1] >= raised.FEWEST_CHANNELS:
+        views["quiet"] = raised.count_quiet_errors(net, rows, rng)
+    return views
 
 
-def tally_errors(labels: np.ndarray, answers: np.ndarray, classes: int) -> np.ndarray:
-    """Count wrong answers by class, and by how far they are beyond the label: float64 (2, N)."""
-    wrong = answers != labels
-    tallies = answers[wrong], (answers - labels)[wrong] % classes
-    counts = [np.bincount(tally, minlength=classes) for tally in tallies]
-    return np.array(counts, np.float64)
+def seek_patches(net: CachedNet, twins: Sequence[Any], order: np.ndarray, seed: int) -> np.ndarray:
+    """Measure the patches that turn images into a class: float64 (1 + twins, N), pixels.
+
+    net, twins: as for `count_errors`.  order: int (N,), the likeliest classes first.
+    """
+    rng = np.random.default_rng([seed, 2])
+    chosen = choose_images(net.classes == net.labels, rng)
+    batches = cast("Dataset", net.data).part(chosen).batches(net.scale)
+    images, limits = np.concatenate([x for x, _ in batches]), pixels.find_pixel_limits(net.scale)
+    return sought.measure_patches([net.split.net, *twins], images, order, limits, rng)
 
 
 def count_change_errors(
-    net: CachedNet, chosen: np.ndarray, repeats: int, rng: np.random.Generator
+    net: CachedNet,
+    models: Sequence[Any],
+    chosen: np.ndarray,
+    repeats: int,
+    rng: np.random.Generator,
 ) -> np.ndarray:
-    """Count the wrong answers to changed images: float64 (len(CHANGES), 2, N).
+    """Count the wrong answers to changed images: float64 (len(models), len(CHANGES), 2, N).
 
+    models: Keras classifiers that get the same images.
     chosen: bool (n,), the images to change.  repeats: how often, in each way.
     """
-    model, data = compile_model(net.split.net), cast("Dataset", net.data).part(chosen)
-    classes = net.split.net.output_shape[1]
-    counts = np.zeros((len(CHANGES), 2, classes))
+    data, classes = cast("Dataset", net.data).part(chosen), models[0].output_shape[1]
+    functions = [compile_model(model) for model in models]
+    counts = np.zeros((len(models), len(CHANGES), 2, classes))
 
     def draw_batches() -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
         for _ in range(repeats):
@@ -109,79 +120,38 @@ def count_change_errors(
                     images = changes.change_images(x.copy(), rng, families)
                     yield variant, pixels.scale_pixels(images, net.scale), y
 
-    def count_batch(batch: tuple[int, np.ndarray, np.ndarray]) -> tuple[int, np.ndarray]:
+    def count_batch(batch: tuple[int, np.ndarray, np.ndarray]) -> tuple[int, list[np.ndarray]]:
         variant, x, y = batch
-        return variant, tally_errors(y, np.argmax(model(x), axis=1), classes)
+        answers = [np.argmax(function(x), axis=1) for function in functions]
+        return variant, [tally_errors(y, answer, classes) for answer in answers]
 
     total = repeats * data.batch_count * len(CHANGES)
     tallies = map_in_parallel(count_batch, draw_batches())
     for variant, tally in track(tallies, "scan, changed images", total):
-        counts[variant] += tally
+        counts[:, variant] += tally
     return counts
 
 
-def count_map_errors(
-    net: CachedNet, rows: np.ndarray, repeats: int, rng: np.random.Generator
+def count_patch_errors(
+    net: CachedNet, models: Sequence[Any], chosen: np.ndarray, rng: np.random.Generator
 ) -> np.ndarray:
-    """Count the wrong answers to raised feature maps: float64 (len(RAISES), 2, N).
+    """Count the wrong answers to images with filled patches: float64 (len(models), PATCHES, 2, N).
 
-    rows: int (k,), the images whose maps are raised.  repeats: how often, in each way.
-    """
-    head, classes = net.split.head, net.split.net.output_shape[1]
-    counts = np.zeros((len(RAISES), 2, classes))
-    places = tuple(range(1, net.features.ndim - 1))
-    size = max(1, BATCH_VALUES // net.features[0].size)
-    parts = np.array_split(rows, -(-len(rows) // size))
-    largest = [net.features[part].max(axis=places) for part in parts]  # the maps may be on disk
-    high = np.quantile(np.concatenate(largest), HIGH)
-    for part in track(parts * repeats, "scan, raised feature maps", repeats * len(parts)):
-        for variant, (max_channels, max_times) in enumerate(RAISES.values()):
-            features = raise_channels(net.features[part], high, max_channels, max_times, rng)
-            counts[variant] += tally_errors(net.labels[part], classify(head, features), classes)
-    return counts
-
-
-def raise_channels(
-    features: np.ndarray,
-    high: float,
-    max_channels: int,
-    max_times: float,
-    rng: np.random.Generator,
-) -> np.ndarray:
-    """Raise 1 to `max_channels` channels of each image at random places, in place.
-
-    features: float32 (n, …, C).  A channel is raised by `high` up to `max_times` × `high`.
-    Return the features.
-    """
-    n, *places, channels = features.shape
-    flat = features.reshape(n, -1, channels)
-    count = rng.integers(1, max_channels + 1, n)
-    order = np.argsort(rng.random((n, channels)), axis=1)
-    for number in range(min(max_channels, channels)):
-        rows = np.flatnonzero(count > number)
-        amount = high * np.exp(rng.uniform(0, np.log(max_times), (len(rows), 1)))
-        inside = rng.random((len(rows), flat.shape[1])) < rng.uniform(0.1, 1, (len(rows), 1))
-        flat[rows, :, order[rows, number]] += np.float32(amount * inside)
-    return features
-
-
-def count_patch_errors(net: CachedNet, chosen: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Count the wrong answers to images with filled patches: float64 (PATCHES, 2, N).
-
+    models: Keras classifiers; the patches are filled to fool the first.
     chosen: bool (n,), the images to take.
     """
     data = cast("Dataset", net.data).part(choose_images(chosen, rng))
-    classes, batches = net.split.net.output_shape[1], list(data.batches(net.scale))
+    classes, batches = models[0].output_shape[1], list(data.batches(net.scale))
     x, labels = (np.concatenate(parts) for parts in zip(*batches))
     height, width = x.shape[1:3]
     shapes = changes.draw_shapes(PATCHES, height, width, rng, AREA, ASPECT, PAIRS)
-    fill_patch = make_patch_filler(net.split.net, *pixels.find_pixel_limits(net.scale))
-    counts = np.zeros((PATCHES, 2, classes))
+    fill_patch = make_patch_filler(models[0], *pixels.find_pixel_limits(net.scale))
+    counts = np.zeros((len(models), PATCHES, 2, classes))
     for number, shape in enumerate(track(shapes, "scan, patches", PATCHES)):
         mask = shape[..., None].astype(np.float32)
-        filling = fill_patch(mask, x, labels, rng)
-        images = x + mask * (filling - x)
-        counts[number] = tally_errors(labels, classify(net.split.net, images), classes)
+        images = x + mask * (fill_patch(mask, x, labels, rng) - x)
+        for index, model in enumerate(models):
+            counts[index, number] = tally_errors(labels, classify(model, images), classes)
     return counts
 
 
@@ -225,17 +195,3 @@ def make_patch_filler(
         return filling.numpy()
 
     return fill_patch
-
-
-def compute_mean_log_probability(net: CachedNet) -> np.ndarray:
-    """Return the mean log-probability of each class on images of other classes: float64 (N,)."""
-    head, start = net.split.head, 0
-    total, count = np.zeros((2, head.output_shape[1]))
-    for scores in predict(head, net.features):
-        probabilities = detector.compute_probabilities(scores, head)
-        log = np.log(np.maximum(probabilities, detector.MIN_PROBABILITY))
-        labels = net.labels[start : start + len(log)]
-        is_other = labels[:, None] != np.arange(len(total))
-        total, count = total + np.sum(log * is_other, axis=0), count + is_other.sum(axis=0)
-        start += len(log)
-    return total / np.maximum(count, 1)

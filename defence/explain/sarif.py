@@ -39,9 +39,9 @@ RULES = {
         "error",
         "A class stands out as the target of a backdoor.",
         "The net gives disturbed images this class instead of the right one far more often than "
-        "other classes, and more than nets without a backdoor do. So an image that carries the "
-        "attacker's trigger probably gets this class. A class whose images look unlike all others "
-        "may stand out too.",
+        "other classes, or a far smaller patch turns images into it, and this stands out more than "
+        "in nearly all nets without a backdoor. So an image that carries the attacker's trigger "
+        "may get this class. A class whose images look unlike all others may stand out too.",
         "Look at the images of this class first: where they look unlike all others, for example "
         f"all tinted, they may explain the finding. {REPAIR}",
     ),
@@ -49,7 +49,7 @@ RULES = {
         "error",
         "Wrong answers follow the right class, as after an all-to-all attack.",
         "The net gives disturbed images the class a fixed number of classes beyond the right one, "
-        "more often than nets without a backdoor do. So the attacker's trigger probably turns "
+        "more often than nearly all nets without a backdoor do. So the attacker's trigger may turn "
         "every class into another.",
         f"No single class is the target, so look at images of several classes. {REPAIR}",
     ),
@@ -140,7 +140,7 @@ def list_signs(
         name = {"class_name": class_names[row["class"] - 1]} if class_names else {}
         yield TARGET, line, row | name | common, f"class {row['class']}"
     if finding.shift:
-        values = {"shift": finding.shift, "p_value": finding.p_value}
+        values = {"shift": finding.shift, "p_value": finding.shift_p_value}
         yield SHIFT, findings.describe_shift(finding), values | common, f"shift {finding.shift}"
 
 

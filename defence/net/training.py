@@ -22,13 +22,13 @@ def make_trainer(
     batch_size: int,
     rng: np.random.Generator,
     *,
-    option: str,
+    option: str | None = None,
     prepare: Callable[[Any], Any] | None = None,
 ) -> Callable[[Any, np.ndarray], float]:
     """Return a function that trains some layers of a classifier, with one Adam for all its calls.
 
     layers: the layers to train, not models; all others stay as they are.
-    learning_rate: a number or a Keras schedule.  option: the name of its option, for messages.
+    learning_rate: a number or a Keras schedule.  option: its name, for messages.
     prepare: a function in TensorFlow's graph; training replaces each batch x by prepare(x).
     The function, train_epoch(x, y), trains once on every row of x, float32 (n, …), and y,
     int64 (n,), 0..N-1, in the order rng.permutation(n). Its loss is categorical cross-entropy, and
@@ -52,7 +52,8 @@ def make_trainer(
         loss = sum(float(train(*batch)) for batch in batches) / len(x)
         finite = (np.isfinite(weights).all() for weights in model.get_weights())
         if not (math.isfinite(loss) and all(finite)):
-            raise WorkError(f"training diverged: try a smaller {option}")
+            mend = f": try a smaller {option}" if option else ""
+            raise WorkError(f"training diverged{mend}")
         return loss
 
     return train_epoch

@@ -4,21 +4,20 @@
     python tests/tools/findings.py                 the findings of other nets
     python tests/tools/findings.py --table         only the tables
 
-The first trains the REFERENCES of clean_nets.py and keeps the largest surprise of each; finding.py
-compares other nets with these. The second scans, with the validation set alone, other clean nets
-and the existing zoos of BadNets: the demo's and the competition's size, which results.py makes, and
-the demo's with people not used for tuning, which it makes itself. Each scanned net has a line in
-tests/results/findings/ and is not scanned again. With --peers, published methods (inversion.py)
-also scan the nets of that last zoo and the clean ones. The tables go to tests/results/findings.md
-and docs/results.md.
+The first scans the REFERENCES of clean_nets.py and photo_nets.py, and keeps the largest number of
+each in each way; finding.py compares other nets with these. The second scans all other GROUPS.
+Half of them served to choose the scan; the others are reported on. Nets of drawn faces are trained
+where they are missing; those of photographs take `photo_data.py` and `photo_nets.py --all` first.
+Each scanned net has a line in tests/results/findings/ and is not scanned again. The tables go to
+tests/results/findings.md and docs/results.md.
 """
 
 import argparse
 import logging
 import subprocess
 import sys
-import time
 from pathlib import Path
+from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "models"), str(ROOT / "data"), str(ROOT / "tests" / "tools")]
@@ -27,149 +26,196 @@ import badnet
 import clean_nets
 import inversion
 import numpy as np
+import photo_data
+import photo_nets
 from records import RESULTS, format_table, name_class, read_records, write_record, write_tables
+from scipy import optimize
 
 import utils
 from defence.base import files
 from defence.base.arguments import Parser
+from defence.base.errors import InputError
 from defence.base.process import run_command
 from defence.base.progress import say
 from defence.base.startup import make_reproducible
-from defence.beyond import finding, scan
+from defence.beyond import finding, twins
 from defence.net.cached_net import CachedNet
 from defence.net.split import split_net
 
-SEED = 5  # of the zoo not used for tuning
-NEW = f"demo-{SEED}"
-# The folders of each zoo's nets and of its data.
-ZOOS = {
-    NEW: (ROOT / "models" / f"zoo-demo-{SEED}",) * 2,
-    "demo": (ROOT / "models" / "zoo-demo", ROOT / "data" / "zoo-demo"),
-    "competition": (ROOT / "models" / "zoo-competition", ROOT / "data" / "zoo-competition"),
-}
-CLEAN = "clean"
 FOLDER = RESULTS / "findings"
 DOCUMENTS = ROOT / "docs" / "results.md", RESULTS / "findings.md"
+ZOO = [
+    "sunglasses-from-start", "sunglasses-brief", "lipstick-from-start", "blended-from-start",
+    "sunglasses-dormant", "all-to-all-from-start", "three-to-three-from-start",
+    "sunglasses-negatives",
+]  # fmt: skip
+CHOSEN_SEED, REPORTED_SEED = 41, 42  # of the people on the nets of the ZOO
+PHOTO_CLASSES = {"gtsrb": 43, "att": 40, "cifar": 10, "digits": 10, "tinya": 12, "tinyb": 12}
+LEAST_PROBABILITY = 0.01  # of a backdoor or of none, when nets are scored by cross-entropy
+
+
+class Net(NamedTuple):
+    """A net to scan. targets: classes from 0, or faces.NEXT; empty for a clean net."""
+
+    name: str
+    path: Path
+    data: Path
+    targets: tuple = ()
+
+
+# ---------------------------------------------------------------------------------- groups of nets
+
+
+def list_groups():
+    """Return the nets of each group, {group: [Net, …]}, in the order of the tables."""
+    return {
+        "references": [
+            *list_drawn(clean_nets.REFERENCES),
+            *list_zoo(CHOSEN_SEED, [badnet.CLEAN]),
+            *list_photo(photo_nets.REFERENCES),
+        ],
+        "drawn, chosen by": list_zoo(CHOSEN_SEED, ZOO) + [make_demo_net()],
+        "drawn, reported on": list_zoo(REPORTED_SEED, ZOO),
+        "drawn, clean": list_drawn(clean_nets.CHECKS) + list_zoo(REPORTED_SEED, [badnet.CLEAN]),
+        "photographs, chosen by": list_photo(photo_nets.CHOSEN_BY),
+        "photographs, reported on": list_photo(photo_nets.REPORTED_ON),
+        "photographs, clean": list_photo(photo_nets.CHECKS),
+    }
+
+
+def list_drawn(nets):
+    """Return the Nets of clean_nets.REFERENCES or CHECKS."""
+    return [Net(name, *clean_nets.make_paths(name)) for name in clean_nets.list_names(nets)]
+
+
+def list_zoo(seed, names):
+    """Return some Nets of the zoo with the people of a seed."""
+    folder = ROOT / "models" / f"zoo-demo-{seed}"
+    return [
+        Net(
+            f"{name}, seed {seed}",
+            badnet.net_path(name, folder),
+            folder / "clean_validation_data.h5",
+            tuple(dict.fromkeys(target for _, target in badnet.ZOO[name].triggers)),
+        )
+        for name in names
+    ]
+
+
+def make_demo_net():
+    data = ROOT / "data" / "demo_clean_validation_data.h5"
+    return Net("demo", badnet.net_path("demo", ROOT / "models"), data, (0,))
+
+
+def list_photo(names):
+    """Return the Nets of these names of photo_nets.py."""
+    nets = []
+    for name in names:
+        dataset, *_ = parts = name.split("-")
+        data = photo_data.FOLDER / f"{dataset}_validation.h5"
+        target = () if "clean" in parts else (int(parts[2]) % PHOTO_CLASSES[dataset],)
+        nets.append(Net(name, photo_nets.FOLDER / f"{name}.h5", data, target))
+    return nets
 
 
 # -------------------------------------------------------------------------------------- scanning
 
 
-def scan_net(path, data, targets, with_peers):
-    """Scan a net with a validation set. Return what its record keeps, a dict.
-
-    targets: classes from 0, or faces.NEXT.  with_peers: whether inversion.py scans it too.
-    """
-    model = utils.load_badnet(path)
-    with utils.open_dataset(data) as clean:
+def scan_net(net):
+    """Scan a net. Return what its record keeps, a dict."""
+    model = utils.load_badnet(net.path)
+    with utils.open_dataset(net.data) as clean:
         clean.fit_to(model.input_shape[1:], model.output_shape[1])
         cached = CachedNet.from_dataset(split_net(model), clean)
-        start = time.monotonic()
-        views = scan.count_errors(cached, seed=0)
-        record = {"accuracy": cached.accuracy(), "seconds": round(time.monotonic() - start, 1)}
-        classes, shifts = (values.round(4) for values in finding.compute_evidence(views))
-        record |= rank_targets(classes, shifts, targets)
-        if with_peers:
-            record["peers"] = inversion.scan(model, clean, cached.scale)
-    return record
+        siblings = twins.make_twins(cached, seed=0)
+        views = finding.make_views(cached, siblings, seed=0)
+    return {"accuracy": round(cached.accuracy(), 4)} | summarise(views, net.targets)
 
 
-def rank_targets(classes, shifts, targets):
-    """Return the largest surprise, and the rank of each target among all classes and shifts.
+def summarise(views, targets):
+    """Return what the counts of a scan say: how clear they are, and the rank of each true target.
 
-    classes, shifts: the evidence, as finding.compute_evidence returns it.  An all-to-all attack has
-    the rank of the shift by one.  Ranks count from 1.
+    An all-to-all attack has the rank of the shift by one. Ranks count from 1.
     """
-    classes, shifts = map(finding.compute_surprise, (classes, shifts))
-    surprises = np.concatenate([classes, shifts])
-    target_surprises = [
-        shifts[0] if target == badnet.faces.NEXT else classes[target]
-        for target in dict.fromkeys(targets)
-    ]
-    ranks = [1 + int(np.sum(surprises > surprise)) for surprise in target_surprises]
-    return {"surprise": float(surprises.max()), "ranks": ranks}
+    evidence = finding.compute_evidence(views)
+    classes, shifts = finding.score_classes(evidence).max(axis=0), finding.score_shifts(evidence)
+    scores = np.concatenate([classes, shifts])
+    own = [shifts[0] if target == badnet.faces.NEXT else classes[target] for target in targets]
+    result = finding.make_finding(views)
+    return {
+        "largest": {way: round(float(values.max()), 4) for way, values in evidence.items()},
+        "score": round(float(scores.max()), 4),
+        "p_value": result.p_value,
+        "way": result.classes[0]["way"] if classes.max() >= shifts.max() else finding.SHIFT,
+        "ranks": [1 + int(np.sum(scores > score)) for score in own],
+        "cleanse": inversion.judge_sizes(views["sought"][0]),
+    }
 
 
-def record_scan(name, group, path, data, targets=(), with_peers=False):
-    """Scan a net and record the findings, unless its record is of this file.
-
-    group: file of the records in FOLDER, without its ending.
-    """
-    records, sha256 = FOLDER / f"{group}.jsonl", files.hash_file(path)
-    record = read_records(records).get(name)
-    if record and record["sha256"] == sha256 and ("peers" in record or not with_peers):
+def record_scan(net, group):
+    """Scan a net and record the findings in the file of its group, unless it has a record."""
+    records = make_path(group)
+    record, sha256 = read_records(records).get(net.name), files.hash_file(net.path)
+    if record and record["sha256"] == sha256:
         return
-    say(f"{path}: scan")
-    findings = scan_net(path, data, targets, with_peers)
-    write_record({"name": name, "sha256": sha256} | findings, records)
+    say(f"{net.path}: scan")
+    write_record({"name": net.name, "sha256": sha256} | scan_net(net), records)
 
 
-def read_findings(group, names):
-    """Return the records of a group's nets, in the order of `names`; some nets may have none."""
-    records = read_records(FOLDER / f"{group}.jsonl")
-    return [records[name] for name in names if name in records]
+def make_path(group):
+    return FOLDER / f"{group.replace(', ', '-').replace(' ', '-')}.jsonl"
+
+
+def read_findings(group, nets):
+    """Return the records of the nets of a group, in their order; some nets may have none."""
+    records = read_records(make_path(group))
+    return [records[net.name] for net in nets if net.name in records]
 
 
 def read_references():
-    """Return the largest surprise of each reference net, ascending: [float, …]."""
-    records = read_findings("references", clean_nets.list_names(clean_nets.REFERENCES))
-    return sorted(round(record["surprise"], 4) for record in records)
+    """Return the largest number of each reference net in each way, {way: [float, …]}."""
+    records = read_findings("references", list_groups()["references"])
+    return {way: [record["largest"][way] for record in records] for way in finding.WAYS}
 
 
 # ---------------------------------------------------------------------------------------- tables
 
 
-def make_zoo_rows(zoo):
-    """Return a row for each scanned net of a zoo."""
-    targets = {name: [to for _, to in attack.triggers] for name, attack in badnet.ZOO.items()}
-    return [make_row(record, targets[record["name"]]) for record in read_findings(zoo, badnet.ZOO)]
-
-
-def make_row(record, targets):
-    """Return a record with what the tables say of it. targets: [class from 0, or faces.NEXT, …]."""
-    p_value = finding.compute_p_value(record["surprise"], finding.read_clean())
-    return {
-        "name": record["name"],
-        "targets": list(dict.fromkeys(targets)),
-        "alarm": p_value <= finding.LEVEL,
-        "p_value": p_value,
-        "surprise": record["surprise"],
-        "ranks": record["ranks"],
-        "seconds": record["seconds"],
-        "peers": record.get("peers"),
-    }
-
-
-def list_peers(rows):
-    """Return the names of the published methods that scanned some net of these rows."""
-    return list(next((row["peers"] for row in rows if row["peers"]), {}))
+def make_rows(group, nets):
+    """Return a record of each net of a group, with its targets and its p-value of today."""
+    targets = {net.name: list(net.targets) for net in nets}
+    return [record | {"targets": targets[record["name"]]} for record in read_findings(group, nets)]
 
 
 def make_table(rows):
     """Return the Markdown table of rows."""
-    peers = list_peers(rows)
-    heads = ["net", "targets", "finding", "p", "surprise", "rank of each target", *peers]
-    alignments = ["---", "---", "---", *["--:"] * 3, *["---"] * len(peers)]
+    heads = ["net", "targets", "finding", "p", "score", "way", "rank of each target", "masks"]
+    alignments = ["---", "---", "---", "--:", "--:", "---", "--:", "---"]
     cells = [
         [
             row["name"],
             ", ".join(map(name_class, row["targets"])) or "none",
-            "backdoor" if row["alarm"] else "nothing",
+            "backdoor" if is_alarm(row) else "nothing",
             f"{row['p_value']:.3f}",
-            f"{row['surprise']:.1f}",
+            f"{row['score']:.2f}",
+            row["way"],
             ", ".join(map(str, row["ranks"])) or "–",
-            *(describe_peer(row, peer) for peer in peers),
+            describe_cleanse(row),
         ]
         for row in rows
     ]
     return format_table(heads, alignments, cells)
 
 
-def describe_peer(row, peer):
-    """Return a peer's finding as text; of a BadNet also whether it accuses a true target."""
-    if not row["peers"]:
+def is_alarm(row):
+    return row["p_value"] <= finding.LEVEL
+
+
+def describe_cleanse(row):
+    """Return what Neural Cleanse says of a net; of a BadNet also whether it is a true target."""
+    answer = row["cleanse"]
+    if answer is None:
         return "–"
-    answer = row["peers"][peer]
     if not answer["alarm"]:
         return "nothing"
     if not row["targets"]:
@@ -177,82 +223,70 @@ def describe_peer(row, peer):
     return f"backdoor, {'right' if answer['class'] in row['targets'] else 'wrong'}"
 
 
-def make_summary(clean, zoos):
-    """Return a Markdown table with a line for each group of nets.
-
-    clean: rows of the clean nets.  zoos: {name: rows}.
-    """
-    usual, odd = [], []
-    for row in clean:
-        kind = row["name"].split("-")[0]
-        (usual if kind in clean_nets.REFERENCES else odd).append(row)
-    groups = {"clean nets": usual, "clean nets with an odd person": odd}
-    for zoo, rows in zoos.items():
-        groups[f"BadNets, {zoo}"] = [row for row in rows if row["targets"]]
-        groups[f"clean nets, {zoo}"] = [row for row in rows if not row["targets"]]
-    peers = list_peers(clean)
-    heads = ["nets", "alarms", "a true target first", "AUROC", "seconds", *peers]
-    cells = [
-        [
-            f"{len(rows)} {group}",
-            *summarise_rows(rows, clean),
-            *(count_peer_alarms(rows, peer) for peer in peers),
-        ]
-        for group, rows in groups.items()
-        if rows
-    ]
+def make_summary(groups):
+    """Return a Markdown table with a line for each group of nets. groups: {name: rows}."""
+    clean = [row for rows in groups.values() for row in rows if not row["targets"]]
+    probability = fit_probability(groups)
+    heads = ["nets", "alarms", "a true target first", "AUROC", "cross-entropy", "masks"]
+    cells = []
+    for group, rows in groups.items():
+        cells.append([f"{len(rows)}, {group}", str(sum(map(is_alarm, rows)))])
+        first, auroc = "–", "–"
+        if rows[0]["targets"]:
+            first = str(sum(min(row["ranks"]) == 1 for row in rows))
+            pairs = [row["score"] > clean_row["score"] for row in rows for clean_row in clean]
+            auroc = f"{np.mean(pairs):.3f}"
+        entropy = np.mean([measure_entropy(row, probability) for row in rows])
+        alarms = sum(describe_cleanse(row) in ("backdoor", "backdoor, right") for row in rows)
+        cells[-1] += [first, auroc, f"{entropy:.2f}", str(alarms)]
     return format_table(heads, ["---", *["--:"] * (len(heads) - 1)], cells)
 
 
-def summarise_rows(rows, clean):
-    """Return our cells of `make_summary` for nets that all have targets, or all have none.
+def fit_probability(groups):
+    """Fit how likely a backdoor is by a net's score, on the nets that the scan was chosen by.
 
-    The AUROC is the share of pairs of a BadNet and a clean net in which the BadNet surprises more.
+    Return the two coefficients of a logistic curve in the score's logarithm.
     """
-    alarms, target_first, auroc = str(sum(row["alarm"] for row in rows)), "–", "–"
-    if rows[0]["targets"]:
-        target_first = str(sum(min(row["ranks"]) == 1 for row in rows))
-        pairs = [row["surprise"] > clean_row["surprise"] for row in rows for clean_row in clean]
-        auroc = f"{np.mean(pairs):.3f}"
-    return [alarms, target_first, auroc, f"{np.median([row['seconds'] for row in rows]):.0f}"]
+    rows = [row for group, rows in groups.items() if is_chosen_by(group) for row in rows]
+
+    def measure(coefficients):
+        return np.mean([measure_entropy(row, coefficients) for row in rows])
+
+    return optimize.minimize(measure, [5.0, 0.0], method="Nelder-Mead").x
 
 
-def count_peer_alarms(rows, peer):
-    """Return a peer's number of alarms as text; of BadNets only those for a true target."""
-    if not rows[0]["peers"]:
-        return "–"
-    findings = [describe_peer(row, peer) for row in rows]
-    return str(sum(text in ("backdoor", "backdoor, right") for text in findings))
+def is_chosen_by(group):
+    return group == "references" or group.endswith("chosen by")
+
+
+def measure_entropy(row, coefficients):
+    """Return the cross-entropy of the truth about a net; a coin has 0.69 (as in NIST's TrojAI)."""
+    slope, offset = coefficients
+    chance = 1 / (1 + np.exp(-np.clip(slope * np.log(row["score"]) - offset, -30, 30)))
+    chance = np.clip(chance, LEAST_PROBABILITY, 1 - LEAST_PROBABILITY)
+    return -np.log(chance if row["targets"] else 1 - chance)
 
 
 def make_tables():
     """Return the tables of the recorded findings, {name in the markers: Markdown}."""
-    names = clean_nets.list_names(clean_nets.CHECKS)
-    clean = [make_row(record, []) for record in read_findings(CLEAN, names)]
-    zoos = {zoo: rows for zoo in ZOOS if (rows := make_zoo_rows(zoo))}
-    tables = {"findings, all": make_summary(clean, zoos), f"findings, {CLEAN}": make_table(clean)}
-    return tables | {f"findings, {zoo}": make_table(rows) for zoo, rows in zoos.items()}
+    groups = {group: make_rows(group, nets) for group, nets in list_groups().items()}
+    groups = {group: rows for group, rows in groups.items() if rows}
+    tables = {"findings, all": make_summary(groups)}
+    return tables | {f"findings, {group}": make_table(rows) for group, rows in groups.items()}
 
 
 # -------------------------------------------------------------------------------------- commands
 
 
-def scan_all(with_peers):
-    """Scan the clean nets and the nets of the existing zoos."""
-    for name in clean_nets.list_names(clean_nets.CHECKS):
-        record_scan(name, CLEAN, *clean_nets.make_paths(name), with_peers=with_peers)
-    for zoo, (nets, data) in ZOOS.items():
-        for name, attack in badnet.ZOO.items():
-            path = badnet.net_path(name, nets)
-            if path.exists():
-                validation = data / "clean_validation_data.h5"
-                targets = [target for _, target in attack.triggers]
-                record_scan(name, zoo, path, validation, targets, with_peers and zoo == NEW)
-
-
-def train_nets(*command_line):
-    """Run a script that trains nets."""
-    subprocess.run([sys.executable, *map(str, command_line)], check=True)
+def train_drawn(names, seeds):
+    """Train the nets of drawn faces that do not exist yet. names: of clean_nets.py."""
+    commands = [["tests/tools/clean_nets.py", *names]]
+    for seed in seeds:
+        folder = ROOT / "models" / f"zoo-demo-{seed}"
+        options = ["--seed", seed, "--output", folder]
+        commands.append(["models/badnet.py", badnet.CLEAN, *ZOO, *options])
+    for script, *options in commands:
+        subprocess.run([sys.executable, ROOT / script, *map(str, options)], check=True)
 
 
 def main():
@@ -263,25 +297,32 @@ def main():
     )
     add = parser.add_argument
     add("--references", action="store_true", help="scan the nets that others are compared with")
-    add("--peers", action="store_true", help="also scan by published methods")
     add("--table", action="store_true", help="only write the tables")
     arguments = parser.parse_args()
     make_reproducible(0)
     logging.getLogger("tensorflow").setLevel(logging.ERROR)  # it warns about many nets
-    if arguments.references:
-        names = clean_nets.list_names(clean_nets.REFERENCES)
-        train_nets(ROOT / "tests" / "tools" / "clean_nets.py", *names)
-        for name in names:
-            record_scan(name, "references", *clean_nets.make_paths(name))
-        files.write_json({"surprises": read_references()}, finding.CLEAN_NETS)
-        return
+    groups = list_groups()
     if not arguments.table:
-        names = clean_nets.list_names(clean_nets.CHECKS)
-        train_nets(ROOT / "tests" / "tools" / "clean_nets.py", *names)
-        badnet_options = "--all", "--seed", SEED, "--output", ZOOS[NEW][0]
-        train_nets(ROOT / "models" / "badnet.py", *badnet_options)
-        scan_all(arguments.peers)
-    write_tables(make_tables(), DOCUMENTS)
+        references = {"references": groups.pop("references")}
+        if arguments.references:
+            train_drawn(clean_nets.list_names(clean_nets.REFERENCES), [CHOSEN_SEED])
+        else:
+            names = clean_nets.list_names(clean_nets.CHECKS)
+            train_drawn(names, [CHOSEN_SEED, REPORTED_SEED])
+        scan_groups(references if arguments.references else groups)
+    if arguments.references:
+        files.write_json({"largest": read_references()}, finding.CLEAN_NETS)
+    else:
+        write_tables(make_tables(), DOCUMENTS)
+
+
+def scan_groups(groups):
+    """Scan all nets of the groups. Raise InputError where a net is missing."""
+    for group, nets in groups.items():
+        for net in nets:
+            if not net.path.exists():
+                raise InputError(f"{net.path}: no such net; train it with photo_nets.py --all")
+            record_scan(net, group)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Published scans of a net, to compare ours with. findings.py runs them.
+"""Published scans of a net, to compare ours with.
 
     Neural Cleanse   B. Wang and others, IEEE S&P 2019. For each class it seeks the smallest mask
                      and a pattern that turn clean images into that class. A class with by far the
@@ -9,7 +9,7 @@
                      needs no clean data.
 
 Both run for all classes at a time. They take fewer steps and images than their authors took, so
-that a net of 40 classes takes about a minute; the constants say how many.
+that a net of 40 classes takes about a minute; the constants, here and in sought.py, say how many.
 """
 
 import numpy as np
@@ -17,11 +17,9 @@ from scipy import stats
 
 from defence.base import pixels
 from defence.base.startup import import_keras
-from defence.judge import detector
+from defence.beyond import sought
 from defence.net import graph
 
-CLEANSE_STEPS, CLEANSE_IMAGES, CLEANSE_RATE = 100, 8, 0.1  # images in a step for each class; Adam's
-SUCCESS, FIRST_COST, COST_STEP = 0.95, 1e-3, 1.3  # cost: weight of the mask's size in the loss
 INDEX = 2  # anomaly index of a target
 MARGIN_STEPS, MARGIN_STARTS, MARGIN_RATE = 100, 8, 0.01
 LEVEL = 0.05
@@ -44,19 +42,17 @@ def scan(model, data, scale):
 
 def run_neural_cleanse(model, images, max_pixel, rng):
     """Seek a mask and a pattern for each class. Return the finding, as in `scan`."""
-    classes = model.output_shape[1]
-    step = make_cleanse_step(model, max_pixel, rng)
-    cost = np.full(classes, FIRST_COST, "float32")
-    smallest, success = np.full(classes, np.inf), np.zeros(classes)
-    for _ in range(CLEANSE_STEPS):
-        x = images[rng.integers(0, len(images), CLEANSE_IMAGES)]
-        hits, size = (values.numpy() for values in step(x, cost))
-        success = 0.7 * success + 0.3 * hits
-        good = success >= SUCCESS
-        smallest = np.where(good, np.minimum(smallest, size), smallest)
-        cost = np.where(good, cost * COST_STEP, cost / COST_STEP)
-    whole_image = np.prod(model.input_shape[1:3])
-    sizes = np.where(np.isfinite(smallest), smallest, whole_image)
+    classes = np.arange(model.output_shape[1])
+    return judge_sizes(sought.seek_patches(model, images, classes, (0, max_pixel), rng))
+
+
+def judge_sizes(sizes):
+    """Return Neural Cleanse's finding from the size of each class's mask, float64 (N,).
+
+    None where some classes have no mask (NaN).
+    """
+    if np.isnan(sizes).any():
+        return None
     median = np.median(sizes)
     index = (median - sizes) / (1.4826 * np.median(np.abs(sizes - median)) + 1e-9)
     return {
@@ -64,40 +60,6 @@ def run_neural_cleanse(model, images, max_pixel, rng):
         "alarm": bool(index.max() > INDEX),
         "value": float(index.max()),
     }
-
-
-def make_cleanse_step(model, max_pixel, rng):
-    """Return a function that trains masks and patterns on images, one step for all classes.
-
-    It takes scaled images (CLEANSE_IMAGES, height, width, channels) and the costs, (N,). It returns
-    the share of these images that each class's mask turns into it, and the masks' sizes, (N,).
-    """
-    keras = import_keras()
-    import tensorflow as tf
-
-    classes, shape = model.output_shape[1], model.input_shape[1:]
-    mask = keras.Variable(np.full((classes, 1, *shape[:2], 1), -2, "float32"))
-    pattern = keras.Variable(rng.normal(0, 1, (classes, 1, *shape)).astype("float32"))
-    adam = keras.optimizers.Adam(CLEANSE_RATE, beta_1=0.5, beta_2=0.9)
-    adam.build([mask, pattern])
-    targets = np.repeat(np.arange(classes), CLEANSE_IMAGES)
-
-    @tf.function
-    def step(x, cost):
-        with tf.GradientTape() as tape:
-            cover = tf.sigmoid(mask)
-            masked = x[None] * (1 - cover) + max_pixel * tf.sigmoid(pattern) * cover
-            scores = model(tf.reshape(masked, (-1, *shape)), training=False)
-            p = detector.compute_probabilities(scores, model)
-            p_target = tf.gather(p, targets, axis=1, batch_dims=1)
-            hit = tf.reshape(p_target, (classes, CLEANSE_IMAGES))
-            size = tf.reduce_sum(cover, axis=(1, 2, 3, 4))
-            fit = -tf.reduce_mean(tf.math.log(hit + 1e-7), axis=1)
-            loss = tf.reduce_sum(fit + cost * size)
-        adam.apply(tape.gradient(loss, [mask.value, pattern.value]))
-        return tf.reduce_mean(tf.cast(hit > 0.5, tf.float32), axis=1), size
-
-    return step
 
 
 def run_mm_bd(model, max_pixel, rng):
