@@ -43,7 +43,7 @@ def test_a_record_ranks_each_true_target(clean):
     record = findings.summarise(views, [5, 3])
     assert record["ranks"] == [2, 1] and record["way"] == "maps" and record["p_value"] == 0.05
     assert record["score"] == record["largest"]["maps"] and len(record["largest"]) == 5
-    views["changes"][:, :, 1, 1] *= 200
+    views["changes"][0, :, 1, 1] *= 200
     record = findings.summarise(views, [badnet.faces.NEXT])
     assert record["ranks"] == [1] and record["way"] == finding.SHIFT
     assert findings.summarise(views, [])["ranks"] == []

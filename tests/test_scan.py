@@ -195,7 +195,7 @@ def test_two_targets_stand_out(clean_nets):
 
 def test_an_attack_from_all_to_all_stands_out_by_its_shift(clean_nets):
     views = draw_views(np.random.default_rng(100))
-    views["changes"][:, :, 1, 1] *= 20
+    views["changes"][0, :, 1, 1] *= 20
     result = finding.make_finding(views)
     assert result.finding == "backdoor" and result.shift == 1 and not result.targets
     assert result.shift_p_value == result.p_value == 1 / 40

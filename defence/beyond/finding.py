@@ -43,7 +43,9 @@ COVERED = 0.5  # the fraction of its classes that B must get right on some image
 SHOWN = 10  # classes that are named, at most
 CLASS_WAYS, SHIFT = ("disturbed", "maps", "quiet", "sought"), "shift"
 WAYS = (*CLASS_WAYS, SHIFT)
-SCALE = 0.9  # the quantile of clean nets' numbers that is a way's scale
+# The quantile of clean nets' numbers that is a way's scale. Shifts of clean nets vary much, and few
+# attacks are all-to-all, so shifts take a scale that costs the other ways no power.
+SCALES = dict.fromkeys(CLASS_WAYS, 0.9) | {SHIFT: 1.0}
 # The least deviations, of logarithms: those of fewer wrong answers than these vary by chance.
 DEVIATIONS = {"changes": 0.4, "maps": 0.4, "patches": 0.6, "disturbed": 1.5, "shift": 0.25}
 # What was disturbed in each way, in words.
@@ -202,14 +204,14 @@ def read_clean() -> dict[str, list[float]]:
     return json.loads(CLEAN_NETS.read_text())["largest"]
 
 
-def find_scale(values: Sequence[float]) -> float:
-    """Return the scale of a way: what few clean nets exceed."""
-    return float(np.quantile(values, SCALE))
+def find_scale(clean: dict[str, list[float]], way: str) -> float:
+    """Return the scale of a way: what few clean nets exceed. clean: as `read_clean` returns it."""
+    return float(np.quantile(clean[way], SCALES[way]))
 
 
 def score_clean(clean: dict[str, list[float]]) -> np.ndarray:
     """Return the largest score of each clean net, over all WAYS: float64 (nets,)."""
-    return np.max([np.array(clean[way]) / find_scale(clean[way]) for way in WAYS], axis=0)
+    return np.max([np.array(clean[way]) / find_scale(clean, way) for way in WAYS], axis=0)
 
 
 def compute_p_value(score: float, clean: Sequence[float] | np.ndarray) -> float:
@@ -228,12 +230,12 @@ def list_class_ways(evidence: dict[str, np.ndarray]) -> list[str]:
 def score_classes(evidence: dict[str, np.ndarray]) -> np.ndarray:
     """Return the score of each class in each of its ways: float64 (ways, N)."""
     clean = read_clean()
-    return np.array([evidence[way] / find_scale(clean[way]) for way in list_class_ways(evidence)])
+    return np.array([evidence[way] / find_scale(clean, way) for way in list_class_ways(evidence)])
 
 
 def score_shifts(evidence: dict[str, np.ndarray]) -> np.ndarray:
     """Return the score of each shift but 0: float64 (N-1,)."""
-    return evidence[SHIFT] / find_scale(read_clean()[SHIFT])
+    return evidence[SHIFT] / find_scale(read_clean(), SHIFT)
 
 
 # ------------------------------------------------------------------------------------- evidence
@@ -250,7 +252,7 @@ def compute_evidence(views: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         standardise(subtract_twins(views[view][:, :, 0]), DEVIATIONS[view])
         for view in ("changes", "patches")
     )
-    shifts = compute_log_shares(views["changes"][0, :, 1, 1:])
+    shifts = subtract_twins(views["changes"][:, :, 1, 1:])
     evidence = {
         "disturbed": measure_surprise(
             standardise(changes + patches + maps, DEVIATIONS["disturbed"])
@@ -279,9 +281,9 @@ def compare_patches(sizes: np.ndarray) -> np.ndarray:
 
 
 def subtract_twins(counts: np.ndarray) -> np.ndarray:
-    """Return the log-shares of B's wrong answers beyond the twins': float64 (N,).
+    """Return the log-shares of B's wrong answers beyond the twins', of classes or shifts: (N,).
 
-    counts: (1 + twins, k, N), B's first.  A class that twins give more rarely than an average class
+    counts: (1 + twins, k, N), B's first.  What twins give more rarely than the average
     gets no bonus, since the logarithm of a small share varies by chance.
     """
     badnet, *others = map(compute_log_shares, counts)

@@ -85,7 +85,8 @@ def count_quiet_errors(net: CachedNet, rows: np.ndarray, rng: np.random.Generato
     """Raise QUIET_CHANNELS quiet channels of each image, strongly, and count the wrong answers.
 
     rows: int (k,), images that the net answers with their label.
-    Return float64 (1, 2, N). It is 0 where no quiet channel matters.
+    Return float64 (1, 2, N). It is 0 where few quiet channels matter, since any few of them would
+    give few classes.
     """
     head, classes = net.split.head, net.split.net.output_shape[1]
     counts = np.zeros((1, 2, classes))
@@ -93,13 +94,13 @@ def count_quiet_errors(net: CachedNet, rows: np.ndarray, rng: np.random.Generato
     quiet = order[: min(QUIET, len(order) // 2)]
     raises = measure_raises(net, rng.permutation(rows)[:QUIET_IMAGES], quiet)
     quiet, raises = quiet[np.isfinite(raises)], raises[np.isfinite(raises)]
-    if not len(quiet):
+    if len(quiet) < 2 * QUIET_CHANNELS:
         return counts
     draws = rng.permutation(np.resize(rows, QUIET_DRAWS))
     for part in np.array_split(draws, -(-QUIET_DRAWS // PART)):
         features = net.features[part]
         for maps in features:
-            drawn = rng.choice(len(quiet), min(QUIET_CHANNELS, len(quiet)), replace=False)
+            drawn = rng.choice(len(quiet), QUIET_CHANNELS, replace=False)
             maps[..., quiet[drawn]] += np.float32(TIMES * raises[drawn])
         counts[0] += tally_errors(net.labels[part], classify(head, features), classes)
     return counts
