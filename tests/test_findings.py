@@ -85,7 +85,7 @@ def test_a_summary_counts_alarms_and_true_targets():
     assert [line[2] for line in cells] == ["–", "2", "–", "1"]
     assert [line[3] for line in cells] == ["–", "1.000", "–", "0.750"]
     entropies = [float(line[4]) for line in cells]
-    assert entropies[0] < 0.1 and entropies[1] < 0.1 and entropies[2] > 0.3 and entropies[3] > 0.3
+    assert max(entropies[:2]) < 0.4 < min(entropies[2:])
 
 
 def test_documents_show_the_recorded_findings():
@@ -178,6 +178,7 @@ def test_a_net_of_each_kind_is_trained_and_scanned(kind, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.whole_scan
 def test_published_methods_find_a_plain_backdoor(tmp_path):
     """One that a small mask makes: a white stripe."""
     images, labels = draw_images(1200, CLASSES, SHAPE, seed=1)

@@ -145,7 +145,7 @@ def test_too_few_classes_or_images_give_no_finding(monkeypatch):
                 CachedNet.from_dataset(split_net(model), data.part(rows), "0..1"), 0
             )
             assert result.finding == "none" and words in result.reason
-            assert "100 images of 10 classes" in result.reason
+            assert "100 images of 20 classes" in result.reason
 
 
 def test_a_folder_that_cannot_be_entered_or_is_a_link_says_so(tmp_path):

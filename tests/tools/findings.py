@@ -245,12 +245,17 @@ def make_summary(groups):
 def fit_probability(groups):
     """Fit how likely a backdoor is by a net's score, on the nets that the scan was chosen by.
 
-    Return the two coefficients of a logistic curve in the score's logarithm.
+    Return the two coefficients of a logistic curve in the score's logarithm. The truth is smoothed
+    by the number of nets, as J. Platt does (Probabilistic outputs for support vector machines,
+    1999), so that a few nets make nobody certain.
     """
     rows = [row for group, rows in groups.items() if is_chosen_by(group) for row in rows]
+    truth = np.array([bool(row["targets"]) for row in rows])
+    smooth = np.where(truth, (truth.sum() + 1) / (truth.sum() + 2), 1 / ((~truth).sum() + 2))
 
     def measure(coefficients):
-        return np.mean([measure_entropy(row, coefficients) for row in rows])
+        chances = np.array([predict_chance(row, coefficients) for row in rows])
+        return -np.mean(smooth * np.log(chances) + (1 - smooth) * np.log(1 - chances))
 
     return optimize.minimize(measure, [5.0, 0.0], method="Nelder-Mead").x
 
@@ -259,11 +264,16 @@ def is_chosen_by(group):
     return group == "references" or group.endswith("chosen by")
 
 
-def measure_entropy(row, coefficients):
-    """Return the cross-entropy of the truth about a net; a coin has 0.69 (as in NIST's TrojAI)."""
+def predict_chance(row, coefficients):
+    """Return how likely a net has a backdoor, by its score: LEAST_PROBABILITY to 1 - that."""
     slope, offset = coefficients
     chance = 1 / (1 + np.exp(-np.clip(slope * np.log(row["score"]) - offset, -30, 30)))
-    chance = np.clip(chance, LEAST_PROBABILITY, 1 - LEAST_PROBABILITY)
+    return np.clip(chance, LEAST_PROBABILITY, 1 - LEAST_PROBABILITY)
+
+
+def measure_entropy(row, coefficients):
+    """Return the cross-entropy of the truth about a net; a coin has 0.69 (as in NIST's TrojAI)."""
+    chance = predict_chance(row, coefficients)
     return -np.log(chance if row["targets"] else 1 - chance)
 
 
