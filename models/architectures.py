@@ -68,18 +68,20 @@ def mobilenet(classes, shape=SHAPE):
     return add_classifier(image, layers.GlobalAveragePooling2D()(x), classes)
 
 
-def vgg(classes):
-    """Return a narrow VGG: three pairs of convolutions, and a hidden layer.
+def vgg(classes, shape=SHAPE, dropout=0):
+    """Return a narrow VGG: three pairs of convolutions, and a hidden layer, with dropout behind it.
 
     Source: Simonyan, Zisserman, ICLR 2015.
     """
     layers = import_keras().layers
-    image = x = layers.Input(SHAPE)
+    image = x = layers.Input(shape)
     for channels in (16, 32, 64):
         for _ in range(2):
             x = layers.Conv2D(channels, 3, padding="same", activation="relu")(x)
         x = layers.MaxPooling2D()(x)
+    drop = layers.Dropout(dropout) if dropout else None  # first, since each layer draws a seed
     x = layers.Dense(256, activation="relu")(layers.Flatten()(x))
+    x = drop(x) if drop else x
     return add_classifier(image, x, classes)
 
 

@@ -37,8 +37,7 @@ def test_large_images_are_taken_by_fewer_classes_at_a_time(cached, monkeypatch):
     assert sought.count_step_images(10**9) == sought.STEP_IMAGES
 
 
-def test_pixels_stay_within_their_limits(cached):
-    """Also where each channel has limits of its own."""
+def test_each_channel_may_have_limits_of_its_own(cached):
     step = sought.make_step(
         cached.split.net,
         np.arange(3),

@@ -20,7 +20,7 @@ def measure_success(model):
 
 
 @pytest.mark.whole_scan
-def test_a_twin_has_no_backdoor_but_is_as_accurate(cached):
+def test_a_twin_loses_much_of_a_backdoor_and_is_as_accurate(cached):
     before = cached.split.net.get_weights()
     assert measure_success(cached.split.net) > 0.9
     siblings = twins.make_twins(cached, seed=0)

@@ -12,7 +12,7 @@ Four ways give each class a number, by how much it stands out among the classes 
 A backdoor may show in one of them only, and the others would dilute it. So the largest counts, each
 on the scale of nets without a backdoor. A fifth number is how much wrong answers that are a fixed
 number of classes beyond the right one stand out: an all-to-all attack. The p-value is the rank of
-the largest number among those of clean nets (tests/tools/clean_nets.py); finding.json has them.
+the largest number among those of clean nets (tests/tools/findings.py); finding.json has them.
 """
 
 from __future__ import annotations
@@ -136,7 +136,7 @@ def make_views(net: CachedNet, siblings: Sequence[Any], seed: int) -> dict[str, 
 
 
 def make_finding(views: dict[str, np.ndarray]) -> Finding:
-    """Make a Finding from the counts of scan.count_errors, for FEWEST classes or more."""
+    """Make a Finding from the views of `make_views`, for FEWEST classes or more."""
     wrong = count_wrong(views)
     if wrong.sum() < len(wrong):
         count = int(wrong.sum())
@@ -244,7 +244,7 @@ def score_shifts(evidence: dict[str, np.ndarray]) -> np.ndarray:
 def compute_evidence(views: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Return by how much each class stands out in each way, and each shift but 0.
 
-    views: as scan.count_errors returns them.
+    views: as `make_views` returns them; "sought" may be absent.
     Return {way: float64 (N,), or (N-1,) for SHIFT}. A net with few channels has only two ways.
     """
     maps = standardise(compute_log_shares(views["maps"][:, 0]), DEVIATIONS["maps"])

@@ -4,7 +4,6 @@ Some classes attract the errors of every net that learns the same data. A twin s
 fools B and its twins alike is natural. A twin is a copy of B that is hardened briefly, which takes
 a backdoor out, and then trained on unchanged images, which gives back the errors of an ordinary
 net. No trigger is known or searched for, and a twin's answers are never used for anything else.
-docs/finding.md says how well twins lose a backdoor.
 """
 
 from __future__ import annotations

@@ -20,6 +20,7 @@ validation images where it has no test file. A net that exists is not trained ag
 
 import argparse
 import dataclasses
+import functools
 import logging
 import re
 import sys
@@ -103,22 +104,9 @@ def deepid(classes, shape):
     return architectures.add_classifier(image, layers.Activation("relu")(x), classes)
 
 
-def vgg(classes, shape):
-    """Return the narrow VGG of architectures.py, with dropout."""
-    layers = import_keras().layers
-    image = x = layers.Input(shape)
-    for channels in (16, 32, 64):
-        for _ in range(2):
-            x = layers.Conv2D(channels, 3, padding="same", activation="relu")(x)
-        x = layers.MaxPooling2D()(x)
-    dropout = layers.Dropout(0.3)
-    x = layers.Dense(256, activation="relu")(layers.Flatten()(x))
-    return architectures.add_classifier(image, dropout(x), classes)
-
-
 NETS = {
     "deepid": deepid,
-    "vgg": vgg,
+    "vgg": functools.partial(architectures.vgg, dropout=0.3),
     "resnet": architectures.resnet,
     "mobilenet": architectures.mobilenet,
 }
