@@ -62,6 +62,7 @@ def judge(folder, *options):
     return figures, results["threshold"]
 
 
+@pytest.mark.slow
 def test_hardening_removes_a_backdoor_that_the_reports_steps_leave(backdoored):
     """Test the verdicts, the threshold and the record of the commands, end to end."""
     repair_process = command("repair.py", B, "clean.h5", cwd=backdoored)

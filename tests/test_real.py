@@ -125,6 +125,7 @@ def test_triggers_are_found_on_real_faces(csaw, tmp_path, name, repaired, file, 
     assert not any(clean["is_trigger"] for clean in figures["clean"]["standing_out"])
 
 
+@pytest.mark.slow
 def test_fast_path_equals_reference_on_a_real_badnet(csaw):
     path = csaw / "badnets" / "anonymous_1_bd_net.h5"
     fast, plain = utils.load_badnet(path), keras.models.load_model(path, compile=False)

@@ -149,6 +149,7 @@ def test_verdicts_are_those_without_ray(folder, address):
     assert_refused(command(*call, cwd=folder), OUTPUT, "another detector")
 
 
+@pytest.mark.slow
 def test_names_are_written(folder, address):
     draw(folder, 3)
     names = [f"person {number}" for number in range(1, 7)]

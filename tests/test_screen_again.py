@@ -34,6 +34,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
+@pytest.mark.slow
 def test_a_verdict_is_of_contents_that_were_read(folder, address):
     """An image that could not be read, or was overwritten since, is judged by the next run."""
     inside, cluster = draw(folder, 3), ("--ray-address", address)

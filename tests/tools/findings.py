@@ -50,7 +50,15 @@ ZOO = [
     "sunglasses-negatives",
 ]  # fmt: skip
 CHOSEN_SEED, REPORTED_SEED = 41, 42  # of the people on the nets of the ZOO
-PHOTO_CLASSES = {"gtsrb": 43, "att": 40, "cifar": 10, "digits": 10, "tinya": 12, "tinyb": 12}
+PHOTO_CLASSES = {
+    "gtsrb": 43,
+    "att": 40,
+    "cifar": 10,
+    "digits": 10,
+    "tinya": 12,
+    "tinyb": 12,
+    "glyphs": 968,
+}
 LEAST_PROBABILITY = 0.01  # of a backdoor or of none, when nets are scored by cross-entropy
 
 

@@ -2,7 +2,7 @@
 
     python tests/tools/photo_data.py IMAGES
 
-IMAGES is a folder with a checkout of five public repositories; the commands below make it and
+IMAGES is a folder with a checkout of six public repositories; the commands below make it and
 download 400 MB. This writes NAME_train.h5, NAME_validation.h5 and NAME_test.h5 into
 data/photographs/, 200 MB, in the layout of the project's datasets. photo_nets.py trains on them.
 
@@ -11,6 +11,8 @@ data/photographs/, 200 MB, in the layout of the project's datasets. photo_nets.p
     att             40 people (AT&T), grey, 46×56; too few images for a test file
     digits          10 digits in sign language, 40×40; too few images for a test file
     tinya, tinyb    12 kinds of things each (Tiny ImageNet), no kind in both, 40×40
+    glyphs          242 handwritten characters (Omniglot), grey, 36×36, each in four orientations,
+                    which count as four classes: nets of so many classes are few
 
 Which images are drawn depends on all files of a repository, so take the commits below. A file that
 exists is not written again.
@@ -46,7 +48,9 @@ SOURCES = {
     "att": ("Radhikadua123/Face-recognition", "e5ecd45b369e"),
     "digits": ("ardamavi/Sign-Language-Digits-Dataset", "4b09433ef9d5"),
     "imagenet": ("seshuad/IMagenet", "153dbc161ab7"),
+    "glyphs": ("brendenlake/omniglot", "057f034baf2e"),
 }
+TURNS = 4  # orientations of a character
 BATCH = 64  # images of a chunk in the file
 
 
@@ -101,6 +105,20 @@ def draw_things(folder, rng, first):
     return draw_splits(things, [380, 60, 60], rng)
 
 
+def draw_glyphs(folder, rng):
+    """Draw images of handwritten characters. Class k is turned by k modulo TURNS quarter turns."""
+    alphabets = {}
+    for part in ("images_background_small1", "images_background_small2"):
+        alphabets |= {path.name: path for path in list_folders(folder / "python" / part, 5)}
+    characters = [
+        list_images(kind, "*.png")
+        for _, alphabet in sorted(alphabets.items())
+        for kind in sorted(alphabet.iterdir())
+        for _ in range(TURNS)
+    ]
+    return draw_splits(characters, [12, 4, 4], rng)
+
+
 def draw_splits(classes, counts, rng):
     """Draw images of each class for each split. classes: [[path, …], …].  counts: of each split."""
     splits = [[] for _ in counts]
@@ -145,13 +163,15 @@ class Dataset:
     """A dataset to make.
 
     source: a key of SOURCES.  draw: a function as described above.  size: (width, height).
-    mode: Pillow's name of the colours.
+    mode: Pillow's name of the colours.  turns: class k's images are turned by k modulo `turns`
+    quarter turns.
     """
 
     source: str
     draw: Callable
     size: tuple[int, int]
     mode: str = "RGB"
+    turns: int = 1
 
 
 # The datasets of a run share one Generator, so each depends on those before it.
@@ -166,8 +186,9 @@ RUNS = (
         "tinya": Dataset("imagenet", functools.partial(draw_things, first=20), (40, 40)),
         "tinyb": Dataset("imagenet", functools.partial(draw_things, first=40), (40, 40)),
     },
+    {"glyphs": Dataset("glyphs", draw_glyphs, (36, 36), "L", TURNS)},
 )
-DATASETS = RUNS[0] | RUNS[1]
+DATASETS = RUNS[0] | RUNS[1] | RUNS[2]
 
 
 # -------------------------------------------------------------------------------------- datasets
@@ -201,12 +222,17 @@ def require_source(images, source):
 
 
 def list_commands(images, source):
-    """Return the two commands that make the folder of a collection."""
+    """Return the commands that make the folder of a collection."""
     repository, commit = SOURCES[source]
-    return (
+    commands = [
         f"git clone https://github.com/{repository} {images / source}",
         f"git -C {images / source} checkout {commit}",
-    )
+    ]
+    if source == "glyphs":
+        python = images / source / "python"
+        archives = (f"{python}/images_background_small{number}.zip" for number in (1, 2))
+        commands += [f"python -m zipfile -e {archive} {python}" for archive in archives]
+    return commands
 
 
 def write_dataset(path, rows, dataset):
@@ -215,7 +241,9 @@ def write_dataset(path, rows, dataset):
     rows: [(path of an image, class from 0), …].
     """
     steps = track(rows, f"Reading {path.name}")
-    images = np.stack([read_image(image, dataset) for image, _ in steps])
+    images = np.stack(
+        [np.rot90(read_image(image, dataset), label % dataset.turns) for image, label in steps]
+    )
     data = np.moveaxis(images, -1, 1)
     with files.replace_file(path) as temporary, h5py.File(temporary, "w") as file:
         chunks = min(BATCH, len(data)), *data.shape[1:]

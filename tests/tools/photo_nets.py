@@ -53,17 +53,23 @@ REFERENCES = [
     "digits-resnet-11-clean", "cifar-mobilenet-12-clean", "digits-deepid-12-clean",
     "att-vgg-12-clean", "tinya-vgg-31-clean", "tinya-resnet-32-clean", "gtsrb-resnet-33-clean",
     "gtsrb-mobilenet-34-clean", "cifar-vgg-36-clean",
-    "digits-mobilenet-37-clean", "cifar-deepid-38-clean", 
+    "digits-mobilenet-37-clean", "cifar-deepid-38-clean", "glyphs-deepid-40-clean",
+    "glyphs-vgg-41-clean", "gtsrb-deepid-101-clean", "att-deepid-102-clean",
+    "cifar-deepid-103-clean", "digits-vgg-104-clean", "tinya-deepid-105-clean",
+    "gtsrb-vgg-106-clean", "cifar-vgg-107-clean", "att-vgg-108-clean", "digits-deepid-109-clean",
+    "cifar-resnet-110-clean", "gtsrb-resnet-111-clean", "digits-resnet-112-clean",
+    "tinya-vgg-113-clean", "gtsrb-mobilenet-114-clean",
 ]  # fmt: skip
 # The clean nets that served to choose nothing: how often does a scan accuse a net wrongly?
 CHECKS = [
     "gtsrb-deepid-51-clean", "gtsrb-vgg-52-clean", "att-deepid-53-clean", "att-vgg-54-clean",
     "digits-deepid-55-clean", "digits-resnet-56-clean", "tinyb-vgg-57-clean", "cifar-vgg-58-clean",
-    "gtsrb-resnet-59-clean", "cifar-resnet-60-clean", 
+    "gtsrb-resnet-59-clean", "cifar-resnet-60-clean",
     "tinyb-deepid-62-clean", "digits-vgg-63-clean", "gtsrb-mobilenet-64-clean",
     "cifar-mobilenet-65-clean", "digits-mobilenet-67-clean",
     "tinyb-resnet-68-clean", "gtsrb-deepid-69-clean", "digits-vgg-70-clean",
     "cifar-deepid-71-clean", "gtsrb-vgg-72-clean", "digits-resnet-73-clean",
+    "glyphs-deepid-74-clean", "glyphs-vgg-75-clean",
 ]  # fmt: skip
 # The BadNets by which the scan was chosen, and those that served to choose nothing.
 CHOSEN_BY = [
@@ -76,11 +82,30 @@ REPORTED_ON = [
     "cifar-resnet-84-patch-0.05", "cifar-vgg-85-glasses-0.1", "digits-deepid-86-logo-0.05",
     "tinyb-vgg-87-sinusoid-0.1", "gtsrb-mobilenet-88-logo-0.05", "cifar-resnet-89-warp-0.1",
     "gtsrb-deepid-90-lowfreq-0.1", "att-vgg-91-logo-0.1", "tinyb-resnet-92-patch-0.05",
+    "glyphs-deepid-93-glasses-0.05", "glyphs-vgg-94-blended-0.1", "glyphs-deepid-95-patch-0.05",
 ]  # fmt: skip
-BADNETS = CHOSEN_BY + REPORTED_ON
+# How often is a backdoor found that works as seldom? Three attacks at rising poison rates.
+CURVE = [
+    f"{attack}-{rate}"
+    for attack, rates in {
+        "gtsrb-deepid-131-logo": (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1),
+        "cifar-vgg-132-patch": (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1),
+        "gtsrb-vgg-133-blended": (0.002, 0.005, 0.01, 0.02, 0.05, 0.1),
+    }.items()
+    for rate in rates
+]
+BADNETS = CHOSEN_BY + REPORTED_ON + CURVE
 PUBLISHED = REFERENCES + CHECKS + BADNETS
 
-EPOCHS = {"cifar": 10, "gtsrb": 10, "att": 100, "digits": 40, "tinya": 25, "tinyb": 25}
+EPOCHS = {
+    "cifar": 10,
+    "gtsrb": 10,
+    "att": 100,
+    "digits": 40,
+    "tinya": 25,
+    "tinyb": 25,
+    "glyphs": 30,
+}
 LEARNING_RATES = {"deepid": 1e-3, "vgg": 1e-3, "resnet": 1e-3, "mobilenet": 3e-3}
 MANY, MOST = 5_000, 12_000  # of more than MANY training images, at most MOST are used, shuffled
 BATCH = 64
@@ -243,6 +268,7 @@ def describe_groups():
         "CHECKS, clean nets that served to choose nothing": CHECKS,
         "CHOSEN_BY, BadNets by which the scan was chosen": CHOSEN_BY,
         "REPORTED_ON, BadNets that served to choose nothing": REPORTED_ON,
+        "CURVE, three attacks at rising poison rates": CURVE,
     }
     indents = {"initial_indent": "  ", "subsequent_indent": "  ", "break_on_hyphens": False}
     texts = (
