@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, TextIO
 from defence.base import files
 from defence.base.errors import InputError
 from defence.base.progress import print_result, say
-from defence.beyond.finding import describe_finding
 from defence.explain import page_repaired, plots, sarif, tables
+from defence.explain.finding_words import describe_finding
 from defence.judge import backends
 from defence.load.models import read_model
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from defence.beyond.finding import describe_finding
 from defence.explain import page, page_judged, plots, tables
+from defence.explain.finding_words import describe_finding
 
 if TYPE_CHECKING:
     from defence.base.limits import Name

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from defence.base.text import escape, format_count, format_percent
-from defence.beyond import finding
+from defence.beyond.finding import Finding
+from defence.explain import finding_words
 from defence.judge import figures
 from defence.judge.detector import name_rule
 from defence.judge.record import STEPS
@@ -116,7 +117,7 @@ def list_remarks(record: RepairRecord, class_names: list[str] | None) -> Iterato
     else:
         yield NOT_HELD_OUT
     if record.finding:
-        yield from finding.describe_finding(finding.Finding(**record.finding), class_names)
+        yield from finding_words.describe_finding(Finding(**record.finding), class_names)
     yield describe_limits(record)
 
 
