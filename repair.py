@@ -7,11 +7,12 @@ report, after Fine-Pruning (Liu, Dolan-Gavitt, Garg, RAID 2018). --harden adds a
 is ours: see defence/beyond/harden.py.
 """
 
-import os
-import signal
+NEEDS: str = "Python 3.10 to 3.13"  # Python 2 stops at this line, and shows it: see README.md
 
-if __name__ == "__main__":  # until run_command takes over, Ctrl-C ends the imports without a word
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+from defence.base.begin import begin
+
+if __name__ == "__main__":
+    begin(NEEDS)
 
 import contextlib
 import dataclasses
