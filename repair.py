@@ -192,7 +192,9 @@ def check_data(job: Job) -> int:
     """Print whether the validation set can serve (--check). Return the exit status."""
     cached = cache_badnet(job)
     print_result(*check.describe_dataset(cached))
-    return int(check.warn_of_problems(cached))
+    warned = check.warn_of_problems(cached)
+    print_result(check.conclude(warned))
+    return int(warned)
 
 
 def scan(job: Job) -> int:
