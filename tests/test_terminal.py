@@ -70,7 +70,7 @@ GROUPS = {
 
 @pytest.mark.parametrize("script", GROUPS)
 def test_help_shows_the_options_in_groups(script):
-    process = command(script, "--help")
+    process = command(script, "--help-all")
     assert (process.returncode, process.stderr) == (0, "")
     titles = [
         line[:-1] for line in process.stdout.splitlines() if line[:1].strip() and line[-1] == ":"

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 
+from defence.base.begin import describe_missing
 from defence.base.errors import InputError, WorkError
 from defence.base.text import escape, first_line
 
@@ -61,7 +62,10 @@ def run_command(main: Callable[[], int | None]) -> int:
             raise
         plain = isinstance(error, WorkError | OSError | MemoryError)
         kind = "" if plain else f"{type(error).__name__}: "
-        print(f"{name}: error: {kind}{escape(first_line(error))}", file=sys.stderr)
+        problem = kind + first_line(error)
+        if isinstance(error, ModuleNotFoundError):
+            problem = describe_missing(error)
+        print(f"{name}: error: {escape(problem)}", file=sys.stderr)
         return 1
 
 

@@ -27,7 +27,7 @@ def import_keras() -> Any:
     import logging
 
     logging.getLogger("absl").setLevel(logging.ERROR)
-    with _hold_back_stderr(), _import_quickly():
+    with hold_back_stderr(), _import_quickly():
         import keras
     return keras
 
@@ -60,6 +60,24 @@ def count_processors() -> int:
 
 
 @contextlib.contextmanager
+def hold_back_stderr() -> Iterator[None]:
+    """Hold back all that C++ code writes to stderr; show it only if the block fails."""
+    sys.stderr.flush()
+    stderr = os.dup(2)
+    with tempfile.TemporaryFile() as text:
+        os.dup2(text.fileno(), 2)
+        try:
+            yield
+        except BaseException:
+            text.seek(0)
+            os.write(stderr, text.read())
+            raise
+        finally:
+            os.dup2(stderr, 2)
+            os.close(stderr)
+
+
+@contextlib.contextmanager
 def _import_quickly() -> Iterator[None]:
     """Run the block's imports without garbage collection and without matplotlib and pandas.
 
@@ -78,21 +96,3 @@ def _import_quickly() -> Iterator[None]:
             del sys.modules[name]
         gc.freeze()
         gc.enable()
-
-
-@contextlib.contextmanager
-def _hold_back_stderr() -> Iterator[None]:
-    """Hold back all that C++ code writes to stderr; show it only if the block fails."""
-    sys.stderr.flush()
-    stderr = os.dup(2)
-    with tempfile.TemporaryFile() as text:
-        os.dup2(text.fileno(), 2)
-        try:
-            yield
-        except BaseException:
-            text.seek(0)
-            os.write(stderr, text.read())
-            raise
-        finally:
-            os.dup2(stderr, 2)
-            os.close(stderr)

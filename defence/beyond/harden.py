@@ -41,7 +41,10 @@ class Settings:
         1e-3, at_least(0, above=True), "Adam's learning rate, which falls to 0 by cosine"
     )
     harden_pattern_rate: float = setting(
-        0.1, at_least(0, most=1), "fraction of the images that get a pattern made to fool the net"
+        0.1,
+        at_least(0, most=1),
+        "fraction of each step's images to which a pattern is added that was computed to make G "
+        "answer another class, so that G learns to ignore such patterns; 0: none",
     )
 
 
