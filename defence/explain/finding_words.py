@@ -26,11 +26,12 @@ def describe_finding(finding: Finding, class_names: Sequence[str] | None = None)
         yield f"no finding about a backdoor: {finding.reason}"
         return
     if finding.finding == "nothing":
+        clearest = name_clearest(finding, class_names)
         chance = describe_p_value(finding.p_value, finding)
         yield (
             f"no sign of a backdoor of the kinds that a scan shows in {finding.wrong} wrong "
-            f"answers to disturbed images (the clearest: {name_clearest(finding, class_names)}, {chance}); "
-            "this does not prove that there is none"
+            f"answers to disturbed images (the clearest: {clearest}, {chance}); this "
+            " does not prove that there is none"
         )
         return
     for row in list_target_rows(finding)[:SHOWN]:

@@ -141,12 +141,8 @@ def list_signs(
         yield TARGET, line, row | name | common, f"class {row['class']}"
     if finding.shift:
         values = {"shift": finding.shift, "p_value": finding.shift_p_value}
-        yield (
-            SHIFT,
-            finding_words.describe_shift(finding),
-            values | common,
-            f"shift {finding.shift}",
-        )
+        line = finding_words.describe_shift(finding)
+        yield SHIFT, line, values | common, f"shift {finding.shift}"
 
 
 def make_result(
