@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from defence.beyond.finding import describe_finding
-from defence.explain import page, page_judged, plots, tables
+from defence.explain import outcome, page, page_judged, plots, tables
 
 if TYPE_CHECKING:
     from defence.base.limits import Name
@@ -51,6 +51,6 @@ def write_repaired_page(
         held_out=held_out["images"] if held_out else 0,
         rate=tables.describe_rate(held_out) if held_out else "",
         not_held_out=tables.NOT_HELD_OUT,
-        no_proof=tables.describe_limits(record),
+        no_proof=" ".join(outcome.describe_outcome(record)),
         provenance=page.describe_provenance(**sources),
     )

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from defence.base.text import escape, format_count, format_percent
 from defence.beyond import finding
+from defence.explain import outcome
 from defence.judge import figures
 from defence.judge.detector import name_rule
 from defence.judge.record import STEPS
@@ -117,7 +118,7 @@ def list_remarks(record: RepairRecord, class_names: list[str] | None) -> Iterato
         yield NOT_HELD_OUT
     if record.finding:
         yield from finding.describe_finding(finding.Finding(**record.finding), class_names)
-    yield describe_limits(record)
+    yield from outcome.describe_outcome(record)
 
 
 def describe_rate(held_out: dict) -> str:
@@ -142,11 +143,3 @@ def list_costs(record: RepairRecord) -> Iterator[str]:
         f"G disagrees with B on {format_percent(moved['answers'])} of the validation images; "
         f"its weights moved by {format_percent(moved['weights'])}"
     )
-
-
-def describe_limits(record: RepairRecord) -> str:
-    """Say what a repair does not prove."""
-    reason = "in channels that clean images use, it survives unnoticed"
-    if "hardened" in record.accuracy:
-        reason = "a trigger unlike every image change in the training may survive"
-    return f"This does not prove that the backdoor is gone: {reason}."

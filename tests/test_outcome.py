@@ -1,0 +1,112 @@
+"""What a repair says about its outcome, and what it says to do next."""
+
+import csv
+import shlex
+
+import pytest
+from conftest import ROOT, B, command
+
+from defence.explain import outcome
+from defence.judge.record import RepairRecord
+
+REPORT = ("before", "pruned", "retrained", "fine_tuned")
+NETS = ["models/b.h5"]
+
+
+def make_record(rates=None, images=100, hardened=False, held_out=None, **settings):
+    """Make a record. rates: the attack success rates of a.h5, before and on G."""
+    steps = (*REPORT, "hardened") if hardened else REPORT
+    success = {step: {} for step in steps}
+    if rates:
+        before, after = rates
+        success = dict.fromkeys(steps, {"a.h5": before}) | {steps[-1]: {"a.h5": after}}
+    return RepairRecord(
+        *("0", {}, {"file": "b.h5"}, {"file": "clean.h5", "images": 540}),
+        {"harden_steps": 10000, **settings},
+        *("0..1", "conv_3", 1, [0], [0.0], [], dict.fromkeys(steps, 0.9), success, {}),
+        holdout=held_out,
+        poisoned=[{"file": "a.h5", "images": images}] if rates else [],
+    )
+
+
+def test_a_failed_repair_is_called_failed():
+    (line,) = outcome.describe_outcome(make_record((1.0, 0.75)))
+    assert line == (
+        "The repair failed: G still carries the backdoor. It answers 75.00 % of a.h5 with the "
+        "target (95 % interval 65.70 % .. 82.45 %)."
+    )
+    assert outcome.find_left(make_record((1.0, 0.75))) == ["a.h5"]
+    assert outcome.find_left(make_record((1.0, 0.75), hardened=True)) == ["a.h5"]
+    for after, images in ((0.0, 100), (0.1, 100), (0.5, 2)):
+        assert outcome.find_left(make_record((1.0, after), images)) == []
+
+
+def test_a_backdoor_that_no_longer_works_proves_nothing_about_others():
+    first, second = outcome.describe_outcome(make_record((1.0, 0.0)))
+    assert first == (
+        "G answers 0.00 % of a.h5 with the target (95 % interval 0.00 % .. 3.70 %), B 100.00 %."
+    )
+    assert second.startswith("This does not prove that no other trigger works: ")
+
+
+def test_images_that_do_not_fool_the_badnet_show_nothing():
+    first, _ = outcome.describe_outcome(make_record((0.03, 0.0)))
+    assert first.startswith("B answers only 3.00 % of a.h5 with the target")
+
+
+def test_the_reports_steps_alone_say_what_they_left_in_the_zoo():
+    (line,) = outcome.describe_outcome(make_record())
+    assert line == (
+        "This does not prove that the backdoor is gone: after these steps alone, 44 of 59 triggers "
+        "in our tests still worked on more than half of the images."
+    )
+    with open(ROOT / "tests" / "results" / "results.csv", newline="") as file:
+        rates = [row["report_attack_success_rate_repaired"] for row in csv.DictReader(file)]
+    rates = [float(rate) for rate in rates if rate]
+    assert len(rates) == outcome.TRIGGERS
+    assert sum(rate > 0.5 for rate in rates) == outcome.LEFT_IN
+
+
+@pytest.mark.parametrize("words", [["a b.h5", "c.h5"], ["--labels", "l.txt", "--", "-a.h5", "c"]])
+def test_the_next_command_is_the_same_one_with_hardening(words):
+    line = outcome.describe_next(make_record(), ["repair.py", *words], NETS)
+    start, _, text = line.partition(": ")
+    assert start == "To remove more backdoors, harden it"
+    python, script, *rest = shlex.split(text)
+    assert (python, script) == ("python", "repair.py")
+    options = ["--harden", "--holdout", "0.1"]
+    end = words.index("--") if "--" in words else len(words)
+    assert rest == words[:end] + options + words[end:]
+
+
+def test_what_was_held_out_is_not_asked_for_again():
+    held_out = {"expected_false_positive_rate": {"fpr": 0.0164}}
+    words = ["repair.py", "b.h5", "c.h5", "--holdout", "0.1"]
+    line = outcome.describe_next(make_record(held_out=held_out), words, NETS)
+    assert line.endswith("repair.py b.h5 c.h5 --holdout 0.1 --harden")
+    hardened = make_record(held_out=held_out, hardened=True)
+    line = outcome.describe_next(hardened, words, NETS)
+    assert line == "Judge images: python eval_defence.py IMAGES models/b.h5 --fpr 0.0164"
+    line = outcome.describe_next(make_record(hardened=True), ["repair.py", "b", "c"], NETS)
+    assert line == "To set a threshold, hold out images: python repair.py b c --holdout 0.1"
+
+
+def test_a_failed_hardening_says_what_is_left_to_do():
+    record = make_record((1.0, 0.75), hardened=True)
+    assert outcome.describe_next(record, ["repair.py"], NETS) == (
+        "Use neither B nor G on images that others can choose. In our tests, more clean images "
+        "helped; this repair had 540 images."
+    )
+    record = make_record((1.0, 0.75), hardened=True, harden_steps=100)
+    line = outcome.describe_next(record, ["repair.py"], NETS)
+    assert "leave --harden-steps out, which takes 10000 steps, not 100" in line
+
+
+def test_the_last_line_of_a_repair_is_the_next_command(deepid_world, tmp_path):
+    output = tmp_path / "g 1.h5"
+    call = ("repair.py", B, "clean.h5", "--output", output, "--rounds", 0, "--no-export")
+    process = command(*call, cwd=deepid_world)
+    assert process.returncode == 0, process.stderr
+    *_, last = process.stdout.splitlines()
+    assert last.startswith("To remove more backdoors, harden it: python ")
+    assert last.endswith(f"--output '{output}' --rounds 0 --no-export --harden --holdout 0.1")
