@@ -3,10 +3,12 @@
 import csv
 import shlex
 
+import numpy as np
 import pytest
 from conftest import ROOT, B, command
 
-from defence.explain import outcome
+from defence.explain import outcome, tables
+from defence.judge import figures
 from defence.judge.record import RepairRecord
 
 REPORT = ("before", "pruned", "retrained", "fine_tuned")
@@ -23,7 +25,8 @@ def make_record(rates=None, images=100, hardened=False, held_out=None, **setting
     return RepairRecord(
         *("0", {}, {"file": "b.h5"}, {"file": "clean.h5", "images": 540}),
         {"harden_steps": 10000, **settings},
-        *("0..1", "conv_3", 1, [0], [0.0], [], dict.fromkeys(steps, 0.9), success, {}),
+        *("0..1", "conv_3", 1, [0], [0.0], [], dict.fromkeys(steps, 0.9), success),
+        {"answers": 0.0, "weights": 0.0},
         holdout=held_out,
         poisoned=[{"file": "a.h5", "images": images}] if rates else [],
     )
@@ -89,6 +92,22 @@ def test_what_was_held_out_is_not_asked_for_again():
     assert line == "Judge images: python eval_defence.py IMAGES models/b.h5 --fpr 0.0164"
     line = outcome.describe_next(make_record(hardened=True), ["repair.py", "b", "c"], NETS)
     assert line == "To set a threshold, hold out images: python repair.py b c --holdout 0.1"
+
+
+@pytest.mark.parametrize(("images", "rate"), [(60, "0.0164"), (120, "0.01")])
+def test_a_hardened_net_shows_the_rate_of_fpr_and_no_other(images, rate):
+    of_clean = dict.fromkeys(tables.CLEAN, figures.estimate_proportion(np.arange(images) < 20))
+    expected = figures.expect_false_positives(np.linspace(0, 9, images).tolist())
+    held_out = {"images": images, **of_clean, "expected_false_positive_rate": expected}
+    plain, hardened = (
+        "\n".join(tables.list_remarks(make_record(held_out=held_out, hardened=is_hardened), None))
+        for is_hardened in (False, True)
+    )
+    assert "false-positive rate (B and G disagree) " in plain
+    assert "clean accuracy of the two together" in plain
+    assert f"  … expected with --fpr {rate} " in plain
+    assert "(B and G disagree)" not in hardened and "together" not in hardened
+    assert f"  false-positive rate (--fpr {rate}) " in hardened
 
 
 def test_a_failed_hardening_says_what_is_left_to_do():

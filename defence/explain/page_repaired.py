@@ -47,7 +47,7 @@ def write_repaired_page(
             (alt, page.make_chart(*chart))
             for alt, chart in plots.draw_repair_charts(record, finding)
         ],
-        figures=list(page_judged.list_figures(held_out, None)) if held_out else [],
+        figures=list(page_judged.list_figures(tables.choose_held_out(record), None)),
         held_out=held_out["images"] if held_out else 0,
         rate=tables.describe_rate(held_out) if held_out else "",
         not_held_out=tables.NOT_HELD_OUT,
