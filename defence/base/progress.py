@@ -25,6 +25,10 @@ def set_quiet(quiet: bool) -> None:
     _quiet = quiet
 
 
+def is_quiet() -> bool:
+    return _quiet
+
+
 def say(line: str) -> None:
     """Print a remark on stderr, above the progress bar if one is shown."""
     if not _quiet:
