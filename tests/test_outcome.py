@@ -2,6 +2,7 @@
 
 import csv
 import shlex
+import shutil
 
 import numpy as np
 import pytest
@@ -129,3 +130,61 @@ def test_the_last_line_of_a_repair_is_the_next_command(deepid_world, tmp_path):
     *_, last = process.stdout.splitlines()
     assert last.startswith("To remove more backdoors, harden it: python ")
     assert last.endswith(f"--output '{output}' --rounds 0 --no-export --harden --holdout 0.1")
+
+
+@pytest.fixture(scope="module")
+def hardened(repaired_world, tmp_path_factory):
+    """Return a folder with B, a hardened G with held-out scores, and an image; and G's repair."""
+    folder = tmp_path_factory.mktemp("hardened")
+    (folder / "models").mkdir()
+    for name in (B, "clean.h5", "poisoned.h5", "0.png"):
+        shutil.copy(repaired_world[0] / name, folder / name)
+    steps = ("--rounds", 0, "--harden", "--harden-steps", 2, "--holdout", 0.2)
+    process = command("repair.py", B, "clean.h5", "--poisoned", "poisoned.h5", *steps, cwd=folder)
+    assert process.returncode == 0, process.stderr
+    return folder, process
+
+
+def test_a_hardened_repair_shows_the_rate_of_the_fpr_that_judges(hardened):
+    lines = hardened[1].stdout.splitlines()
+    assert any(line.startswith("  false-positive rate (--fpr 0.0323) ") for line in lines)
+    assert "(B and G disagree)" not in hardened[1].stdout
+    assert lines[-1] == f"Judge images: python eval_defence.py IMAGES {B} --fpr 0.0323"
+
+
+BETTER = "G is hardened, so add --fpr 0.0323: anomaly scores tell more than disagreement does"
+
+
+@pytest.mark.parametrize("backend", ["keras", "onnx", None])
+def test_a_hardened_net_is_judged_better_with_fpr_and_the_last_line_says_so(hardened, backend):
+    folder, _ = hardened
+    nets = (B, "--backend", backend) if backend else ("models/small_bd_net_detector.onnx",)
+    process = command("eval_defence.py", "0.png", *nets, cwd=folder)
+    assert process.stdout.strip().isdigit()
+    assert process.stderr.splitlines()[1:] == [BETTER]
+    process = command("eval_defence.py", "0.png", "0.png", *nets, cwd=folder)
+    assert process.stderr.splitlines()[-1] == BETTER and process.stderr.count("--fpr") == 1
+    process = command("eval_defence.py", "clean.h5", *nets, cwd=folder)
+    assert process.stderr.splitlines()[-1] == BETTER
+    for options in (("--fpr", 0.05), ("--quiet",)):
+        process = command("eval_defence.py", "0.png", *nets, *options, cwd=folder)
+        assert process.returncode == 0 and "so add" not in process.stderr
+
+
+def test_an_export_says_what_the_file_flags(hardened, tmp_path):
+    shutil.copytree(hardened[0] / "models", tmp_path / "models")
+    call = ("eval_defence.py", B, "--export", "--quiet")
+    process = command(*call, cwd=tmp_path)
+    saved = "Saved detector: models/small_bd_net_detector.onnx\n"
+    assert process.stdout == f"{saved}It flags images on which B and G disagree.\n"
+    process = command(*call, "--fpr", 0.05, cwd=tmp_path)
+    assert process.stdout.startswith(f"{saved}It flags images whose anomaly score is above ")
+    assert process.stdout.endswith(" of new ones on average.\n") and process.stderr == ""
+
+
+def test_a_record_without_usable_scores_gives_no_advice():
+    held_out = {"scores": [0.5]}
+    assert make_record(harden=True, held_out=held_out).find_better_rate() == 0.5
+    for settings, scores in (({"harden": False}, held_out), ({"harden": True}, None)):
+        assert make_record(**settings, held_out=scores).find_better_rate() is None
+    assert make_record(harden=True, held_out={"scores": "x"}).find_better_rate() is None
