@@ -27,6 +27,7 @@ STOP_SIGNALS = [getattr(signal, name) for name in _NAMES if hasattr(signal, name
 
 unfinished_folders: set[Path] = set()  # folders in which files are being written
 saved_files: dict[Path, None] = {}  # that this process wrote, in their order
+stderr = 2  # its file descriptor, which startup.py moves while it holds back what others write
 _unsaved = ""  # what is true where a signal comes before the first of them
 
 
@@ -99,10 +100,10 @@ def _stop(number: int, _frame: FrameType | None) -> None:
     for folder in list(unfinished_folders):
         shutil.rmtree(folder, ignore_errors=True)
     with contextlib.suppress(OSError):  # the terminal is gone
-        if os.isatty(2):
-            os.write(2, b"\x1b[?25h\n")  # the cursor, which a progress bar hides
+        if os.isatty(stderr):
+            os.write(stderr, b"\x1b[?25h\n")  # the cursor, which a progress bar hides
         if not is_quiet():
-            os.write(2, f"{_describe_stop(number)}\n".encode("ascii", "backslashreplace"))
+            os.write(stderr, f"{_describe_stop(number)}\n".encode("ascii", "backslashreplace"))
     os._exit(128 + number)
 
 
