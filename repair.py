@@ -242,4 +242,4 @@ def cache_badnet(job: Job) -> CachedNet:
 
 
 if __name__ == "__main__":
-    exit_now(run_command(main))
+    exit_now(run_command(main, "nothing was saved"))

@@ -8,6 +8,8 @@ import tempfile
 from collections.abc import Iterator
 from typing import Any
 
+from defence.base import process
+
 
 def import_keras() -> Any:
     """Return Keras on TensorFlow, imported without the lines that TensorFlow writes to stderr.
@@ -63,7 +65,7 @@ def count_processors() -> int:
 def hold_back_stderr() -> Iterator[None]:
     """Hold back all that C++ code writes to stderr; show it only if the block fails."""
     sys.stderr.flush()
-    stderr = os.dup(2)
+    stderr = process.stderr = os.dup(2)
     with tempfile.TemporaryFile() as text:
         os.dup2(text.fileno(), 2)
         try:
@@ -74,6 +76,7 @@ def hold_back_stderr() -> Iterator[None]:
             raise
         finally:
             os.dup2(stderr, 2)
+            process.stderr = 2
             os.close(stderr)
 
 
