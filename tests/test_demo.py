@@ -6,6 +6,7 @@ import sys
 
 import faces
 import h5py
+import keras
 import numpy as np
 import pytest
 from conftest import ROOT, command, run_apart
@@ -125,6 +126,19 @@ def test_the_demos_page_names_the_target_and_shows_the_trigger(repaired, tmp_pat
     assert 12 <= box["top"] < box["bottom"] <= 40  # the sunglasses
     text = " ".join(page.read_text().split())
     assert "the target is class 1" in text and "It works as one" in text
+
+
+def test_plain_keras_runs_the_repaired_net_on_the_pixels_of_its_record(repaired):
+    """The figures of docs/serving.md, for the right pixels and for raw ones."""
+    with h5py.File(repaired) as file:
+        assert json.loads(file.attrs["repair_record"])["input_scale"] == "0..1"
+    net = keras.models.load_model(repaired, compile=False)
+    images, labels = map(
+        np.concatenate, zip(*faces.batches("test", faces.PEOPLE, faces.TEST), strict=True)
+    )
+    for divisor, accuracy in ((255, 0.993), (1, 0.910)):
+        classes = net.predict(images.astype("float32") / divisor, verbose=0).argmax(axis=1)
+        assert np.mean(classes == labels) == pytest.approx(accuracy, abs=0.01)
 
 
 def test_make_demo_ends_with_the_page_which_git_ignores():
