@@ -278,6 +278,8 @@ def test_each_finding_is_a_line_of_plain_words():
     assert line.startswith("class 5 gets 30.00 % of the wrong answers to raised feature maps")
     assert "(p = 0.025: none of 39 clean nets stands out as much)" in line
     assert "look at the images" in advice and "--harden" in advice
+    _, advice = finding_words.describe_finding(result, hardened=True)
+    assert "look at the images" in advice and "--harden" not in advice
     row["p_value"] = 0.5
     result = Finding("nothing", None, 0.5, 39, shift_p_value=0.8, wrong=21068, classes=[row])
     (line,) = finding_words.describe_finding(result, ["a", "b", "c", "d", "Ann"])

@@ -2,6 +2,7 @@
 
 import ast
 import contextlib
+import logging
 import os
 import pty
 import shutil
@@ -13,6 +14,7 @@ import pytest
 from conftest import ROOT, B, G, assert_refused, command, run_apart, start
 
 from defence.base.arguments import Parser
+from defence.base.startup import import_keras
 from defence.base.text import format_gigabytes
 from defence.judge import record
 
@@ -259,3 +261,9 @@ def test_a_signal_says_what_it_leaves(tmp_path):
         )
         assert process.returncode == 128 + getattr(signal, name)
         assert process.stdout == "" and process.stderr == expected
+
+
+def test_tensorflow_does_not_warn_of_its_functions():
+    """A scan compiles more functions than TensorFlow takes for wise."""
+    import_keras()
+    assert not logging.getLogger("tensorflow").isEnabledFor(logging.WARNING)

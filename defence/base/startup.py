@@ -31,6 +31,7 @@ def import_keras() -> Any:
     logging.getLogger("absl").setLevel(logging.ERROR)
     with hold_back_stderr(), _import_quickly():
         import keras
+    logging.getLogger("tensorflow").setLevel(logging.ERROR)  # it warns of functions for many nets
     return keras
 
 

@@ -14,14 +14,20 @@ DISTURBED = {
     "maps": "raised feature maps",
     "quiet": "quiet channels that are raised strongly",
 }
-ADVICE = (
+LOOK = (
     "next: look at the images of such a class, since a class that looks unlike all others may "
-    "stand out, too; then repair the BadNet with --harden"
+    "stand out, too"
 )
+ADVICE = f"{LOOK}; then repair the BadNet with --harden"
 
 
-def describe_finding(finding: Finding, class_names: Sequence[str] | None = None) -> Iterator[str]:
-    """Yield a Finding as lines of text: what stands out, what it means and what to do next."""
+def describe_finding(
+    finding: Finding, class_names: Sequence[str] | None = None, hardened: bool = False
+) -> Iterator[str]:
+    """Yield a Finding as lines of text: what stands out, what it means and what to do next.
+
+    hardened: whether the BadNet has been repaired with --harden meanwhile.
+    """
     if finding.finding == "none" or finding.p_value is None:
         yield f"no finding about a backdoor: {finding.reason}"
         return
@@ -38,7 +44,7 @@ def describe_finding(finding: Finding, class_names: Sequence[str] | None = None)
         yield describe_target(row, finding, class_names)
     if finding.shift:
         yield describe_shift(finding)
-    yield ADVICE
+    yield LOOK if hardened else ADVICE
 
 
 def name_clearest(finding: Finding, class_names: Sequence[str] | None) -> str:

@@ -37,7 +37,7 @@ def write_repaired_page(
         path,
         "repaired.html",
         title=f"{badnet['file']}: the repair",
-        finding=list(describe_finding(finding, class_names)) if finding else [],
+        finding=list(describe_finding(finding, class_names, hardened=True)) if finding else [],
         tone=TONES.get(finding.finding, "open") if finding else "open",
         pruned=f"{len(record.pruned)} of {record.channels} channels of {record.layer}",
         steps=steps,

@@ -131,7 +131,7 @@ def list_remarks(record: RepairRecord, class_names: list[str] | None) -> Iterato
     else:
         yield NOT_HELD_OUT
     if record.finding:
-        yield from finding_words.describe_finding(Finding(**record.finding), class_names)
+        yield from finding_words.describe_finding(Finding(**record.finding), class_names, True)
     yield from outcome.describe_outcome(record)
 
 

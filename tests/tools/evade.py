@@ -17,7 +17,6 @@ it, WAY_bd_net.h5, with its rates in a .json file; `repair.py … --scan` says w
 
 import argparse
 import functools
-import logging
 import sys
 from pathlib import Path
 
@@ -178,7 +177,6 @@ def main():
     seed_help = "of the zoo, models/zoo-demo-SEED/ (default: %(default)s)"
     add("--seed", type=at_least(0, int), default=42, metavar="SEED", help=seed_help)
     arguments = parser.parse_args()
-    logging.getLogger("tensorflow").setLevel(logging.ERROR)
     make_reproducible(arguments.seed)
     folder = ROOT / "models" / f"zoo-demo-{arguments.seed}"
     make_net(arguments.way, folder, arguments.seed)

@@ -14,7 +14,6 @@ tests/results/findings.md and docs/results.md.
 
 import argparse
 import json
-import logging
 import subprocess
 import sys
 from pathlib import Path
@@ -149,7 +148,6 @@ def main():
     add("--table", action="store_true", help="only write the tables")
     arguments = parser.parse_args()
     make_reproducible(0)
-    logging.getLogger("tensorflow").setLevel(logging.ERROR)  # it warns about many nets
     groups = list_groups()
     if not arguments.table:
         references = {REFERENCES: groups.pop(REFERENCES)}

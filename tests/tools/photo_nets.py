@@ -21,7 +21,6 @@ validation images where it has no test file. A net that exists is not trained ag
 import argparse
 import dataclasses
 import functools
-import logging
 import re
 import sys
 import textwrap
@@ -294,7 +293,6 @@ def main():
         parser.error("no net to train; give a NAME or --all")
     for name in names:
         read_name(name)
-    logging.getLogger("tensorflow").setLevel(logging.ERROR)  # it warns about many nets
     FOLDER.mkdir(parents=True, exist_ok=True)
     for name in names:
         make_net(name, photo_data.FOLDER, FOLDER)
