@@ -47,13 +47,14 @@ def is_hardened(record: RepairRecord) -> bool:
 
 
 def describe_outcome(record: RepairRecord) -> list[str]:
-    """Say whether G still carries the backdoor, as far as is known, as lines of text."""
-    left = find_left(record)
-    lines = [
-        describe_attack(name, rate, record.attack_success_rate["before"][name], name in left)
-        for name, rate in measure_attacks(record).items()
-        if rate["of"]
-    ]
+    """Say whether G still carries the backdoor, as far as is known, as lines of text.
+
+    The backdoors that are left come first, then the images that B was fooled by.
+    """
+    left, before = find_left(record), record.attack_success_rate["before"]
+    attacks = [(name, rate) for name, rate in measure_attacks(record).items() if rate["of"]]
+    attacks.sort(key=lambda attack: (attack[0] not in left, before[attack[0]] <= CARRIES))
+    lines = [describe_attack(name, rate, before[name], name in left) for name, rate in attacks]
     return lines if left else [*lines, describe_limits(record)]
 
 

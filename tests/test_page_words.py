@@ -1,0 +1,70 @@
+"""What the pages of --report say first, and when they comfort."""
+
+import dataclasses
+
+import pytest
+from test_outcome import make_record
+from test_page import Page
+
+from defence.beyond.finding import Finding
+from defence.explain import outcome, page_repaired
+
+NOTHING = Finding("nothing", p_value=0.5, clean_nets=24)
+SUSPECT = Finding("none", "no class can be told from the others")
+
+
+def write_repaired_page(path, record, finding=None, advice="Harden it."):
+    """Write the page of a repair. Return it, parsed, and the classes of its first box."""
+    record.settings.setdefault("threshold", 0.95)
+    for rates in (record.accuracy, record.attack_success_rate):
+        rates["after_each_channel"] = {} if rates is record.attack_success_rate else []
+    page_repaired.write_repaired_page(path, record, finding, {"total": 1.0}, None, advice)
+    parsed = Page(path.read_text(encoding="utf-8"))
+    (box,) = (div["class"] for div in parsed.all("div") if "verdict" in div.get("class", ""))
+    return parsed, box
+
+
+def record_with_sources(*arguments, **options):
+    record = make_record(*arguments, **options)
+    record.badnet["sha256"] = record.data["sha256"] = "0" * 64
+    return record
+
+
+@pytest.mark.parametrize("finding", [None, NOTHING, SUSPECT])
+def test_a_failed_repair_is_the_headline_of_its_page(tmp_path, finding):
+    record = record_with_sources((1.0, 0.75), hardened=finding is not None)
+    parsed, box = write_repaired_page(tmp_path / "x.html", record, finding)
+    assert box == "verdict alarm"
+    _, _, words = parsed.text.rpartition("b.h5: the repair ")
+    assert words.startswith(
+        "The repair failed: G still carries the backdoor. It answers 75.00 % of a.h5 with the "
+        "target (95 % interval 65.70 % .. 82.45 %). "
+    )
+    assert "Harden it." in words and "was not scanned" not in words
+
+
+def test_poisoned_images_speak_before_a_scan_that_finds_nothing():
+    for before, tone in ((1.0, "open"), (0.0, "calm")):
+        record = make_record((before, 0.0), hardened=True)
+        found, lines = page_repaired.describe_verdict(record, NOTHING, None)
+        assert found == tone
+        assert (lines[0] == outcome.describe_outcome(record)[0]) == (tone == "open")
+
+
+def test_a_repair_without_poisoned_images_or_scan_says_so_first():
+    tone, lines = page_repaired.describe_verdict(make_record(), None, None)
+    assert tone == "open" and lines == [
+        page_repaired.NOT_SCANNED,
+        *outcome.describe_outcome(make_record()),
+    ]
+
+
+def test_the_backdoor_that_is_left_comes_before_those_that_are_gone():
+    record = make_record((1.0, 0.75))
+    success, steps = record.attack_success_rate, record.poisoned
+    for step, rates in success.items():
+        success[step] = {"gone.h5": float(step == "before")} | {"none.h5": 0.0} | rates
+    record = dataclasses.replace(record, poisoned=[*steps, *steps, *steps])
+    first, second, third = outcome.describe_outcome(record)
+    assert "75.00 % of a.h5" in first
+    assert "of gone.h5" in second and "only 0.00 % of none.h5" in third
