@@ -74,7 +74,8 @@ def assert_sound(text):
 
 
 def make_detector(shape, classes, threshold=1.0, held_out=(0.1, 0.2, 3.0)):
-    return Detector(None, classes, shape, threshold, "x.onnx", {"badnet": "0" * 64}, held_out)
+    hashes = {"badnet": "0" * 64}
+    return Detector(None, classes, shape, threshold, "x.onnx", hashes, held_out, hardened=True)
 
 
 def make_findings(shape, classes, bad, target=0, name="image {}".format, path=None):

@@ -2,14 +2,17 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
+from conftest import command
 from test_outcome import make_record
-from test_page import Page
+from test_page import Page, make_detector, make_findings
 
 from defence.beyond.finding import Finding
-from defence.explain import outcome, page_repaired
+from defence.explain import outcome, page_judged, page_repaired, trigger
 
 NOTHING = Finding("nothing", p_value=0.5, clean_nets=24)
+SHAPE = (9, 7, 3)
 SUSPECT = Finding("none", "no class can be told from the others")
 
 
@@ -68,3 +71,40 @@ def test_the_backdoor_that_is_left_comes_before_those_that_are_gone():
     first, second, third = outcome.describe_outcome(record)
     assert "75.00 % of a.h5" in first
     assert "of gone.h5" in second and "only 0.00 % of none.h5" in third
+
+
+# -------------------------------------------------------------------------------- judged images
+
+
+def make_calm_stream(count):
+    """Return the findings of a stream of 60 images, of which `count` are flagged, of any class."""
+    part = make_findings(SHAPE, 60, count)
+    part.stream.answers.badnet[:count] = np.arange(count)
+    return trigger.StreamFindings(part.stream, [], [])
+
+
+@pytest.mark.parametrize("count", [0, 2])
+@pytest.mark.parametrize(
+    ("hardened", "words"),
+    [(True, None), (False, "G was not hardened: "), (None, "Nothing tells whether G was hardened")],
+)
+def test_only_a_hardened_net_gives_green(count, hardened, words):
+    detector = make_detector(SHAPE, 60, 1.0, [0.0] * 9 + [9.0])
+    detector = dataclasses.replace(detector, hardened=hardened)
+    tone, lines = page_judged.describe_verdict(make_calm_stream(count), detector, None)
+    assert tone == ("calm" if hardened else "open")
+    assert lines[0].endswith(", which says little.") == (not hardened)
+    if words:
+        assert lines[-1].startswith(words) and "44 of 59 triggers" in lines[-1]
+        assert lines[-1].endswith("Repair the BadNet with repair.py --harden.")
+
+
+@pytest.mark.parametrize("backend", ["keras", "onnx"])
+def test_the_page_of_a_net_that_was_not_hardened_is_not_green(repaired_world, tmp_path, backend):
+    folder, path = repaired_world[0], tmp_path / "x.html"
+    call = ("eval_defence.py", "0.png", "models/small_bd_net.h5", "--backend", backend)
+    process = command(*call, "--report", path, cwd=folder)
+    assert process.returncode == 0, process.stderr
+    parsed = Page(path.read_text(encoding="utf-8"))
+    assert "G was not hardened: " in parsed.text
+    assert not [div for div in parsed.all("div") if "calm" in div.get("class", "")]

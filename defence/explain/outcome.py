@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 CARRIES = 0.1
 # Of tests/results/results.csv: triggers, and those with report_attack_success_rate_repaired > 0.5.
 TRIGGERS, LEFT_IN = 59, 44
+LEFT_MOST = (
+    f"{LEFT_IN} of {TRIGGERS} triggers in our tests still worked on more than half of the images"
+)
 HOLD_OUT = ("--holdout", "0.1")  # as README and docs recommend it
 
 
@@ -79,10 +82,7 @@ def describe_attack(name: str, rate: dict[str, Any], before: float, is_left: boo
 
 def describe_limits(record: RepairRecord) -> str:
     """Say what a repair that has not failed does not prove."""
-    reason = (
-        f"after these steps alone, {LEFT_IN} of {TRIGGERS} triggers in our tests still worked on "
-        "more than half of the images"
-    )
+    reason = f"after these steps alone, {LEFT_MOST}"
     if is_hardened(record):
         reason = "a trigger unlike every image change in the training may survive"
     claim = "no other trigger works" if record.poisoned else "the backdoor is gone"

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from defence.base.text import format_percent
-from defence.explain import flagged, page, plots, streams, tables
+from defence.explain import flagged, outcome, page, plots, streams, tables
 from defence.load.class_names import name_class
 
 if TYPE_CHECKING:
@@ -119,9 +119,12 @@ def describe_verdict(
             for candidate in findings.candidates
         ]
         return "alarm", [first, summary, *reasons]
-    no_proof = "This does not prove that none of them is poisoned."
+    comfort = [summary, "This does not prove that none of them is poisoned."]
+    doubt = describe_doubt(detector)
     if not flags.any():
-        return "calm", ["No image is flagged: no sign of poisoned images.", summary, no_proof]
+        if doubt:
+            return "open", ["No image is flagged, which says little.", summary, doubt]
+        return "calm", ["No image is flagged: no sign of poisoned images.", *comfort]
     if usual is None or len(flags) < FEW:
         first = "Some images are flagged, but no class stands out among them."
         return "open", [first, summary, "They may be poisoned, or clean and flagged by mistake."]
@@ -129,8 +132,23 @@ def describe_verdict(
         first = "More images are flagged than expected of clean ones, but no class stands out."
         reason = "They may be poisoned with many targets, or unlike the clean data."
         return "alarm", [first, summary, f"{reason} One clean stream in forty has as many."]
-    first = "No more images are flagged than expected of clean ones, and no class stands out."
-    return "calm", [first, summary, no_proof]
+    first = "No more images are flagged than expected of clean ones, and no class stands out"
+    if doubt:
+        return "open", [f"{first}, which says little.", summary, doubt]
+    return "calm", [f"{first}.", *comfort]
+
+
+def describe_doubt(detector: Detector) -> str | None:
+    """Say why images that are not flagged may be poisoned, or None where G was hardened."""
+    if detector.hardened:
+        return None
+    cause = "G was not hardened"
+    if detector.hardened is None:
+        cause = "Nothing tells whether G was hardened"
+    return (
+        f"{cause}: without hardening, {outcome.LEFT_MOST}, and an image that fools both nets is "
+        "not flagged. Repair the BadNet with repair.py --harden."
+    )
 
 
 def find_name(number: int, class_names: list[str] | None) -> str | None:
