@@ -108,3 +108,32 @@ def test_the_page_of_a_net_that_was_not_hardened_is_not_green(repaired_world, tm
     parsed = Page(path.read_text(encoding="utf-8"))
     assert "G was not hardened: " in parsed.text
     assert not [div for div in parsed.all("div") if "calm" in div.get("class", "")]
+
+
+BOTH = "put on 32 other images, it makes the BadNet answer 32 with class 1, and the repaired net "
+
+
+@pytest.mark.parametrize(
+    ("images", "badnet", "repaired", "hardened", "words"),
+    [
+        (9, 9, 0, True, "too few images to test whether it works as one : it was put on 9 other"),
+        (32, 3, 0, True, "it makes the BadNet answer 3 with class 1, too few to tell."),
+        (32, 32, 15, True, None),
+        (32, 20, 10, True, "and the repaired net 10. The two are too close to tell."),
+        (32, 32, 30, False, f"has the backdoor, too : {BOTH}30. Repair the BadNet with repair.py"),
+        (32, 32, 30, True, f"has the backdoor, too : {BOTH}30. Repair the BadNet again, with more"),
+    ],
+)
+def test_a_page_says_why_its_test_shows_no_trigger(
+    tmp_path, images, badnet, repaired, hardened, words
+):
+    """Each reason by itself, with its numbers."""
+    part = make_findings(SHAPE, 40, 20)
+    (evidence,) = part.evidence
+    evidence.pasted = {"images": images, "badnet": badnet, "repaired": repaired, "flagged": 0}
+    detector = dataclasses.replace(make_detector(SHAPE, 40), hardened=hardened)
+    page_judged.write_judged_page(tmp_path / "x.html", detector, [part], None)
+    text = Page((tmp_path / "x.html").read_text(encoding="utf-8")).text
+    assert (words or "It works as one") in text
+    assert ("It works as one" in text) == (words is None)
+    assert " or the repaired net does so as well" not in text
