@@ -127,6 +127,8 @@ def describe_verdict(
         return "calm", ["No image is flagged: no sign of poisoned images.", *comfort]
     if usual is None or len(flags) < FEW:
         first = "Some images are flagged, but no class stands out among them."
+        if suspect := findings.suspect:
+            first = flagged.describe_suspect(suspect, find_name(suspect.target, class_names)) + "."
         return "open", [first, summary, "They may be poisoned, or clean and flagged by mistake."]
     if flags.sum() > high:
         first = "More images are flagged than expected of clean ones, but no class stands out."
