@@ -22,7 +22,7 @@ DEMO = ROOT / "img" / "demo"
 MODEL = ROOT / "models" / "demo_bd_net.h5"
 DATA = ROOT / "data" / "demo_clean_validation_data.h5"
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-VOID = {"meta", "img", "br"}
+VOID = {"meta", "img", "br", "wbr"}
 
 
 class Page(html.parser.HTMLParser):
@@ -30,7 +30,7 @@ class Page(html.parser.HTMLParser):
 
     def __init__(self, text):
         super().__init__()
-        self.elements, self.texts, self.open = [], [], []
+        self.elements, self.texts, self.open, self.glued = [], [], [], 0
         self.feed(text)
         self.close()
         assert self.open == []
@@ -44,7 +44,11 @@ class Page(html.parser.HTMLParser):
         assert self.open.pop() == tag
 
     def handle_data(self, text):
-        self.texts.append(text)
+        if self.elements[-1:] == [("wbr", {})] and self.open and self.glued < len(self.elements):
+            self.texts[-1] += text  # a name that may break here is one word
+            self.glued = len(self.elements)
+        else:
+            self.texts.append(text)
 
     def all(self, tag):
         return [attributes for name, attributes in self.elements if name == tag]

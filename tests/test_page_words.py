@@ -9,7 +9,7 @@ from test_outcome import make_record
 from test_page import Page, make_detector, make_findings
 
 from defence.beyond.finding import Finding
-from defence.explain import outcome, page_judged, page_repaired, trigger
+from defence.explain import outcome, page, page_judged, page_repaired, plots, trigger
 
 NOTHING = Finding("nothing", p_value=0.5, clean_nets=24)
 SHAPE = (9, 7, 3)
@@ -137,3 +137,57 @@ def test_a_page_says_why_its_test_shows_no_trigger(
     assert (words or "It works as one") in text
     assert ("It works as one" in text) == (words is None)
     assert " or the repaired net does so as well" not in text
+
+
+# ---------------------------------------------------------------------------------- how it looks
+
+
+def test_options_of_steps_that_did_not_run_are_not_listed():
+    settings = {"harden": False, "harden_steps": 9, "rounds": 6, "epochs": 5, "holdout": 0.0}
+    listed = page_repaired.list_options(settings | {"retrain_epochs": 0, "learning_rate": 0.1})
+    assert list(listed) == ["--rounds 6", "--epochs 5", "--retrain-epochs 0", "--learning-rate 0.1"]
+    settings |= {"harden": True, "rounds": 0, "holdout": 0.1}
+    listed = page_repaired.list_options(settings)
+    assert list(listed) == ["--harden", "--harden-steps 9", "--rounds 0", "--holdout 0.1"]
+
+
+def test_names_break_after_separators_and_options_nowhere():
+    text = page.make_breakable("img/a_<b>.png --batch-size 3 --x\u202e")
+    assert str(text) == (
+        'img/<wbr>a_<wbr>&lt;b&gt;.png <span class="option">--batch-size</span> 3 --x\\u202e'
+    )
+    assert page.start_sentence("class 1 stands out") == "Class 1 stands out"
+    assert page.start_sentence("eval_defence.py --fpr 0.01 flags") == (
+        "eval_defence.py --fpr 0.01 flags"
+    )
+
+
+@pytest.mark.parametrize("datasets", [1, 9])
+def test_the_legend_hides_no_curve_and_channels_are_whole_numbers(datasets):
+    names = [f"{'long_' * 20}{number}.h5" for number in range(datasets)]
+    success = {"before": dict.fromkeys(names, 1.0)}
+    success["after_each_channel"] = dict.fromkeys(names, [1.0] * 4)
+    record = dataclasses.replace(make_record(threshold=0.95), attack_success_rate=success)
+    record.accuracy["after_each_channel"], record.pruned = [0.9] * 4, [0, 1, 2]
+    kept = []
+
+    def draw(axes):
+        plots._draw_pruning(axes, record)
+        kept.append(axes)
+
+    _, size = plots.draw_chart(draw)
+    (axes,) = kept
+    axes.figure.draw_without_rendering()
+    legend, figure = axes.get_legend().get_window_extent(), axes.figure.bbox
+    label = axes.xaxis.label.get_window_extent()
+    assert label.y0 >= legend.y1 > legend.y0 >= 0
+    assert legend.x0 >= 0 and legend.x1 <= figure.x1
+    assert axes.bbox.height == pytest.approx(plots.CHART[1] * 0.76 * axes.figure.dpi)
+    assert size[1] > plots.CHART[1]
+    assert all(tick == int(tick) for tick in axes.get_xticks())
+
+
+def test_the_pages_have_a_dark_scheme_a_narrow_one_and_one_for_paper():
+    style = (page.PAGES / "style.css").read_text(encoding="utf-8")
+    for query in ("(prefers-color-scheme: dark)", "(max-width: 40rem)", "print"):
+        assert f"@media {query} {{" in style

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
 from defence.beyond.finding import describe_finding
 from defence.explain import outcome, page, page_judged, plots, tables
@@ -37,7 +38,7 @@ def write_repaired_page(
         "BadNet, SHA-256": badnet["sha256"],
         "dataset": f"{data['file']}, {data['images']} images",
         "dataset, SHA-256": data["sha256"],
-        "options": ", ".join(f"{name} {value}" for name, value in record.settings.items()),
+        "options": " ".join(list_options(record.settings)),
         "seconds": f"{seconds['total']:.1f}",
     }
     page.write_page(
@@ -60,6 +61,21 @@ def write_repaired_page(
         not_held_out=tables.NOT_HELD_OUT,
         provenance=page.describe_provenance(**sources),
     )
+
+
+def list_options(settings: dict[str, Any]) -> Iterator[str]:
+    """Yield the options of a repair's steps, without those of steps that did not run."""
+    steps = {
+        "harden": [name for name in settings if name.startswith("harden_")],
+        "retrain_epochs": ["retrain_learning_rate"],
+        "rounds": ["epochs", "learning_rate"],
+    }
+    unused = {name for step in steps if not settings.get(step) for name in steps[step]}
+    for name, value in settings.items():
+        if name in unused or (name in ("harden", "holdout") and not value):
+            continue
+        option = f"--{name.replace('_', '-')}"
+        yield option if value is True else f"{option} {value}"
 
 
 def describe_verdict(
