@@ -1,5 +1,6 @@
 """Classes of the flagged images: whether a class stands out, and the message about it."""
 
+import html
 import json
 
 import numpy as np
@@ -62,6 +63,24 @@ def test_images_without_an_answer_have_no_class():
     assert find_outstanding(*extended, CLASSES) == find_outstanding(badnet, bad, CLASSES)
 
 
+@pytest.mark.parametrize(
+    ("hits", "rest", "answer"),
+    [(4, 0, "target"), (4, 2, "suspect"), (4, 4, None), (16, 3, "target")],
+)
+def test_one_rule_answers_for_few_images_and_many(hits, rest, answer):
+    """The demo's images, with and without those of other triggers, and more of them."""
+    badnet = np.concatenate([np.full(hits, 0), 1 + np.arange(rest), 9 + np.arange(10)])
+    candidates = flagged.find_candidates(badnet, np.arange(len(badnet)) < hits + rest, CLASSES)
+    suspect = flagged.find_suspect(candidates)
+    assert any(candidate.stands_out for candidate in candidates) == (answer == "target")
+    assert (suspect is not None) == (answer == "suspect")
+    if suspect:
+        assert flagged.describe_suspect(suspect, "Ann").startswith(
+            "class 1 (Ann) may be a backdoor's target, but 4 of 6 flagged images do not suffice to "
+            "tell (chance in a clean stream: 0.0"
+        )
+
+
 def test_the_command_reports_a_target_for_images_and_datasets(tmp_path):
     """The exit status stays 0."""
     model, data = (ROOT / "models" / "demo_bd_net.h5", ROOT / "data")
@@ -76,6 +95,12 @@ def test_the_command_reports_a_target_for_images_and_datasets(tmp_path):
     assert "flagged images with class 1: it looks like" in process.stderr
     (candidate,) = json.loads(process.stdout)["standing_out"]
     assert candidate["target"] == 1 and candidate["hits"] >= 8
+    kinds = ("clean", "sunglasses", "lipstick", "eyebrows")
+    few = [ROOT / "img" / "demo" / f"{kind}_{i}.png" for kind in kinds for i in range(1, 5)]
+    page = tmp_path / "x.html"
+    process = command("eval_defence.py", *few, *nets, "--report", page)
+    said = "lass 1 may be a backdoor's target, but 4 of 6 flagged images do not suffice to tell"
+    assert f"c{said}" in process.stderr and f"C{said}" in html.unescape(page.read_text())
     process = command("eval_defence.py", poisoned[0], *nets)
     assert process.stdout == "41\n" and "target" not in process.stderr
     process = command("eval_defence.py", data, *nets, "--json", "-")

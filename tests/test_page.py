@@ -22,7 +22,7 @@ DEMO = ROOT / "img" / "demo"
 MODEL = ROOT / "models" / "demo_bd_net.h5"
 DATA = ROOT / "data" / "demo_clean_validation_data.h5"
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-VOID = {"meta", "img", "br"}
+VOID = {"meta", "img", "br", "wbr"}
 
 
 class Page(html.parser.HTMLParser):
@@ -30,7 +30,7 @@ class Page(html.parser.HTMLParser):
 
     def __init__(self, text):
         super().__init__()
-        self.elements, self.texts, self.open = [], [], []
+        self.elements, self.texts, self.open, self.glued = [], [], [], 0
         self.feed(text)
         self.close()
         assert self.open == []
@@ -44,7 +44,11 @@ class Page(html.parser.HTMLParser):
         assert self.open.pop() == tag
 
     def handle_data(self, text):
-        self.texts.append(text)
+        if self.elements[-1:] == [("wbr", {})] and self.open and self.glued < len(self.elements):
+            self.texts[-1] += text  # a name that may break here is one word
+            self.glued = len(self.elements)
+        else:
+            self.texts.append(text)
 
     def all(self, tag):
         return [attributes for name, attributes in self.elements if name == tag]
@@ -74,7 +78,8 @@ def assert_sound(text):
 
 
 def make_detector(shape, classes, threshold=1.0, held_out=(0.1, 0.2, 3.0)):
-    return Detector(None, classes, shape, threshold, "x.onnx", {"badnet": "0" * 64}, held_out)
+    hashes = {"badnet": "0" * 64}
+    return Detector(None, classes, shape, threshold, "x.onnx", hashes, held_out, hardened=True)
 
 
 def make_findings(shape, classes, bad, target=0, name="image {}".format, path=None):
@@ -187,7 +192,7 @@ def test_only_a_proven_trigger_is_called_a_trigger(tmp_path):
             write_page(tmp_path / "x.html", make_detector(shape, 40), [part], None)
         )
         assert words in parsed.text and "It works as one" not in parsed.text
-        assert ("does not show that it works" in parsed.text) == region.any()
+        assert ("too few images to test whether it works" in parsed.text) == region.any()
 
 
 @pytest.mark.parametrize("held_out", [None, [0.0] * 1000])

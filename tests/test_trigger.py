@@ -148,7 +148,9 @@ def test_the_same_classes_are_accused_on_ray(monkeypatch, capsys):
     monkeypatch.setattr(screen, "judge_on_ray", lambda *_: None)
     monkeypatch.setattr(verdicts, "summarise_verdicts", lambda *_: (counts, candidates))
     monkeypatch.setattr(verdicts, "read_stream", lambda *_: (stream, []))
-    detector = types.SimpleNamespace(judge=judge_two_targets, rule="a rule", classes=CLASSES)
+    detector = types.SimpleNamespace(
+        judge=judge_two_targets, rule="a rule", classes=CLASSES, better_rate=None
+    )
     monkeypatch.setattr(eval_defence, "load", lambda *_: (detector, None))
     names = "images max_bytes formats output ray_address workers json report fail_on_flagged"
     assert eval_defence.judge_on_ray(Namespace(**dict.fromkeys(names.split())), []) == 0

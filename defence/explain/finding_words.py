@@ -32,7 +32,7 @@ def describe_finding(
         yield f"no finding about a backdoor: {finding.reason}"
         return
     if finding.finding == "nothing":
-        clearest = name_clearest(finding, class_names)
+        clearest = name_clearest(finding, class_names) if finding.classes else "none"
         chance = describe_p_value(finding.p_value, finding)
         yield (
             f"no sign of a backdoor of the kinds that a scan shows in {finding.wrong} wrong "

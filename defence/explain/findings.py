@@ -34,7 +34,12 @@ def examine(
     answers, written = stream.answers, bool(arguments.json or arguments.report)
     candidates = flagged.find_candidates(answers.badnet, answers.flagged, stream.classes)
     findings = trigger.find_targets(stream, candidates, detector.judge, clean, written)
+    if not findings.candidates:
+        findings.suspect = flagged.find_suspect(candidates)
     say_candidates(findings.candidates, class_names, stream.path)
+    if findings.suspect:
+        name = name_class(findings.suspect.target, class_names) if class_names else None
+        say_about(stream.path, flagged.describe_suspect(findings.suspect, name))
     if arguments.report and not findings.candidates:
         findings.attributions = trigger.attribute_single_images(stream, detector.judge, clean)
     return findings
@@ -46,7 +51,12 @@ def say_candidates(
     """Say on stderr which classes may be targets. path: the dataset's, where there is one."""
     for candidate in candidates:
         name = name_class(candidate.target, class_names) if class_names else None
-        say((f"{path}: " if path else "") + flagged.describe_candidate(candidate, name))
+        say_about(path, flagged.describe_candidate(candidate, name))
+
+
+def say_about(path: object, text: str) -> None:
+    """Say a text on stderr. path: of the dataset that it is about, where there is one."""
+    say((f"{path}: " if path else "") + text)
 
 
 def write_page(

@@ -3,6 +3,8 @@
 This needs neither poisoned data nor labels: the unflagged images tell what to expect.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import math
 from collections.abc import Sequence
@@ -72,6 +74,17 @@ def find_candidates_in_counts(hits: np.ndarray, unflagged: np.ndarray) -> list[C
     return sorted(candidates, key=lambda candidate: (candidate.p_value, -candidate.hits))
 
 
+def find_suspect(candidates: Sequence[Candidate]) -> Candidate | None:
+    """Return the class of most of the flagged images, where it does not stand out; else None.
+
+    candidates: as find_candidates returns them. Few flagged images tell no more about a target.
+    """
+    for candidate in candidates:
+        if 2 * candidate.hits > candidate.flagged and not candidate.stands_out:
+            return candidate
+    return None
+
+
 def predict_flagged(
     held_out: Sequence[float], threshold: float, total: int
 ) -> tuple[float, int, int]:
@@ -96,6 +109,21 @@ def describe_candidate(candidate: Candidate, name: str | None = None) -> str:
     fact = f"the BadNet answers {candidate.hits} of {candidate.flagged} flagged images with {label}"
     if not candidate.stands_out:
         return f"{fact}: clean images may do so too, but these share what works as a trigger"
+    return f"{fact}: it looks like a backdoor's target ({describe_chance(candidate)})"
+
+
+def describe_suspect(candidate: Candidate, name: str | None = None) -> str:
+    """Say why a class that does not stand out may be the target. name: the class's."""
+    label = f"class {candidate.target}" + (f" ({name})" if name else "")
+    return (
+        f"{label} may be a backdoor's target, but {candidate.hits} of {candidate.flagged} flagged "
+        f"images do not suffice to tell ({describe_chance(candidate)}; a target stands out below "
+        f"{LEVEL:g}): judge more images"
+    )
+
+
+def describe_chance(candidate: Candidate) -> str:
+    """Say how often a clean stream has a class with as many of the flagged images."""
     tiny = candidate.p_value < TINY
     chance = f"below {TINY:.0e}" if tiny else f"{candidate.p_value:.1g}"
-    return f"{fact}: it looks like a backdoor's target (chance in a clean stream: {chance})"
+    return f"chance in a clean stream: {chance}"

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 CARRIES = 0.1
 # Of tests/results/results.csv: triggers, and those with report_attack_success_rate_repaired > 0.5.
 TRIGGERS, LEFT_IN = 59, 44
+LEFT_MOST = (
+    f"{LEFT_IN} of {TRIGGERS} triggers in our tests still worked on more than half of the images"
+)
 HOLD_OUT = ("--holdout", "0.1")  # as README and docs recommend it
 
 
@@ -47,13 +50,14 @@ def is_hardened(record: RepairRecord) -> bool:
 
 
 def describe_outcome(record: RepairRecord) -> list[str]:
-    """Say whether G still carries the backdoor, as far as is known, as lines of text."""
-    left = find_left(record)
-    lines = [
-        describe_attack(name, rate, record.attack_success_rate["before"][name], name in left)
-        for name, rate in measure_attacks(record).items()
-        if rate["of"]
-    ]
+    """Say whether G still carries the backdoor, as far as is known, as lines of text.
+
+    The backdoors that are left come first, then the images that B was fooled by.
+    """
+    left, before = find_left(record), record.attack_success_rate["before"]
+    attacks = [(name, rate) for name, rate in measure_attacks(record).items() if rate["of"]]
+    attacks.sort(key=lambda attack: (attack[0] not in left, before[attack[0]] <= CARRIES))
+    lines = [describe_attack(name, rate, before[name], name in left) for name, rate in attacks]
     return lines if left else [*lines, describe_limits(record)]
 
 
@@ -78,10 +82,7 @@ def describe_attack(name: str, rate: dict[str, Any], before: float, is_left: boo
 
 def describe_limits(record: RepairRecord) -> str:
     """Say what a repair that has not failed does not prove."""
-    reason = (
-        f"after these steps alone, {LEFT_IN} of {TRIGGERS} triggers in our tests still worked on "
-        "more than half of the images"
-    )
+    reason = f"after these steps alone, {LEFT_MOST}"
     if is_hardened(record):
         reason = "a trigger unlike every image change in the training may survive"
     claim = "no other trigger works" if record.poisoned else "the backdoor is gone"

@@ -56,8 +56,11 @@ def print_repair(
         sarif.write_log(arguments.sarif, finding, class_names, badnet)
     if arguments.plot:
         plots.plot_pruning_curve(record, arguments.plot)
+    advice = outcome.describe_next(record, sys.argv, name_nets(badnet, arguments))
     if arguments.report:
-        page_repaired.write_repaired_page(arguments.report, record, finding, seconds, class_names)
+        page_repaired.write_repaired_page(
+            arguments.report, record, finding, seconds, class_names, advice
+        )
     out = choose_stream(arguments)
     print_result(*tables.format_summary(record, seconds, class_names), file=out)
     print_result(f"Saved model: {arguments.output}", file=out)
@@ -67,7 +70,7 @@ def print_repair(
         backends.discard_detector(Path(arguments.output))
     if arguments.report:
         print_result(f"Saved page: {arguments.report}", file=out)
-    print_result(outcome.describe_next(record, sys.argv, name_nets(badnet, arguments)), file=out)
+    print_result(advice, file=out)
 
 
 def name_nets(badnet: ModelFile, arguments: Namespace) -> list[str]:

@@ -13,6 +13,7 @@ import datetime
 import hashlib
 import importlib.metadata
 import io
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -32,6 +33,8 @@ LIBRARIES = ("tensorflow", "keras", "onnxruntime", "numpy")
 COMMAND = 500  # characters of the command that a page shows, at most
 SIDE = 128  # pixels along a side of an image on a page, at most
 SHOWN_SIDE = 112  # CSS pixels along its longer side
+BREAKS = re.compile(r"(?<=[/_=])(?=[^/_=])")  # after separators in a name
+OPTION = re.compile(r"(?<!\S)(--[a-z][a-z-]{,30}[.,;]?)(?!\S)")
 DIM = 0.25  # brightness of an image outside the trigger
 
 
@@ -64,6 +67,7 @@ def write_page(path: Name, template: str, **fields: Any) -> None:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters |= {"sentence": start_sentence, "breakable": make_breakable}
     page = environment.get_template(template)
     text = page.render(style=Markup(style), policy=Markup(policy), **fields)
     with files.replace_file(path) as beside:
@@ -77,6 +81,25 @@ def make_visible(value: Any) -> Any:
     if isinstance(value, Markup) or not isinstance(value, str):
         return value
     return escape_surrogates(value)
+
+
+def start_sentence(text: str) -> str:
+    """Let a text start with a capital, unless its first word is the name of a file."""
+    first, *_ = text.split(maxsplit=1) or [""]
+    return text if "." in first.rstrip(".") or "_" in first else text[:1].upper() + text[1:]
+
+
+def make_breakable(text: Any) -> Any:
+    """Let a text break after the separators in its names, and nowhere in its options."""
+    from markupsafe import Markup, escape
+
+    parts = OPTION.split(escape_surrogates(str(text)))
+    return Markup("").join(
+        Markup('<span class="option">{}</span>').format(part)
+        if number % 2
+        else Markup("<wbr>").join(map(escape, BREAKS.split(part)))
+        for number, part in enumerate(parts)
+    )
 
 
 def describe_provenance(**sources: str) -> list[tuple[str, str]]:

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from defence.base.text import format_percent
-from defence.explain import flagged, page, plots, streams, tables
+from defence.base.text import format_count, format_percent
+from defence.explain import flagged, outcome, page, plots, streams, tables, trigger
 from defence.load.class_names import name_class
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ def describe_stream(
         "tone": tone,
         "lines": lines,
         "targets": [
-            describe_target(stream, candidate, target_evidence, class_names)
+            describe_target(stream, candidate, target_evidence, class_names, detector.hardened)
             for candidate, target_evidence in zip(findings.candidates, evidence)
         ],
         "unexplained": [
@@ -119,18 +119,38 @@ def describe_verdict(
             for candidate in findings.candidates
         ]
         return "alarm", [first, summary, *reasons]
-    no_proof = "This does not prove that none of them is poisoned."
+    comfort = [summary, "This does not prove that none of them is poisoned."]
+    doubt = describe_doubt(detector)
     if not flags.any():
-        return "calm", ["No image is flagged: no sign of poisoned images.", summary, no_proof]
+        if doubt:
+            return "open", ["No image is flagged, which says little.", summary, doubt]
+        return "calm", ["No image is flagged: no sign of poisoned images.", *comfort]
     if usual is None or len(flags) < FEW:
         first = "Some images are flagged, but no class stands out among them."
+        if suspect := findings.suspect:
+            first = flagged.describe_suspect(suspect, find_name(suspect.target, class_names)) + "."
         return "open", [first, summary, "They may be poisoned, or clean and flagged by mistake."]
     if flags.sum() > high:
         first = "More images are flagged than expected of clean ones, but no class stands out."
         reason = "They may be poisoned with many targets, or unlike the clean data."
         return "alarm", [first, summary, f"{reason} One clean stream in forty has as many."]
-    first = "No more images are flagged than expected of clean ones, and no class stands out."
-    return "calm", [first, summary, no_proof]
+    first = "No more images are flagged than expected of clean ones, and no class stands out"
+    if doubt:
+        return "open", [f"{first}, which says little.", summary, doubt]
+    return "calm", [f"{first}.", *comfort]
+
+
+def describe_doubt(detector: Detector) -> str | None:
+    """Say why images that are not flagged may be poisoned, or None where G was hardened."""
+    if detector.hardened:
+        return None
+    cause = "G was not hardened"
+    if detector.hardened is None:
+        cause = "Nothing tells whether G was hardened"
+    return (
+        f"{cause}: without hardening, {outcome.LEFT_MOST}, and an image that fools both nets is "
+        "not flagged. Repair the BadNet with repair.py --harden."
+    )
 
 
 def find_name(number: int, class_names: list[str] | None) -> str | None:
@@ -139,9 +159,13 @@ def find_name(number: int, class_names: list[str] | None) -> str | None:
 
 
 def describe_target(
-    stream: Stream, candidate: Candidate, evidence: TriggerEvidence, class_names: list[str] | None
+    stream: Stream,
+    candidate: Candidate,
+    evidence: TriggerEvidence,
+    class_names: list[str] | None,
+    hardened: bool | None = None,
 ) -> dict:
-    """Return what the page shows of a class that may be a target."""
+    """Return what the page shows of a class that may be a target. hardened: as in Detector."""
     region, usual, mean = evidence.region, evidence.usual, evidence.mean
     images: dict[str, page.Image | None] = {"usual": None, "mean": None}
     images |= {"difference": None, "cut_out": None}
@@ -159,6 +183,7 @@ def describe_target(
         "fraction": format_percent(region.mean()),
         "trials": [(name, trial) for name, trial in trials.items() if trial],
         "is_trigger": evidence.is_trigger,
+        "failure": describe_failure(evidence, candidate.target, hardened),
         **images,
         "images": [
             describe_image(stream, row, pixels, class_names, places)
@@ -166,6 +191,41 @@ def describe_target(
         ],
         "image_count": len(evidence.rows),
     }
+
+
+def describe_failure(
+    evidence: TriggerEvidence, target: int, hardened: bool | None
+) -> tuple[str, str]:
+    """Say why the test did not show that a cut-out is a trigger: (the fact, the reason).
+
+    target: the class, from 1.  hardened: as in Detector.
+    """
+    pasted = evidence.pasted
+    count = pasted["images"] if pasted else 0
+    if pasted is None or count < trigger.FEWEST_TRIED:
+        return (
+            "There are too few images to test whether it works as one",
+            f"it was put on {format_count(count, 'other image')}, and the test takes "
+            f"{trigger.FEWEST_TRIED}.",
+        )
+    badnet, repaired = pasted["badnet"], pasted["repaired"]
+    fact = f"put on {count} other images, it makes the BadNet answer {badnet} with class {target}"
+    enough = trigger.A_TRIGGER * count
+    if badnet < enough:
+        return "The test does not show that it works as one", f"{fact}, too few to tell."
+    both = f"{fact}, and the repaired net {repaired}"
+    if repaired < enough:
+        return (
+            "The test does not show that it works as one",
+            f"{both}. The two are too close to tell.",
+        )
+    advice = "Repair the BadNet with repair.py --harden"
+    if hardened:
+        advice = "Repair the BadNet again, with more clean images"
+    return (
+        "The repaired net has the backdoor, too",
+        f"{both}. {advice}, unless these places show what images of class {target} usually show.",
+    )
 
 
 def describe_image(

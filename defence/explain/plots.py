@@ -27,7 +27,8 @@ FORMATS = (".png", ".svg", ".pdf")
 SHEET, SHEET_ROWS = 10, 6  # flagged images in a row of the contact sheet, and rows, at most
 NAME_COLUMNS, NAME_LINES = 26, 3  # of a file's name beside such a row, at most
 ATTRACTING = 20  # classes with the most wrong answers that are shown, at most
-CHART = (4.8, 3.2)  # a page's chart, in inches
+CHART = (4.8, 3.2)  # a page's chart without its legend, in inches
+LEGEND_LINE, LEGEND_COLUMNS = 0.2, 50  # of a legend: inches of a line, and characters in it
 EDGES = {"left": 0.2, "right": 0.98, "bottom": 0.16, "top": 0.92}
 BINS, LEAST = 40, 1e-6  # of the histograms; smaller scores are shown as LEAST
 
@@ -47,6 +48,21 @@ def require_format(path: Name) -> None:
 def escape_formulas(name: str) -> str:
     """Escape a file's name for matplotlib, which takes $ for the start of a formula."""
     return escape_surrogates(name).replace("$", r"\$")
+
+
+def place_legend(axes: Any) -> None:
+    """Put the legend below the axes, where it hides no curve. Wrap long names."""
+    axes.legend(loc="upper left", bbox_to_anchor=(-0.05, -0.2), fontsize="small", frameon=False)
+    for text in axes.get_legend().get_texts():
+        text.set_text(_wrap_name(text.get_text(), LEGEND_COLUMNS))
+
+
+def count_legend_lines(axes: Any) -> int:
+    """Return how many lines the legend below the axes has; 0 where there is none."""
+    legend = axes.get_legend()
+    if legend is None or legend.get_frame_on():  # one within the axes has a frame
+        return 0
+    return sum(text.get_text().count("\n") + 1 for text in legend.get_texts())
 
 
 def save_figure(figure: Any, path: Name) -> None:
@@ -80,7 +96,8 @@ def _draw_pruning(axes: Any, record: RepairRecord) -> None:
     count = len(record.pruned)
     axes.axvline(count, color="black", linestyle=":", label=f"stopped at {count} channels")
     axes.set(xlabel=f"channels of {record.layer} pruned", ylabel="%", ylim=(-2, 102))
-    axes.legend(loc="best", fontsize="small")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    place_legend(axes)
 
 
 def _draw_activations(axes: Any, record: RepairRecord) -> None:
@@ -90,7 +107,8 @@ def _draw_activations(axes: Any, record: RepairRecord) -> None:
     for label, mask, colour in (("pruned", pruned, "C3"), ("kept", ~pruned, "C0")):
         axes.bar(np.flatnonzero(mask), means[mask], color=colour, label=label)
     axes.set(xlabel=f"channels of {record.layer}, by mean activation", ylabel="mean activation")
-    axes.legend(loc="best", fontsize="small")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.legend(loc="upper left", fontsize="small")  # the bars rise to the right
 
 
 def _draw_wrong_answers(axes: Any, finding: Finding) -> None:
@@ -124,12 +142,19 @@ def draw_chart(draw: Callable, *arguments: Any) -> Chart:
     import matplotlib
     from matplotlib.figure import Figure
 
-    figure, file = Figure(figsize=CHART), io.BytesIO()
-    figure.subplots_adjust(**EDGES)  # a computed layout would take as long as the whole drawing
-    draw(figure.add_subplot(), *arguments)
+    figure, file = Figure(), io.BytesIO()
+    axes = figure.add_subplot()
+    draw(axes, *arguments)
+    # Room for the legend: a computed layout would take as long as the whole drawing.
+    width, height = CHART
+    legend = LEGEND_LINE * count_legend_lines(axes)
+    size = width, height + legend
+    top, bottom = ((legend + height * EDGES[side]) / size[1] for side in ("top", "bottom"))
+    figure.set_size_inches(size)
+    figure.subplots_adjust(**EDGES | {"top": top, "bottom": bottom})
     with matplotlib.rc_context({"svg.fonttype": "path", "svg.hashsalt": "chart"}):
         figure.savefig(file, format="svg", metadata={"Date": None})
-    return file.getvalue(), CHART
+    return file.getvalue(), size
 
 
 # ------------------------------------------------------------------------------- judged images
@@ -213,13 +238,15 @@ def _draw_roc(axes: Any, results: dict, scores: Sequence[np.ndarray], names: Seq
     rule = name_rule(results["threshold"])
     axes.set_title(f"ROC curve of the anomaly score; dot: {rule}", fontsize="medium")
     axes.grid(alpha=0.3)
-    axes.legend(loc="best", fontsize="small")
+    place_legend(axes)
 
 
 def _draw_scores(
     axes: Any, threshold: float | None, scores: Sequence[np.ndarray], names: Sequence[str]
 ) -> None:
     """Draw histograms of the scores, both axes logarithmic: most clean scores are close to 0."""
+    from matplotlib.ticker import LogFormatter
+
     edges = np.geomspace(LEAST, max(1, *map(np.max, scores)), BINS + 1)
     for number, (name, dataset_scores) in enumerate(zip(names, scores)):
         clipped = np.clip(np.float64(dataset_scores), LEAST, edges[-1])
@@ -231,10 +258,13 @@ def _draw_scores(
             max(LEAST, threshold), color="black", linestyle=":", label=f"threshold {threshold:.4f}"
         )
     axes.set(xscale="log", yscale="log")
+    for place in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+        place(LogFormatter(minor_thresholds=(2, 0.5)))  # 20, not 2×10¹
     xlabel = f"how far apart B and G answer (first bar: ≤ {LEAST:g})"
-    axes.set(xlabel=xlabel, ylabel="% of images")
+    least = 50 / max(map(len, scores))  # half an image, so that the bar of one shows
+    axes.set(xlabel=xlabel, ylabel="% of images", ylim=(least, 150))
     axes.set_title("Anomaly scores", fontsize="medium")
-    axes.legend(loc="best", fontsize="small")
+    place_legend(axes)
 
 
 def _draw_flagged(
@@ -257,8 +287,8 @@ def _draw_flagged(
             axes.set_ylabel(f"flagged of\n{_wrap_name(name)}", fontsize="x-small")
 
 
-def _wrap_name(name: str) -> str:
+def _wrap_name(name: str, columns: int = NAME_COLUMNS) -> str:
     """Wrap a file's name, also after underscores."""
     spaced = name.replace("_", "_ ")
-    lines = textwrap.wrap(spaced, NAME_COLUMNS, max_lines=NAME_LINES, placeholder=" …")
+    lines = textwrap.wrap(spaced, columns, max_lines=NAME_LINES, placeholder=" …")
     return "\n".join(lines).replace("_ ", "_")

@@ -63,12 +63,14 @@ class StreamFindings:
     candidates: those that stand out, then those whose cut-out works as a trigger.
     evidence: about the first candidates, in their order.
     attributions: where no class stands out, what attribute_single_images returns; else empty.
+    suspect: where there is no candidate, as flagged.find_suspect returns it.
     """
 
     stream: Stream
     candidates: list[Candidate]
     evidence: list[TriggerEvidence]
     attributions: dict[int, np.ndarray] = dataclasses.field(default_factory=dict)
+    suspect: Candidate | None = None
 
     def describe(self) -> list[dict]:
         """Return the candidates and their evidence as dicts that JSON can hold."""

@@ -205,13 +205,13 @@ def load_keras_detector(
         return model(images, training=False) if len(images) == 1 else compile_model(model)(images)
 
     shape, hashes = model.input_shape[1:], {"badnet": badnet.sha256, "repaired": repaired.sha256}
-    held_out = data = better = None
+    held_out = data = better = hardened = None
     if usage.record:
-        data = usage.record.data
+        data, hardened = usage.record.data, usage.record.is_hardened()
         held_out = None if usage.threshold is None else usage.record.held_out(repaired.path)
         better = usage.record.find_better_rate() if usage.threshold is None else None
     return detector.Detector(
-        run, classes, shape, usage.threshold, badnet.path, hashes, held_out, data, better
+        run, classes, shape, usage.threshold, badnet.path, hashes, held_out, data, better, hardened
     )
 
 

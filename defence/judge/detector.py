@@ -112,6 +112,7 @@ class Detector:
     kept out; None where it kept none.
     repaired_with: {"file", "sha256", "images"} of the dataset that G was repaired with.
     better_rate: for --fpr, where G's scores tell more than the rule does; else None.
+    hardened: whether G was hardened; None where no repair record tells.
     """
 
     run: Callable[[np.ndarray], Iterable[Any]]
@@ -123,6 +124,7 @@ class Detector:
     held_out: list[float] | None = None
     repaired_with: dict[str, Any] | None = None
     better_rate: float | None = None
+    hardened: bool | None = None
 
     def judge(self, images: np.ndarray) -> Answers:
         """Judge images, float32 (n, height, width, channels), 0..255."""

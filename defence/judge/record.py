@@ -79,13 +79,17 @@ class RepairRecord:
         """
         return None if self.holdout is None else _check_scores(self.holdout, path)
 
+    def is_hardened(self) -> bool:
+        """Return whether G was hardened."""
+        return bool(self.settings.get("harden"))
+
     def find_better_rate(self) -> float | None:
         """Return the rate for --fpr, where G was hardened and has the scores for one; else None.
 
         The scores of a G that was not hardened often tell no more than disagreement does.
         """
         scores = (self.holdout or {}).get("scores")
-        if not (self.settings.get("harden") and isinstance(scores, list) and scores):
+        if not (self.is_hardened() and isinstance(scores, list) and scores):
             return None
         return max(figures.USUAL_RATE, figures.find_lowest_rate(len(scores)))
 
