@@ -106,15 +106,15 @@ def explain_low_accuracy(net: CachedNet, accuracy: float) -> str:
     for shift, meaning in shifts.items():
         if np.mean(net.classes == net.labels + shift) > enough:
             return meaning
-    x, y = next(net.data.batches())
+    x, rows = next(net.data.spread_batches())
     trunk = compile_model(net.split.trunk)
     for scale in pixels.SCALES if x.shape[-1] == 3 else ():
         features = np.asarray(trunk(pixels.scale_pixels(x[..., ::-1], scale))[0])
-        right = np.mean(classify(net.split.head, features) == y)
+        right = np.mean(classify(net.split.head, features) == net.labels[rows])
         if right > enough:
             return (
                 "its pixels seem to be BGR, not RGB: with reversed channels the BadNet is right "
-                f"on {format_percent(right)}"
+                f"on {format_percent(right)} of {format_count(len(rows), 'image')}, taken evenly"
             )
     return "does the dataset belong to another net, or are its labels in the wrong order?"
 
