@@ -60,12 +60,12 @@ def confuse(x, y):
         (lambda x, y: (x[y > 0], y[y > 0] - 1), "labels seem one too low; add 1"),
         (
             lambda x, y: (x[y == 3], y[y == 3]),
-            "5 of 6 classes have no image, such as class 1 (label 0); G may",
+            "5 of 6 classes have no image, such as class 1 (label 0 in the file); G",
         ),
-        (poison, "class 1 (label 0) has 68 images, most others have 8, as if poisoned images"),
+        (poison, "class 1 (label 0 in the file) has 68 images, most others have 8, as if poisoned"),
         (
             confuse,
-            "gets 30 images wrong and answers 30 of them with class 1 (label 0); look at them",
+            "30 images wrong and answers 30 of them with class 1 (label 0 in the file); look",
         ),
         (lambda x, y: (x[:5], y[:5]), "only 5 images for 6 classes; 100 or more are better"),
     ],

@@ -276,7 +276,7 @@ def test_impossible_verdicts_are_refused(repaired_world, tmp_path):
         ([folder / "0.png", folder / "clean.h5", B], "give only one dataset"),
         (
             [folder / "0.png", B, "--poisoned", folder / "clean.h5"],
-            "--poisoned and --plot go with a dataset",
+            "--poisoned and --plot go with a clean dataset as IMAGE: an .h5 file",
         ),
         (
             [folder / "clean.h5", B, "--json", folder / "clean.h5"],

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, cast
 
 import numpy as np
@@ -29,12 +29,12 @@ MIN_SAME, MIN_SAME_FRACTION = 10, 0.5
 KEPT_ACCURACY = 0.9  # the fraction of B's accuracy that G should keep
 
 
-def warn_of_problems(net: CachedNet) -> bool:
+def warn_of_problems(net: CachedNet, class_names: Sequence[str] | None = None) -> bool:
     """Warn of what may be wrong with a validation set. Return whether anything is.
 
     net: B on the validation set.
     """
-    problems = list(find_problems(net))
+    problems = list(find_problems(net, class_names))
     for problem in problems:
         warn(f"{net.data.path}: {problem}")
     return bool(problems)
@@ -56,7 +56,7 @@ def refuse_unfit(net: CachedNet, harden: bool) -> None:
         )
 
 
-def find_problems(net: CachedNet) -> Iterator[str]:
+def find_problems(net: CachedNet, class_names: Sequence[str] | None = None) -> Iterator[str]:
     """Yield what may be wrong with a validation set, a line each. net: B on it."""
     accuracy, counts = net.accuracy(), count_images(net)
     if accuracy < ACCURATE:
@@ -71,20 +71,20 @@ def find_problems(net: CachedNet) -> Iterator[str]:
     if len(empty):
         yield (
             f"{len(empty)} of {len(counts)} classes have no image, such as "
-            f"{format_class(empty[0])}; G may forget them"
+            f"{format_class(empty[0], class_names)}; G may forget them"
         )
     usual, largest = np.median(counts[counts > 0]), counts.argmax()
     if counts[largest] > TIMES * usual:
         yield (
-            f"{format_class(int(largest))} has {counts[largest]} images, most others have "
-            f"{usual:.0f}, as if poisoned images carried the attacker's label"
+            f"{format_class(largest, class_names)} has {counts[largest]} images, most others "
+            f"have {usual:.0f}, as if poisoned images carried the attacker's label"
         )
     wrong = np.flatnonzero(net.classes != net.labels)
     answers = np.bincount(net.classes[wrong], minlength=len(counts))
     if answers.max() >= max(MIN_SAME, MIN_SAME_FRACTION * len(wrong)):
         yield (
             f"the BadNet gets {len(wrong)} images wrong and answers {answers.max()} of them with "
-            f"{format_class(int(answers.argmax()))}; look at them: they may be poisoned"
+            f"{format_class(answers.argmax(), class_names)}; look at them: they may be poisoned"
         )
     enough = max(FEW, FEW_PER_CLASS * len(counts))
     if len(net.labels) < enough:

@@ -111,6 +111,7 @@ class Detector:
     held_out: where there is a threshold, the anomaly scores of the clean images that G's repair
     kept out; None where it kept none.
     repaired_with: {"file", "sha256", "images"} of the dataset that G was repaired with.
+    class_names: of the N classes, where G's record has them.
     """
 
     run: Callable[[np.ndarray], Iterable[Any]]
@@ -121,6 +122,7 @@ class Detector:
     sha256: dict[str, str]
     held_out: list[float] | None = None
     repaired_with: dict[str, Any] | None = None
+    class_names: list[str] | None = None
 
     def judge(self, images: np.ndarray) -> Answers:
         """Judge images, float32 (n, height, width, channels), 0..255."""

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -75,6 +75,11 @@ class Dataset:
         return (second, third, first) if self.channels_first else (first, second, third)
 
     @property
+    def class_names(self) -> list[str] | None:
+        """The names of a folder's classes, in the order of the labels; None of a file's."""
+        return self.images.class_names if isinstance(self.images, FolderImages) else None
+
+    @property
     def batch_size(self) -> int:
         return max(1, BATCH_VALUES // int(np.prod(self.images.shape[1:])))
 
@@ -96,13 +101,16 @@ class Dataset:
         chosen[chosen] = rows
         return chosen
 
-    def fit_to(self, shape: tuple[int, ...], classes: int) -> None:
+    def fit_to(
+        self, shape: tuple[int, ...], classes: int, names: Sequence[str] | None = None
+    ) -> None:
         """Choose the layout in which the images fit a net. Raise InputError where neither fits.
 
         shape: (height, width, channels) of the net's input.  classes: its N.
+        names: of its classes; a folder's labels follow them, as FolderImages.fit_to says.
         """
         if isinstance(self.images, FolderImages):
-            self.images.fit_to(shape, classes)
+            self.labels = self.images.fit_to(shape, classes, names)[self.labels]
         height, width, channels = shape
         stored = self.images.shape[1:]
         channels_first = stored == (channels, height, width)

@@ -24,7 +24,7 @@ from defence.options.common import (
 
 # The options that have an effect where nothing is repaired, besides MODEL and DATA.
 GENERAL = {"model", "data", "layer", "scale", "max_bytes", "quiet"}
-MODES = {"check": GENERAL, "scan": GENERAL | {"seed", "json", "sarif", "labels"}}
+MODES = {"check": GENERAL | {"labels"}, "scan": GENERAL | {"seed", "json", "sarif", "labels"}}
 
 
 def parse_repair() -> tuple[Namespace, ModelFile]:
