@@ -38,7 +38,7 @@ from defence.load.models import ModelFile, save_model
 from defence.net import graph, split, training
 from defence.net.cached_net import CachedNet
 from defence.net.inference import run_model
-from defence.options.repair import parse_repair
+from defence.options.repair import announce_replacement, parse_repair
 
 SCAN_STATUS = {"nothing": 0, "backdoor": 3, "none": 4}  # exit statuses of --scan, by finding
 
@@ -219,6 +219,7 @@ def repair(job: Job) -> tuple[RepairRecord, Observer]:
     cached = CachedNet.from_dataset(parts, clean, settings.scale, settings.seed)
     check.warn_of_problems(cached, job.class_names)
     check.refuse_unfit(cached, settings.harden)
+    announce_replacement(job.arguments)  # no input can be refused any more
     sources = job.sources.get()
     observer.end_step("features")
     if settings.harden:

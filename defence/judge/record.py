@@ -125,7 +125,7 @@ def no_threshold_error(path: Path) -> InputError:
     """Return the InputError for a repair that held out no clean images. path: of G's file."""
     return InputError(
         f"{path}: --fpr needs clean images that the repair has not seen, and none were held out; "
-        "repair the BadNet again with: repair.py --holdout 0.1"
+        "repair the BadNet again with: repair.py MODEL DATA --holdout 0.1"
     )
 
 
