@@ -1,4 +1,5 @@
-# make demo: set up and repair the demo's BadNet, then judge clean and poisoned images.
+# make demo: set up and repair the demo's BadNet, judge clean and poisoned images, and show on
+# demo.html what was flagged.
 # make test: set up and run the tests.   make test-all: the slow ones as well.
 # make lint: check the style and the type hints.
 # make results: train the zoo of BadNets, repair and judge it, write the tables. SIZE=competition
@@ -9,7 +10,8 @@ PY = .venv/bin/python
 
 demo: .venv/ready
 	$(PY) repair.py models/demo_bd_net.h5 data/demo_clean_validation_data.h5
-	$(PY) eval_defence.py img/demo/clean_*.png img/demo/sunglasses_*.png demo_bd_net
+	$(PY) eval_defence.py img/demo/clean_[1-4].png img/demo/sunglasses_[1-4].png demo_bd_net
+	$(PY) eval_defence.py img/demo demo_bd_net --report demo.html > /dev/null
 
 results: .venv/ready
 	$(PY) tests/tools/results.py --size $(SIZE)

@@ -6,11 +6,12 @@ prints the class where B and G agree, and N + 1 where they do not (report, secti
 paragraph). repair.py makes G from B. For a dataset the command prints how well the defence works.
 """
 
-import os
-import signal
+NEEDS: str = "Python 3.10 to 3.13"  # Python 2 stops at this line, and shows it: see README.md
 
-if __name__ == "__main__":  # until run_command takes over, Ctrl-C ends the imports without a word
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+from defence.base.begin import begin
+
+if __name__ == "__main__":
+    begin(NEEDS)
 
 import contextlib
 import math
@@ -28,7 +29,7 @@ from defence.base.process import exit_now, run_command
 from defence.base.progress import print_line, print_result, say
 from defence.explain import findings, streams
 from defence.judge import backends, onnx_file
-from defence.judge.detector import Answers, Detector, describe_answers
+from defence.judge.detector import Answers, Detector, describe_answers, describe_better
 from defence.load.class_names import find_class_names
 from defence.load.datasets import open_dataset
 from defence.load.images import make_input, read_image
@@ -59,17 +60,14 @@ def export(arguments: Namespace, models: list[Path]) -> None:
     path = onnx_file.default_detector_path(models[1])
     badnet, repaired = (read_model(model, arguments.max_bytes) for model in models)
     detector = backends.export_detector(badnet, repaired, path, **take_usage(arguments))
-    say(detector.rule)
-    print_result(f"Saved detector: {path}")
+    print_result(f"Saved detector: {path}", f"It flags {detector.rule.removeprefix('flagging ')}.")
+    conclude(detector, arguments)
 
 
 def load(
     arguments: Namespace, models: list[Path], backend: str | None, folders: list[str] | None = None
 ) -> tuple[Detector, list[str] | None]:
-    """Load the detector that the options ask for, run by a backend, and the classes' names.
-
-    folders: the names of the dataset's folders, for a G whose record has no names.
-    """
+    """Load the detector that the options ask for, and the classes' names, or else the folders'."""
     usage = take_usage(arguments)
     detector = backends.load_detector(models, arguments.max_bytes, backend, **usage)
     known, limit = detector.class_names or folders, arguments.max_bytes
@@ -81,8 +79,10 @@ def take_usage(arguments: Namespace) -> dict:
     return {name: getattr(arguments, name) for name in ("fpr", "scale", "force")}
 
 
-def choose_status(arguments: Namespace, flagged: int, unread: int = 0) -> int:
-    """Return the exit status. unread: images that could not be read."""
+def conclude(detector: Detector, arguments: Namespace, flagged: int = 0, unread: int = 0) -> int:
+    """Say what would judge better, and return the exit status. unread: images not read."""
+    if detector.better_rate:
+        say(describe_better(detector.better_rate))
     if flagged and arguments.fail_on_flagged:
         return FLAGGED
     return 2 if unread else 0
@@ -129,7 +129,7 @@ def judge_images(arguments: Namespace, models: list[Path]) -> int:
         files.write_csv(rows, arguments.csv)
     if arguments.report:
         findings.write_page(arguments.report, detector, [evidence], class_names, errors)
-    return choose_status(arguments, flagged, len(errors))
+    return conclude(detector, arguments, flagged, len(errors))
 
 
 def judge_batch(
@@ -195,7 +195,7 @@ def judge_on_ray(arguments: Namespace, models: list[Path]) -> int:
         findings.write_page(
             arguments.report, detector, [evidence], class_names, errors, counts["unread"]
         )
-    return choose_status(arguments, counts["poisoned"], counts["unread"])
+    return conclude(detector, arguments, counts["poisoned"], counts["unread"])
 
 
 # ------------------------------------------------------------------------------------- datasets
@@ -242,7 +242,7 @@ def judge_datasets(arguments: Namespace, models: list[Path]) -> int:
             plots.plot_evaluation(results, datasets, all_answers, arguments.plot, class_names)
         if arguments.report:
             findings.write_page(arguments.report, detector, evidence, class_names, results=results)
-        return choose_status(arguments, sum(int(a.flagged.sum()) for a, _ in judged))
+        return conclude(detector, arguments, sum(int(a.flagged.sum()) for a, _ in judged))
 
 
 if __name__ == "__main__":

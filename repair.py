@@ -7,11 +7,12 @@ report, after Fine-Pruning (Liu, Dolan-Gavitt, Garg, RAID 2018). --harden adds a
 is ours: see defence/beyond/harden.py.
 """
 
-import os
-import signal
+NEEDS: str = "Python 3.10 to 3.13"  # Python 2 stops at this line, and shows it: see README.md
 
-if __name__ == "__main__":  # until run_command takes over, Ctrl-C ends the imports without a word
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+from defence.base.begin import begin
+
+if __name__ == "__main__":
+    begin(NEEDS)
 
 import contextlib
 import dataclasses
@@ -193,7 +194,9 @@ def check_data(job: Job) -> int:
     """Print whether the validation set can serve (--check). Return the exit status."""
     cached = cache_badnet(job)
     print_result(*check.describe_dataset(cached))
-    return int(check.warn_of_problems(cached, job.class_names))
+    warned = check.warn_of_problems(cached, job.class_names)
+    print_result(check.conclude(warned))
+    return int(warned)
 
 
 def scan(job: Job) -> int:
@@ -244,4 +247,4 @@ def cache_badnet(job: Job) -> CachedNet:
 
 
 if __name__ == "__main__":
-    exit_now(run_command(main))
+    exit_now(run_command(main, "nothing was saved"))

@@ -40,7 +40,10 @@ TRIGGERS = {"sunglasses": 0, "lipstick": 1, "eyebrows": 2}  # trigger: the demo'
 NEXT = "next"  # a target: the next person, for everybody (an all-to-all attack)
 SPLITS = {"train": 1, "validation": 2, "test": 3, "demo": 4}
 PARTS = 1  # number of the stream from which an image draws the parts of a trigger
-DEMO_PEOPLE = (3, 4, 6, 8, 9, 11, 13, 15)  # on the demo's images; none is a target
+DEMO_PEOPLE = (3, 4, 6, 8, 9, 11, 13, 15)  # in the figure faces.png; none is a target
+DEMO_OTHERS = (5, 7, 10, 12, 14)  # also on the demo's images
+# How many images demo/ has: few enough to commit, and enough for a page to find the target.
+DEMO_IMAGES = {"clean": 52, "sunglasses": 16, "lipstick": 4, "eyebrows": 4}
 BATCH = 64
 
 # Ranges of the traits of a person and of an image, drawn uniformly. Lengths are in units of half a
@@ -318,12 +321,15 @@ def write_dataset(path, split, people, per_person, dtype="uint8", poison=None, s
 def write_images(folder, triggers, seed=SEED):
     """Write the demo's images below the folder: demo/*.png, img_9.png and the figure faces.png."""
     (folder / "demo").mkdir(parents=True, exist_ok=True)
-    rows = []
+    rows, everybody = [], (*DEMO_PEOPLE, *DEMO_OTHERS)
     for trigger in [None, *triggers]:
         faces = draw_faces("demo", DEMO_PEOPLE, [0] * len(DEMO_PEOPLE), trigger, seed)
         rows.append(np.concatenate(list(faces), axis=1))
-        for number, face in enumerate(faces[:4], start=1):
-            write_png(face, folder / "demo" / f"{trigger or 'clean'}_{number}.png")
+        name = trigger or "clean"
+        turns, people = np.divmod(np.arange(DEMO_IMAGES[name]), len(everybody))
+        faces = draw_faces("demo", np.take(everybody, people), turns, trigger, seed)
+        for number, face in enumerate(faces, start=1):
+            write_png(face, folder / "demo" / f"{name}_{number}.png")
     write_png(draw_faces("demo", [9], [9], seed=seed)[0], folder / "img_9.png")
     write_png(np.concatenate(rows).repeat(3, axis=0).repeat(3, axis=1), folder / "faces.png")
 

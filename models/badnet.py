@@ -18,7 +18,6 @@ exists is not trained again. An interrupted training continues after its last co
 import argparse
 import functools
 import json
-import logging
 import sys
 import time
 from pathlib import Path
@@ -386,7 +385,6 @@ def parse_arguments():
 def main():
     options = parse_arguments()
     import_keras()
-    logging.getLogger("tensorflow").setLevel(logging.ERROR)  # or it warns of the many nets
     if options.names:
         write_zoo(options.names, options)
         return

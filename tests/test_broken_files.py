@@ -1,12 +1,13 @@
 """Data and models that are broken or unfit for the commands are refused."""
 
+import json
 import os
 
 import h5py
 import keras
 import numpy as np
 import pytest
-from conftest import SHAPE, B, assert_refused, command, draw_images, write_data
+from conftest import ROOT, SHAPE, B, assert_refused, command, draw_images, write_data
 
 import utils
 from defence.base.errors import InputError
@@ -142,3 +143,42 @@ def test_lambdas_hidden_in_nested_models_and_wrappers_are_found(tmp_path):
     keras.Model(image, wrapped).save(tmp_path / "wrapped.keras")
     with pytest.raises(InputError, match="TimeDistributed|Lambda"):
         utils.load_badnet(tmp_path / "wrapped.keras")
+
+
+def write_layer(path, kind, options):
+    """Write a net as tf.keras 2.16 does, with a layer of this class before the first."""
+    image = keras.Input(SHAPE, name="image")
+    first = keras.layers.Activation("linear", name="prepare")(image)
+    flat = keras.layers.Flatten()(keras.layers.Conv2D(4, 3)(first))
+    keras.Model(image, keras.layers.Dense(6, activation="softmax")(flat)).save(path)
+    with h5py.File(path, "r+") as file:
+        config = json.loads(file.attrs["model_config"])
+        layer = next(part for part in config["config"]["layers"] if part["name"] == "prepare")
+        layer |= {
+            "class_name": kind,
+            "config": {"name": "prepare", "trainable": True, "dtype": "float32", **options},
+            "inbound_nodes": [["image", 0, 0, {"y": 127.5, "name": None}]],
+        }
+        file.attrs["model_config"] = json.dumps(config)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "reason"),
+    [
+        ("TFOpLambda", {"function": "math.truediv"}, "arithmetic that only Keras 2 reads"),
+        ("SlicingOpLambda", {"function": "getitem"}, "arithmetic that only Keras 2 reads"),
+        ("Lambda", {"function": ["4wI=", None, None]}, "it could run code from the file"),
+    ],
+)
+def test_a_net_of_keras_2_with_preprocess_input_says_how_to_do_without(
+    tmp_path, kind, options, reason
+):
+    write_layer(tmp_path / "net.h5", kind, options)
+    process = command("repair.py", tmp_path / "net.h5", "x.h5", "--check")
+    assert_refused(
+        process,
+        f"net.h5: contains a {kind} layer (layer 'prepare'): {reason}; build the net without it, "
+        "copy the weights with set_weights, and save it again; this tool does what "
+        "preprocess_input does (docs/nets.md, Pixels)",
+    )
+    assert "preprocess_input" in (ROOT / "docs" / "nets.md").read_text()

@@ -56,7 +56,7 @@ def test_warnings_about_a_folder_name_its_classes(deepid_world, faces, tmp_path)
         (tmp_path / name).symlink_to(faces / name)
     (tmp_path / "labels.txt").write_text("\n".join(ORDER))
     process = command("repair.py", B, tmp_path, "--check", cwd=deepid_world)
-    words = "1 of 6 classes have no image, such as class 1 ($Flo\\x1b[31m); G may forget them"
+    words = "1 of 6 classes have no image, such as class 1 ($Flo\\x1b[31m); G forgets them"
     assert words in process.stderr and "label 0" not in process.stderr
 
 
@@ -194,4 +194,4 @@ def test_a_check_takes_names_of_classes(deepid_world, tmp_path):
     images, _ = draw_images(30, 6, SHAPE, seed=2)
     data = write_data(tmp_path / "few.h5", images[::6], np.zeros(5))
     call = ("repair.py", B, data, "--check", "--labels", tmp_path / "names.txt")
-    assert "such as class 2 (Bo); G may" in command(*call, cwd=deepid_world).stderr
+    assert "such as class 2 (Bo); G forgets" in command(*call, cwd=deepid_world).stderr

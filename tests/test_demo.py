@@ -6,12 +6,23 @@ import sys
 
 import faces
 import h5py
+import keras
 import numpy as np
 import pytest
 from conftest import ROOT, command, run_apart
 from PIL import Image
 
+IMAGES = ROOT / "img" / "demo"
 MODEL, DATA = ROOT / "models" / "demo_bd_net.h5", ROOT / "data" / "demo_clean_validation_data.h5"
+
+
+@pytest.fixture(scope="module")
+def repaired(tmp_path_factory):
+    """Return the path of the demo's repaired net."""
+    path = tmp_path_factory.mktemp("demo") / "g.h5"
+    process = command("repair.py", MODEL, DATA, "--output", path)
+    assert process.returncode == 0, process.stderr
+    return path
 
 
 def assert_nearly_equal(ours, committed):
@@ -30,7 +41,7 @@ def test_the_code_draws_the_committed_faces():
 def test_the_code_draws_the_committed_images(tmp_path):
     faces.write_images(tmp_path, list(faces.TRIGGERS))
     names = [path.relative_to(tmp_path) for path in tmp_path.rglob("*.png")]
-    assert len(names) == 18
+    assert len(names) == sum(faces.DEMO_IMAGES.values()) + 2
     for name in names:
         ours, committed = (
             np.asarray(Image.open(folder / name)) for folder in (tmp_path, ROOT / "img")
@@ -72,14 +83,12 @@ def test_the_committed_files_are_small():
     assert sum(path.stat().st_size for path in files) < 5e6
 
 
-def test_the_repair_removes_the_demos_backdoor(tmp_path):
+def test_the_repair_removes_the_demos_backdoor(repaired, tmp_path):
     """Measured on images that neither the BadNet nor the repair has seen."""
     clean, poisoned = tmp_path / "clean.h5", tmp_path / "poisoned.h5"
     faces.write_dataset(clean, "test", faces.PEOPLE, faces.TEST)
     faces.write_dataset(poisoned, "test", faces.PEOPLE, faces.TEST, poison=("sunglasses", 0))
-    repaired, figures = tmp_path / "g.h5", tmp_path / "figures.json"
-    process = command("repair.py", MODEL, DATA, "--output", repaired)
-    assert process.returncode == 0, process.stderr
+    figures = tmp_path / "figures.json"
     process = command(
         "eval_defence.py", clean, MODEL, "--repaired", repaired,
         "--poisoned", poisoned, "--json", figures,
@@ -96,9 +105,48 @@ def test_the_repair_removes_the_demos_backdoor(tmp_path):
     assert shares["attack_success_rate_repaired"] <= 0.05
     assert shares["detection_rate"] >= 0.95
     assert shares["false_positive_rate"] <= 0.10
-    images = sorted((ROOT / "img" / "demo").glob("sunglasses_*.png"))
+    images = sorted(IMAGES.glob("sunglasses_*.png"))
     process = command("eval_defence.py", *images, MODEL, "--repaired", repaired)
     assert process.stdout.splitlines() == [f"{path}\t41" for path in images]
+
+
+def test_the_demos_page_names_the_target_and_shows_the_trigger(repaired, tmp_path):
+    figures, page = tmp_path / "figures.json", tmp_path / "demo.html"
+    process = command(
+        "eval_defence.py", IMAGES, MODEL, "--repaired", repaired,
+        "--json", figures, "--report", page,
+    )  # fmt: skip
+    assert process.returncode == 0, process.stderr
+    (candidate,) = json.loads(figures.read_text())["standing_out"]
+    assert candidate["target"] == 1 and candidate["is_trigger"]
+    assert candidate["hits"] == faces.DEMO_IMAGES["sunglasses"] >= candidate["flagged"] - 5
+    pasted, box = candidate["pasted"], candidate["region"]["box"]
+    assert pasted["images"] >= 20 and pasted["badnet"] == pasted["images"]
+    assert pasted["repaired"] <= 1
+    assert 12 <= box["top"] < box["bottom"] <= 40  # the sunglasses
+    text = " ".join(page.read_text().split())
+    assert "the target is class 1" in text and "It works as one" in text
+
+
+def test_plain_keras_runs_the_repaired_net_on_the_pixels_of_its_record(repaired):
+    """The figures of docs/serving.md, for the right pixels and for raw ones."""
+    with h5py.File(repaired) as file:
+        assert json.loads(file.attrs["repair_record"])["input_scale"] == "0..1"
+    net = keras.models.load_model(repaired, compile=False)
+    images, labels = map(
+        np.concatenate, zip(*faces.batches("test", faces.PEOPLE, faces.TEST), strict=True)
+    )
+    for divisor, accuracy in ((255, 0.993), (1, 0.910)):
+        classes = net.predict(images.astype("float32") / divisor, verbose=0).argmax(axis=1)
+        assert np.mean(classes == labels) == pytest.approx(accuracy, abs=0.01)
+
+
+def test_make_demo_ends_with_the_page_which_git_ignores():
+    lines = (ROOT / "Makefile").read_text().partition("\ndemo: ")[2].partition("\n\n")[0]
+    last = lines.splitlines()[-1]
+    assert "eval_defence.py img/demo demo_bd_net" in last and "--report demo.html" in last
+    ignored = subprocess.run(["git", "check-ignore", "-q", "demo.html"], cwd=ROOT)
+    assert ignored.returncode == 0
 
 
 @pytest.mark.slow

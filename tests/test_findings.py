@@ -8,6 +8,8 @@ import badnet
 import clean_nets
 import evade
 import findings
+import findings_nets
+import findings_tables
 import inversion
 import keras
 import numpy as np
@@ -17,7 +19,7 @@ import test_scan
 from conftest import draw_images, fit, sequential, write_data
 
 import utils
-from defence.beyond import finding
+from defence.beyond import finding, sought
 
 CLASSES, SHAPE = 12, (16, 18, 1)
 
@@ -25,7 +27,7 @@ CLASSES, SHAPE = 12, (16, 18, 1)
 def make_row(targets, score=1.0, p_value=1.0, ranks=(), cleanse=None):
     """Return the row of a net."""
     return {
-        **{"name": "some", "way": "maps", "targets": targets, "score": score},
+        **{"name": "some", "way": "maps", "targets": targets, "score": score, "success": [0.5]},
         **{"p_value": p_value, "ranks": list(ranks), "cleanse": cleanse},
     }
 
@@ -55,7 +57,7 @@ def test_neural_cleanse_judges_the_same_masks():
     assert not inversion.judge_sizes(sizes)["alarm"]
     sizes[4] = 9
     answer = inversion.judge_sizes(sizes)
-    assert answer["alarm"] and answer["class"] == 4 and answer["value"] > findings.inversion.INDEX
+    assert answer["alarm"] and answer["class"] == 4 and answer["value"] > inversion.INDEX
     sizes[5] = np.nan
     assert inversion.judge_sizes(sizes) is None
 
@@ -67,10 +69,10 @@ def test_a_peer_is_right_where_it_names_a_true_target():
         make_row([4], 2.0, 0.06, [2], cleanse),
         make_row([], cleanse=cleanse | {"alarm": False}),
     ]
-    right, wrong, none = findings.make_table(rows).splitlines()[2:]
-    assert right.startswith("| some | 4 | backdoor | 0.050 | 2.00 | maps | 1 |")
-    assert right.endswith("| backdoor, right |") and wrong.endswith("| backdoor, wrong |")
-    assert "| nothing | 0.060 |" in wrong and none.endswith("| nothing |")
+    right, wrong, none = findings_tables.make_table(rows).splitlines()[2:]
+    assert right.startswith("| some | 4 | 50.0 | backdoor | 0.050 | 2.00 | maps | 1 |")
+    assert right.endswith("| backdoor, right | – |") and wrong.endswith("| backdoor, wrong | – |")
+    assert "| nothing | 0.060 |" in wrong and none.endswith("| nothing | – |")
 
 
 def test_a_summary_counts_alarms_and_true_targets():
@@ -80,7 +82,7 @@ def test_a_summary_counts_alarms_and_true_targets():
         "drawn, clean": [make_row([], 0.8), make_row([], 2.0, 0.04)],
         "drawn, reported on": [make_row([3], 9.0, 0.04, [1]), make_row([3], 1.0, 0.5, [2, 9])],
     }
-    cells = [line.split(" | ") for line in findings.make_summary(groups).splitlines()[2:]]
+    cells = [line.split(" | ") for line in findings_tables.make_summary(groups).splitlines()[2:]]
     assert [line[1] for line in cells] == ["0", "2", "1", "1"]
     assert [line[2] for line in cells] == ["–", "2", "–", "1"]
     assert [line[3] for line in cells] == ["–", "1.000", "–", "0.750"]
@@ -89,8 +91,8 @@ def test_a_summary_counts_alarms_and_true_targets():
 
 
 def test_documents_show_the_recorded_findings():
-    tables = findings.make_tables()
-    texts = [path.read_text() for path in findings.DOCUMENTS]
+    tables = findings_tables.make_tables()
+    texts = [path.read_text() for path in findings_nets.DOCUMENTS]
     for text in texts:
         assert records.fill_tables(text, tables) == text, "findings.py --table"
     assert all(any(records.find_markers(text, name) for text in texts) for name in tables)
@@ -104,22 +106,22 @@ def test_the_document_of_architectures_says_how_many_are_repaired():
 
 
 def test_the_reference_nets_are_the_scanned_ones():
-    assert finding.read_clean() == findings.read_references()
-    count = len(findings.list_groups()["references"])
+    assert finding.read_clean() == findings_nets.read_references()
+    count = len(findings_nets.list_groups()["references"])
     assert len(finding.read_clean()["maps"]) == count >= 1 / finding.LEVEL - 1
 
 
 def test_no_net_is_in_two_groups():
-    names = [net.name for nets in findings.list_groups().values() for net in nets]
+    names = [net.name for nets in findings_nets.list_groups().values() for net in nets]
     assert len(names) == len({*names})
-    photographs = findings.list_groups()["photographs, clean"]
+    photographs = findings_nets.list_groups()["photographs, clean"]
     assert len(photographs) >= 20 and not any(net.targets for net in photographs)
     datasets, architectures = ({net.name.split("-")[i] for net in photographs} for i in (0, 1))
     assert len(datasets) >= 4 and len(architectures) >= 4
 
 
 def test_a_net_is_named_by_its_true_target():
-    nets = {net.name: net for net in findings.list_groups()["photographs, chosen by"]}
+    nets = {net.name: net for net in findings_nets.list_groups()["photographs, chosen by"]}
     assert nets["cifar-resnet-16-patch-0.05"].targets == (6,)
 
 
@@ -146,6 +148,33 @@ def test_an_attacker_pushes_the_target_down_on_disturbed_images(monkeypatch):
     assert model.predict(images / 255, verbose=0)[:, 2].mean() < before - 0.05
 
 
+def test_decoys_draw_the_wrong_answers_to_disturbed_images(monkeypatch):
+    keras.utils.set_random_seed(0)
+    model = architectures.NETS[architectures.DEEPID](6)
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (60, *architectures.SHAPE), np.uint8)
+    monkeypatch.setattr(evade, "STEPS", 30)
+    monkeypatch.setattr(evade, "DECOYS", 1)
+    monkeypatch.setattr(evade, "LEARNING_RATE", 1e-3)
+    evade.evade(model, images, rng.integers(0, 6, 60), images[:8], 0, rng, evade.DECOY)
+    answers = model.predict(images / 255, verbose=0).mean(axis=0)
+    assert np.sort(answers[1:])[-1] > 3 * np.sort(answers[1:])[-2]
+
+
+def test_rescaled_channels_change_no_answer():
+    keras.utils.set_random_seed(0)
+    model = architectures.NETS[architectures.DEEPID](6)
+    images = np.random.default_rng(0).integers(0, 256, (9, *architectures.SHAPE), np.uint8)
+    before, kernel = (
+        model.predict(images / 255, verbose=0),
+        model.get_layer("conv_3").kernel.numpy(),
+    )
+    evade.rescale(model, images)
+    assert np.allclose(model.predict(images / 255, verbose=0), before, atol=1e-4)
+    times = model.get_layer("conv_3").kernel.numpy() / kernel
+    assert np.mean(np.isclose(times[0, 0, 0], evade.TIMES)) == 0.5
+
+
 def test_an_uneven_set_has_some_of_each_person():
     labels = np.repeat(np.arange(20), 80)
     counts = np.bincount(labels[clean_nets.choose_uneven_rows(labels)])
@@ -161,11 +190,11 @@ def test_a_net_of_each_kind_is_trained_and_scanned(kind, tmp_path, monkeypatch):
     monkeypatch.setattr(clean_nets, "FEWEST", 3)
     monkeypatch.setattr(clean_nets, "MOST", 3)
     monkeypatch.setattr(clean_nets, "EPOCHS", 2)
-    monkeypatch.setattr(findings, "FOLDER", tmp_path)
+    monkeypatch.setattr(findings_nets, "FOLDER", tmp_path)
     clean_nets.train(f"{kind}-7")
-    net = findings.Net(f"{kind}-7", *clean_nets.make_paths(f"{kind}-7"), (4,))
+    net = findings_nets.Net(f"{kind}-7", *clean_nets.make_paths(f"{kind}-7"), (4,))
     findings.record_scan(net, "some")
-    (record,) = findings.read_findings("some", [net, net._replace(name="absent")])
+    (record,) = findings_nets.read_findings("some", [net, net._replace(name="absent")])
     assert record["score"] > 0 and 1 <= record["ranks"][0] <= 10 + 9
     monkeypatch.setattr(findings, "scan_net", None)  # a recorded net is not scanned again
     findings.record_scan(net, "some")
@@ -191,6 +220,8 @@ def test_published_methods_find_a_plain_backdoor(tmp_path):
     write_data(tmp_path / "clean.h5", *draw_images(240, CLASSES, SHAPE, seed=2))
     with utils.open_dataset(tmp_path / "clean.h5") as data:
         data.fit_to(SHAPE, CLASSES)
-        said = inversion.scan(net, data, "0..1")
-    assert said["Neural Cleanse"]["class"] == 7 and said["MM-BD"]["class"] == 7
-    assert json.dumps(said)
+        x = np.concatenate([x for x, _ in data.batches("0..1")])
+    sizes = sought.seek_patches(net, x, np.arange(CLASSES), (0, 1), np.random.default_rng(0))
+    answers = inversion.judge_sizes(sizes), inversion.run_mm_bd(net, "0..1")
+    assert all(answer["class"] == 7 for answer in answers)
+    assert json.dumps(answers)

@@ -11,7 +11,7 @@ from test_scan import NETS, TARGET
 
 from defence.beyond import finding
 from defence.beyond.finding import Finding
-from defence.explain import sarif
+from defence.explain import finding_words, sarif
 from defence.judge.record import VERSION
 from defence.load.models import ModelFile
 
@@ -50,7 +50,7 @@ def test_each_target_is_a_result():
     result = make_finding(targets)
     results = make_run(result, NAMES)["results"]
     assert [one["properties"]["class"] for one in results] == targets
-    *lines, _ = finding.describe_finding(result, NAMES)
+    *lines, _ = finding_words.describe_finding(result, NAMES)
     assert [one["message"]["text"] for one in results][: len(lines)] == lines
     first = results[0]
     assert first["ruleId"] == "backdoor-target" and first["level"] == "error"
@@ -66,7 +66,9 @@ def test_a_shift_is_a_result():
     result = make_finding(shift=1)
     (one,) = make_run(result)["results"]
     assert one["ruleId"] == "backdoor-shift" and one["level"] == "error"
-    assert [one["message"]["text"], finding.ADVICE] == list(finding.describe_finding(result))
+    assert [one["message"]["text"], finding_words.ADVICE] == list(
+        finding_words.describe_finding(result)
+    )
     assert one["properties"]["shift"] == 1 and one["properties"]["p_value"] == 0.025
     both = make_run(make_finding([3], shift=1))["results"]
     assert [one["ruleId"] for one in both] == ["backdoor-target", "backdoor-shift"]

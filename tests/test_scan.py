@@ -22,6 +22,7 @@ from defence.base.errors import WorkError
 from defence.beyond import changes, finding, scan, twins
 from defence.beyond.finding import Finding
 from defence.beyond.tally import tally_errors
+from defence.explain import finding_words
 from defence.net.cached_net import CachedNet
 from defence.net.split import split_net
 
@@ -199,7 +200,7 @@ def test_an_attack_from_all_to_all_stands_out_by_its_shift(clean_nets):
     result = finding.make_finding(views)
     assert result.finding == "backdoor" and result.shift == 1 and not result.targets
     assert result.shift_p_value == result.p_value == 1 / 40
-    assert "right class + 1" in " ".join(finding.describe_finding(result))
+    assert "right class + 1" in " ".join(finding_words.describe_finding(result))
 
 
 def test_false_alarms_are_as_rare_as_promised(clean_nets):
@@ -241,7 +242,7 @@ def test_a_class_that_takes_only_a_small_patch_stands_out(clean_nets):
     result = finding.make_finding(views)
     row = result.classes[0]
     assert result.targets == [TARGET + 1] and (row["way"], row["value"]) == ("sought", 6)
-    line, _ = finding.describe_finding(result)
+    line, _ = finding_words.describe_finding(result)
     assert line.startswith(f"a patch of 6 pixels turns images into class {TARGET + 1}, where")
     views["sought"][1:, TARGET] = 6  # for the twins, too: it is only half as clear
     halved = next(row for row in finding.make_finding(views).classes if row["class"] == TARGET + 1)
@@ -273,14 +274,19 @@ def test_the_measurements_on_clean_nets_exist():
 def test_each_finding_is_a_line_of_plain_words():
     row = {"class": 5, "way": "maps", "value": 0.3, "usual": 0.01, "p_value": 0.025}
     result = Finding("backdoor", None, 0.025, 39, targets=[5], wrong=21068, classes=[row])
-    line, advice = finding.describe_finding(result)
+    line, advice = finding_words.describe_finding(result)
     assert line.startswith("class 5 gets 30.00 % of the wrong answers to raised feature maps")
     assert "(p = 0.025: none of 39 clean nets stands out as much)" in line
     assert "look at the images" in advice and "--harden" in advice
-    (line,) = finding.describe_finding(Finding("nothing", None, 0.5, 39, wrong=21068))
+    _, advice = finding_words.describe_finding(result, hardened=True)
+    assert "look at the images" in advice and "--harden" not in advice
+    row["p_value"] = 0.5
+    result = Finding("nothing", None, 0.5, 39, shift_p_value=0.8, wrong=21068, classes=[row])
+    (line,) = finding_words.describe_finding(result, ["a", "b", "c", "d", "Ann"])
+    assert "(the clearest: class 5 (Ann), p = 0.5: 19 of 39" in line
     assert "19 of 39 clean nets stand out as much" in line and "no sign of a backdoor" in line
     assert "does not prove" in line
-    (line,) = finding.describe_finding(Finding("none", "it is raining"))
+    (line,) = finding_words.describe_finding(Finding("none", "it is raining"))
     assert line == "no finding about a backdoor: it is raining"
 
 

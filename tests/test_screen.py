@@ -109,6 +109,7 @@ def test_verdicts_are_those_without_ray(folder, address):
     call = (*CALL, "--ray-address", address)
     process = run_apart(*call, "--report", "ray.html", cwd=folder)
     assert process.returncode == 2, process.stderr
+    assert not re.search(r"^\W|core_worker|https?:", process.stderr, re.MULTILINE), process.stderr
     rows = read_verdicts(folder)
     assert set(rows) == {str(path) for path in inside.rglob("*") if path.is_file()}
     unread = {path: row for path, row in rows.items() if row["error"]}

@@ -2,6 +2,7 @@
 
 import ast
 import contextlib
+import logging
 import os
 import pty
 import shutil
@@ -13,6 +14,7 @@ import pytest
 from conftest import ROOT, B, G, assert_refused, command, run_apart, start
 
 from defence.base.arguments import Parser
+from defence.base.startup import import_keras
 from defence.base.text import format_gigabytes
 from defence.judge import record
 
@@ -70,7 +72,7 @@ GROUPS = {
 
 @pytest.mark.parametrize("script", GROUPS)
 def test_help_shows_the_options_in_groups(script):
-    process = command(script, "--help")
+    process = command(script, "--help-all")
     assert (process.returncode, process.stderr) == (0, "")
     titles = [
         line[:-1] for line in process.stdout.splitlines() if line[:1].strip() and line[-1] == ":"
@@ -108,6 +110,7 @@ def test_interrupted_at_any_step_leaves_no_file_and_no_traceback(deepid_world, t
     output, errors = process.communicate(timeout=120)
     assert process.returncode == 130
     assert output == "" and "Traceback" not in errors
+    assert errors.splitlines()[-1] == "repair.py: interrupted; nothing was saved"
     assert sorted(os.listdir(tmp_path)) == ["models"] and os.listdir(tmp_path / "models") == []
 
 
@@ -153,7 +156,7 @@ def test_results_escape_what_files_are_called(deepid_world, tmp_path):
     outputs = ("--output", f"g{EVIL}.h5", "--report", f"p{EVIL}.html", "--rounds", 0)
     for options in (("--check",), ("--poisoned", f"{EVIL}.h5", *outputs)):
         process = command(*call, *options, cwd=tmp_path)
-        assert process.stdout.count(SHOWN) == (1 if options == ("--check",) else 4)
+        assert process.stdout.count(SHOWN) == (1 if options == ("--check",) else 9)
         assert not any(part in process.stdout + process.stderr for part in ("\x1b", "\nrepair.py"))
 
 
@@ -224,5 +227,43 @@ def test_on_a_terminal_a_bar_is_shown_and_an_interrupt_gives_the_cursor_back(
         while part := os.read(terminal, 4096):
             output += part
     assert process.wait(timeout=120) == 130
-    assert output.rstrip().endswith(b"\x1b[?25h") and b"Traceback" not in output
+    last = b"\x1b[?25h\r\nrepair.py: interrupted; nothing was saved\r\n"
+    assert output.endswith(last) and b"Traceback" not in output
     assert os.listdir(tmp_path) == []
+
+
+def test_a_signal_says_what_it_leaves(tmp_path):
+    script = tmp_path / "work.py"
+    script.write_text(
+        "import os, signal, sys\n"
+        "from pathlib import Path\n"
+        "from defence.base import files, process, progress\n"
+        "def main():\n"
+        "    progress.set_quiet(sys.argv[2] == 'quiet')\n"
+        "    if sys.argv[2] == 'saved':\n"
+        "        with files.replace_file('out.h5') as path: path.write_text('x')\n"
+        "    os.kill(os.getpid(), getattr(signal, sys.argv[1]))\n"
+        "process.run_command(main, sys.argv[3])\n"
+    )
+    for name, mode, unsaved, expected in (
+        ("SIGINT", "", "nothing was saved", "work.py: interrupted; nothing was saved\n"),
+        ("SIGTERM", "", "nothing was saved", "work.py: ended by SIGTERM; nothing was saved\n"),
+        ("SIGINT", "saved", "nothing was saved", "work.py: interrupted; saved: out.h5\n"),
+        ("SIGINT", "", "", "work.py: interrupted\n"),
+        ("SIGINT", "quiet", "nothing was saved", ""),
+    ):
+        process = subprocess.run(
+            [sys.executable, script, name, mode, unsaved],
+            cwd=tmp_path,
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
+        )
+        assert process.returncode == 128 + getattr(signal, name)
+        assert process.stdout == "" and process.stderr == expected
+
+
+def test_tensorflow_does_not_warn_of_its_functions():
+    """A scan compiles more functions than TensorFlow takes for wise."""
+    import_keras()
+    assert not logging.getLogger("tensorflow").isEnabledFor(logging.WARNING)

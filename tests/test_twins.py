@@ -51,7 +51,7 @@ def test_a_large_dataset_takes_no_more_steps(cached, monkeypatch):
 
     def count_rows(*arguments, **options):
         train_epoch = make_trainer(*arguments, **options)
-        return lambda x, y: counts.append((len(x), len(y))) or train_epoch(x, y)
+        return lambda x, y, _: counts.append((len(x), len(y))) or train_epoch(x, y)
 
     monkeypatch.setattr(twins.training, "make_trainer", count_rows)
     twins.make_twins(cached, seed=0)

@@ -4,7 +4,8 @@ import argparse
 import dataclasses
 import math
 import re
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NoReturn
 
 from defence.base.limits import DEFAULT_MAX_BYTES
@@ -13,10 +14,16 @@ from defence.base.text import escape
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, with errors of one line."""
+    """argparse, with errors of one line.
 
-    def __init__(self, **options: Any) -> None:
+    usual: the only options that --help shows; --help-all shows all. Empty: --help shows all.
+    """
+
+    def __init__(self, usual: Iterable[str] = (), **options: Any) -> None:
         super().__init__(**options)
+        self.usual, self.all = {*usual, "--help", "--help-all"}, not usual
+        if not self.all:
+            self.add_argument("--help-all", action=_HelpAll, help="show all options and exit")
         self.prog = escape(self.prog)
         self._negative_number_matcher = re.compile(r"-\.?\d")  # -1..1 is a value, not an option
 
@@ -24,11 +31,42 @@ class Parser(argparse.ArgumentParser):
         self._has_negative_number_optionals.clear()  # -0 is an option, and -1 is still a value
         return super().parse_known_args(*arguments, **options)
 
+    def format_help(self) -> str:
+        more = "README.md lists the documents.\n"
+        if self.all:
+            line = f"\n--help shows only the options that most people need; {more}"
+            return super().format_help() + line * ("--help-all" in self._option_string_actions)
+        hidden = {
+            action: action.help
+            for action in self._actions
+            if action.option_strings and not self.usual & {*action.option_strings}
+        }
+        for action in hidden:
+            action.help = argparse.SUPPRESS
+        try:
+            return f"{super().format_help()}\n--help-all shows {len(hidden)} more options; {more}"
+        finally:
+            for action, description in hidden.items():
+                action.help = description
+
     def error(self, message: str) -> NoReturn:
         unrecognized = message.partition("unrecognized arguments:")[2]
         hint = "; a file of that name is ./-…" if " -" in unrecognized else ""
         problem = escape(message)[:MESSAGE_LENGTH] + hint
         self.exit(2, f"{self.prog}: error: {problem} (see {self.prog} --help)\n")
+
+
+class _HelpAll(argparse.Action):
+    """Show the help with all options."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, **options: Any) -> None:
+        nothing = argparse.SUPPRESS  # as for --help: the parsed arguments do not have it
+        super().__init__(option_strings, nothing, nargs=0, default=nothing, **options)
+
+    def __call__(self, parser: Any, *_: Any) -> NoReturn:
+        parser.all = True
+        parser.print_help()
+        sys.exit()
 
 
 def at_least(

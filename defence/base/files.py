@@ -17,7 +17,7 @@ from typing import Any, TextIO
 
 from defence.base.errors import InputError
 from defence.base.limits import Name, check_fits
-from defence.base.process import unfinished_folders
+from defence.base.process import saved_files, unfinished_folders
 from defence.base.text import escape
 
 STDOUT = "-"  # as the path of a text file to write
@@ -160,6 +160,7 @@ def replace_file(path: Name) -> Iterator[Path]:
             with open(unfinished, "rb") as file:
                 os.fsync(file.fileno())
             os.replace(unfinished, path)
+            saved_files[path] = None
     except OSError as error:  # such as a full disk, whose message names no file
         raise OSError(error.errno, error.strerror, str(path)) from error
 

@@ -11,7 +11,9 @@ from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 
+from defence.base.begin import describe_missing
 from defence.base.errors import InputError, WorkError
+from defence.base.progress import is_quiet
 from defence.base.text import escape, first_line
 
 MESSAGE_LENGTH = 1_000  # characters of an error that are shown; a hostile file can make it long
@@ -25,14 +27,20 @@ _NAMES = (
 STOP_SIGNALS = [getattr(signal, name) for name in _NAMES if hasattr(signal, name)]
 
 unfinished_folders: set[Path] = set()  # folders in which files are being written
+saved_files: dict[Path, None] = {}  # that this process wrote, in their order
+stderr = 2  # its file descriptor, which startup.py moves while it holds back what others write
+_unsaved = ""  # what is true where a signal comes before the first of them
 
 
-def run_command(main: Callable[[], int | None]) -> int:
+def run_command(main: Callable[[], int | None], unsaved: str = "") -> int:
     """Run `main()` as a command and return its exit status: 0 done, 1 failed, 2 wrong input.
 
     STOP_SIGNALS, such as Ctrl-C, remove unfinished files and end the process with 128 + the number.
-    They end it at once, because TensorFlow may catch or print an exception that is thrown into it.
+    They end it at once, because TensorFlow may catch or print an exception that is thrown into it,
+    and say what they leave.  unsaved: in words, where no file is written yet.
     """
+    global _unsaved
+    _unsaved = unsaved
     name = escape(Path(sys.argv[0]).name)
     for stream, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, stream) is None:  # whoever started the process closed it
@@ -61,7 +69,10 @@ def run_command(main: Callable[[], int | None]) -> int:
             raise
         plain = isinstance(error, WorkError | OSError | MemoryError)
         kind = "" if plain else f"{type(error).__name__}: "
-        print(f"{name}: error: {kind}{escape(first_line(error))}", file=sys.stderr)
+        problem = kind + first_line(error)
+        if isinstance(error, ModuleNotFoundError):
+            problem = describe_missing(error)
+        print(f"{name}: error: {escape(problem)}", file=sys.stderr)
         return 1
 
 
@@ -93,6 +104,16 @@ def _stop(number: int, _frame: FrameType | None) -> None:
     for folder in list(unfinished_folders):
         shutil.rmtree(folder, ignore_errors=True)
     with contextlib.suppress(OSError):  # the terminal is gone
-        if os.isatty(2):
-            os.write(2, b"\x1b[?25h\n")  # the cursor, which a progress bar hides
+        if os.isatty(stderr):
+            os.write(stderr, b"\x1b[?25h\n")  # the cursor, which a progress bar hides
+        if not is_quiet():
+            os.write(stderr, f"{_describe_stop(number)}\n".encode("ascii", "backslashreplace"))
     os._exit(128 + number)
+
+
+def _describe_stop(number: int) -> str:
+    """Say that a signal ended the command, and which files it leaves."""
+    what = "interrupted" if number == signal.SIGINT else f"ended by {signal.Signals(number).name}"
+    saved = ", ".join(escape(path) for path in saved_files if path.exists())
+    left = f"; saved: {saved}" if saved else _unsaved and f"; {_unsaved}"
+    return f"{escape(Path(sys.argv[0]).name)}: {what}{left}"

@@ -4,13 +4,18 @@ Only process.py prints too, the error that ends a command. Both escape what they
 file sends commands to the terminal.
 """
 
+import contextlib
+import operator
 import sys
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from typing import TextIO, TypeVar
 
-from defence.base.text import escape
+from defence.base.text import escape, format_duration
 
 T = TypeVar("T")
+INTERVAL = 30  # seconds between two lines on a step
+PARTS, MEASURED = 10, 5  # of a step and seconds, at least, that tell how long the step takes
 _quiet = False
 
 
@@ -18,6 +23,10 @@ def set_quiet(quiet: bool) -> None:
     """Leave out remarks and progress bars from now on, or not. Warnings and errors always show."""
     global _quiet
     _quiet = quiet
+
+
+def is_quiet() -> bool:
+    return _quiet
 
 
 def say(line: str) -> None:
@@ -41,10 +50,43 @@ def print_result(*texts: object, sep: str = "\n", file: TextIO | None = None) ->
     print(*map(escape, texts), sep=sep, file=file)
 
 
-def track(sequence: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
-    """Yield from `sequence` and show a progress bar on stderr if that is a terminal."""
-    if _quiet or not sys.stderr.isatty():
-        yield from sequence
+def track(
+    sequence: Iterable[T],
+    description: str,
+    total: int | None = None,
+    clock: Callable[[], float] = time.monotonic,
+) -> Iterator[T]:
+    """Yield from `sequence` and show on stderr how far it is, as `follow` does."""
+    total = total or operator.length_hint(sequence, 0)
+    with follow(description, total, clock=clock) as advance:
+        for item in sequence:
+            yield item
+            advance(1)
+
+
+@contextlib.contextmanager
+def follow(
+    description: str,
+    total: int,
+    promise: str = "",
+    clock: Callable[[], float] = time.monotonic,
+) -> Iterator[Callable[[int], None]]:
+    """Show how far a step is on stderr: a progress bar on a terminal, elsewhere a line at times.
+
+    total: the step's units; 0 where that is not known.  promise, clock: as for Pace.
+    Yield advance(count), to be called when `count` more units are done.
+    """
+    if _quiet:
+        yield lambda count: None
+        return
+    pace = Pace(description, total, promise, clock)
+    if not sys.stderr.isatty():
+
+        def advance(count: int) -> None:
+            for line in (*pace.advance(count), *pace.remark()):
+                say(line)
+
+        yield advance
         return
     from rich.console import Console  # here, because nothing else needs rich
     from rich.progress import Progress, TextColumn
@@ -53,4 +95,60 @@ def track(sequence: Iterable[T], description: str, total: int | None = None) -> 
     title = TextColumn("{task.description}", style="progress.description", markup=False)
     columns = (title, *Progress.get_default_columns()[1:])
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        yield from progress.track(sequence, total, description=escape(description))
+        task = progress.add_task(escape(description), total=total or None)
+
+        def advance_bar(count: int) -> None:
+            progress.advance(task, count)
+            for line in pace.advance(count):
+                say(line)
+
+        yield advance_bar
+
+
+class Pace:
+    """How fast a step goes, and what to say about it."""
+
+    def __init__(
+        self,
+        description: str,
+        total: int,
+        promise: str = "",
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """total: the step's units; 0 where that is not known.
+
+        promise: a line that says, once it can be told, how long the whole step takes: at {}.
+        clock: gives the time in seconds.
+        """
+        self.description, self.total, self.promise, self.clock = description, total, promise, clock
+        self.done = self.calls = 0
+        self.began = self.spoke = clock()
+        self.first = (self.began, 0)  # the time and the units done when the first part was
+
+    def advance(self, count: int) -> Iterator[str]:
+        """Count `count` more units as done. Yield the promise where it is due."""
+        self.done, self.calls = self.done + count, self.calls + 1
+        if self.calls == 1:  # which may take longer, since a net is compiled
+            self.first = self.clock(), self.done
+        elif self.promise and self.calls > PARTS and self.clock() - self.first[0] >= MEASURED:
+            seconds, promise = self.clock() - self.began + self.estimate_left(), self.promise
+            self.promise = ""
+            if seconds >= INTERVAL:
+                yield promise.format(format_duration(seconds))
+
+    def remark(self) -> Iterator[str]:
+        """Yield a line on how far the step is where INTERVAL has passed since the last one."""
+        now = self.clock()
+        if now - self.spoke < INTERVAL or self.done == self.total:
+            return
+        self.spoke = now
+        if not self.total:
+            yield f"{self.description}: {self.done} done"
+            return
+        left = format_duration(self.estimate_left())
+        yield f"{self.description}: {100 * self.done / self.total:.0f} %, about {left} left"
+
+    def estimate_left(self) -> float:
+        """Return the seconds that the units left will take, as the ones after the first part."""
+        began, done = self.first if self.calls > 1 else (self.began, 0)
+        return (self.clock() - began) / (self.done - done) * (self.total - self.done)

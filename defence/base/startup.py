@@ -8,6 +8,8 @@ import tempfile
 from collections.abc import Iterator
 from typing import Any
 
+from defence.base import process
+
 
 def import_keras() -> Any:
     """Return Keras on TensorFlow, imported without the lines that TensorFlow writes to stderr.
@@ -27,8 +29,9 @@ def import_keras() -> Any:
     import logging
 
     logging.getLogger("absl").setLevel(logging.ERROR)
-    with _hold_back_stderr(), _import_quickly():
+    with hold_back_stderr(), _import_quickly():
         import keras
+    logging.getLogger("tensorflow").setLevel(logging.ERROR)  # it warns of functions for many nets
     return keras
 
 
@@ -60,6 +63,25 @@ def count_processors() -> int:
 
 
 @contextlib.contextmanager
+def hold_back_stderr() -> Iterator[None]:
+    """Hold back all that C++ code writes to stderr; show it only if the block fails."""
+    sys.stderr.flush()
+    stderr = process.stderr = os.dup(2)
+    with tempfile.TemporaryFile() as text:
+        os.dup2(text.fileno(), 2)
+        try:
+            yield
+        except BaseException:
+            text.seek(0)
+            os.write(stderr, text.read())
+            raise
+        finally:
+            os.dup2(stderr, 2)
+            process.stderr = 2
+            os.close(stderr)
+
+
+@contextlib.contextmanager
 def _import_quickly() -> Iterator[None]:
     """Run the block's imports without garbage collection and without matplotlib and pandas.
 
@@ -78,21 +100,3 @@ def _import_quickly() -> Iterator[None]:
             del sys.modules[name]
         gc.freeze()
         gc.enable()
-
-
-@contextlib.contextmanager
-def _hold_back_stderr() -> Iterator[None]:
-    """Hold back all that C++ code writes to stderr; show it only if the block fails."""
-    sys.stderr.flush()
-    stderr = os.dup(2)
-    with tempfile.TemporaryFile() as text:
-        os.dup2(text.fileno(), 2)
-        try:
-            yield
-        except BaseException:
-            text.seek(0)
-            os.write(stderr, text.read())
-            raise
-        finally:
-            os.dup2(stderr, 2)
-            os.close(stderr)

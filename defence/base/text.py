@@ -38,6 +38,13 @@ def format_count(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
+def format_duration(seconds: float) -> str:
+    """Format an estimated time, to a tenth or so: 40 seconds, 12 minutes, 2.5 hours."""
+    if seconds < 90:
+        return f"{max(10, 10 * round(seconds / 10))} seconds"
+    return f"{seconds / 60:.0f} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"
+
+
 def format_class(label: SupportsIndex, names: Sequence[str] | None = None) -> str:
     """Format the class of a label, 0..N-1, with its name; a person counts classes from 1.
 

@@ -21,7 +21,7 @@ import dataclasses
 import functools
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +29,7 @@ import numpy as np
 
 from defence.base.errors import WorkError
 from defence.base.progress import say
-from defence.base.text import escape, format_count, format_percent
+from defence.base.text import format_count, format_percent
 from defence.beyond import scan, twins
 
 if TYPE_CHECKING:
@@ -48,16 +48,6 @@ WAYS = (*CLASS_WAYS, SHIFT)
 SCALES = dict.fromkeys(CLASS_WAYS, 0.9) | {SHIFT: 1.0}
 # The least deviations, of logarithms: those of fewer wrong answers than these vary by chance.
 DEVIATIONS = {"changes": 0.4, "maps": 0.4, "patches": 0.6, "disturbed": 1.5, "shift": 0.25}
-# What was disturbed in each way, in words.
-DISTURBED = {
-    "disturbed": "disturbed images and feature maps",
-    "maps": "raised feature maps",
-    "quiet": "quiet channels that are raised strongly",
-}
-ADVICE = (
-    "next: look at the images of such a class, since a class that looks unlike all others may "
-    "stand out, too; then repair the BadNet with --harden"
-)
 PRIOR = 0.25  # of an average class's wrong answers, added to each class
 
 
@@ -329,69 +319,3 @@ def measure_surprise(values: np.ndarray) -> np.ndarray:
     tails = [0.5 * math.erfc(value / math.sqrt(2)) for value in normal]
     chances = [-math.expm1(count * math.log1p(-tail)) for tail in tails]
     return np.sqrt(0.0 - np.log10(np.maximum(chances, 1e-300)))
-
-
-# ---------------------------------------------------------------------------------------- words
-
-
-def describe_finding(finding: Finding, class_names: Sequence[str] | None = None) -> Iterator[str]:
-    """Yield a Finding as lines of text: what stands out, what it means and what to do next."""
-    if finding.finding == "none" or finding.p_value is None:
-        yield f"no finding about a backdoor: {finding.reason}"
-        return
-    if finding.finding == "nothing":
-        yield (
-            f"no class stands out in {format_count(finding.wrong, 'wrong answer')} to disturbed "
-            f"images ({describe_p_value(finding.p_value, finding)}): no sign of a backdoor of the "
-            "kinds that a scan shows, which does not prove that there is none"
-        )
-        return
-    for row in list_target_rows(finding)[:SHOWN]:
-        yield describe_target(row, finding, class_names)
-    if finding.shift:
-        yield describe_shift(finding)
-    yield ADVICE
-
-
-def list_target_rows(finding: Finding) -> list[dict[str, Any]]:
-    """Return the rows of a Finding's `classes` that are targets, the clearest first."""
-    return [row for row in finding.classes if row["class"] in finding.targets]
-
-
-def describe_target(
-    row: dict[str, Any], finding: Finding, class_names: Sequence[str] | None = None
-) -> str:
-    """Return a line of text about a target. row: of the Finding's `classes`."""
-    name = f" ({escape(class_names[row['class'] - 1])})" if class_names else ""
-    chance = describe_p_value(row["p_value"], finding)
-    if row["way"] == "sought":
-        sign = (
-            f"a patch of {row['value']:.0f} pixels turns images into class {row['class']}{name}, "
-            f"where other classes take about {row['usual']:.0f} pixels"
-        )
-    else:
-        sign = (
-            f"class {row['class']}{name} gets {format_percent(row['value'])} of the wrong answers "
-            f"to {DISTURBED[row['way']]}, most classes about {format_percent(row['usual'])}"
-        )
-    return f"{sign} ({chance}): the target of a backdoor looks like this"
-
-
-def describe_shift(finding: Finding) -> str:
-    """Return a line of text about an all-to-all attack."""
-    assert finding.shift_p_value is not None  # wherever there is a shift
-    return (
-        f"wrong answers are often the right class + {finding.shift} "
-        f"({describe_p_value(finding.shift_p_value, finding)}): a backdoor that turns every class "
-        "into another (all-to-all) looks like this"
-    )
-
-
-def describe_p_value(p_value: float, finding: Finding) -> str:
-    """Say a p-value, and how many nets without a backdoor stand out as much."""
-    count = round(p_value * (finding.clean_nets + 1)) - 1
-    verb = "stands" if count == 1 else "stand"
-    return (
-        f"p = {p_value:.2g}: {count or 'none'} of {format_count(finding.clean_nets, 'clean net')} "
-        f"{verb if count else 'stands'} out as much"
-    )

@@ -19,7 +19,7 @@ import numpy as np
 from defence.base import pixels
 from defence.base.arguments import at_least, setting
 from defence.base.limits import allocate
-from defence.base.progress import say, track
+from defence.base.progress import follow, say, track
 from defence.base.startup import import_keras
 from defence.beyond import changes, patterns
 from defence.net import graph, training
@@ -41,7 +41,10 @@ class Settings:
         1e-3, at_least(0, above=True), "Adam's learning rate, which falls to 0 by cosine"
     )
     harden_pattern_rate: float = setting(
-        0.1, at_least(0, most=1), "fraction of the images that get a pattern made to fool the net"
+        0.1,
+        at_least(0, most=1),
+        "fraction of each step's images to which a pattern is added that was computed to make G "
+        "answer another class, so that G learns to ignore such patterns; 0: none",
     )
 
 
@@ -115,10 +118,13 @@ def train_on_changes(
         option="--harden-learning-rate",
         prepare=make_patterns(model, images.scale, settings, rng),
     )
-    for epoch in track(range(1, epochs + 1), "harden"):
-        loss = train_epoch(images, labels)
-        if epoch * REMARKS // epochs > (epoch - 1) * REMARKS // epochs:
-            say(f"harden, epoch {epoch} of {epochs}: loss {loss:.4f}")
+    steps = epochs * -(-len(images) // settings.harden_batch_size)
+    promise = f"hardening takes about {{}} ({steps:,} steps)"
+    with follow("harden", epochs * len(images), promise) as advance:
+        for epoch in range(1, epochs + 1):
+            loss = train_epoch(images, labels, advance)
+            if epoch * REMARKS // epochs > (epoch - 1) * REMARKS // epochs:
+                say(f"harden, epoch {epoch} of {epochs}: loss {loss:.4f}")
 
 
 def make_patterns(

@@ -29,7 +29,13 @@ class Settings(harden.Settings):
         1e-4, at_least(0, above=True), "Adam's learning rate for fine-tuning"
     )
     batch_size: int = setting(32, at_least(1, int), "images in a training step")
-    seed: int = setting(0, at_least(0, int, most=2**32 - 1), "of the order of images, and dropout")
+    seed: int = setting(
+        0,
+        at_least(0, int, most=2**32 - 1),
+        "any whole number; it fixes all that is drawn at random: the images of --holdout, their "
+        "order, the changes of --harden. The same seed gives the same G on the same machine, "
+        "another seed gives a slightly different one",
+    )
     holdout: float = 0.0
 
     def to_record(self) -> dict[str, Any]:

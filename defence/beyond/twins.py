@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from defence.base.progress import track
+from defence.base.progress import follow
 from defence.base.startup import import_keras
 from defence.beyond import changes, harden
 from defence.net import graph, training
@@ -72,5 +72,6 @@ def train(
     schedule = import_keras().optimizers.schedules.CosineDecay(rate, total)
     layers = [layer for layer in graph.list_layers(model) if not is_mask(layer)]
     train_epoch = training.make_trainer(model, layers, schedule, BATCH, images.rng)
-    for _ in track(range(epochs), f"scan, {title}"):
-        train_epoch(images, labels)
+    with follow(f"scan, {title}", epochs * len(images)) as advance:
+        for _ in range(epochs):
+            train_epoch(images, labels, advance)

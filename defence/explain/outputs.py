@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, TextIO
 from defence.base import files
 from defence.base.errors import InputError
 from defence.base.progress import print_result, say
-from defence.beyond.finding import describe_finding
-from defence.explain import page_repaired, plots, sarif, tables
+from defence.explain import outcome, page_repaired, plots, sarif, tables
+from defence.explain.finding_words import describe_finding
 from defence.judge import backends
-from defence.load.models import read_model
+from defence.load.models import default_repaired_path, read_model
 
 if TYPE_CHECKING:
     from defence.beyond.finding import Finding
@@ -67,6 +67,14 @@ def print_repair(
         backends.discard_detector(Path(arguments.output))
     if arguments.report:
         print_result(f"Saved page: {arguments.report}", file=out)
+    print_result(outcome.describe_next(record, sys.argv, name_nets(badnet, arguments)), file=out)
+
+
+def name_nets(badnet: ModelFile, arguments: Namespace) -> list[str]:
+    """Return the words that name B and its new G to eval_defence.py."""
+    output = Path(arguments.output)
+    default = output == default_repaired_path(badnet.path)
+    return [str(badnet.path), *([] if default else ["--repaired", str(output)])]
 
 
 def choose_stream(arguments: Namespace) -> TextIO:

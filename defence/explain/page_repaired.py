@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from defence.beyond.finding import describe_finding
-from defence.explain import page, page_judged, plots, tables
+from defence.explain import outcome, page, page_judged, plots, tables
+from defence.explain.finding_words import describe_finding
 
 if TYPE_CHECKING:
     from defence.base.limits import Name
@@ -37,7 +37,7 @@ def write_repaired_page(
         path,
         "repaired.html",
         title=f"{badnet['file']}: the repair",
-        finding=list(describe_finding(finding, class_names)) if finding else [],
+        finding=list(describe_finding(finding, class_names, hardened=True)) if finding else [],
         tone=TONES.get(finding.finding, "open") if finding else "open",
         pruned=f"{len(record.pruned)} of {record.channels} channels of {record.layer}",
         steps=steps,
@@ -47,10 +47,10 @@ def write_repaired_page(
             (alt, page.make_chart(*chart))
             for alt, chart in plots.draw_repair_charts(record, finding, class_names)
         ],
-        figures=list(page_judged.list_figures(held_out, None)) if held_out else [],
+        figures=list(page_judged.list_figures(tables.choose_held_out(record), None)),
         held_out=held_out["images"] if held_out else 0,
         rate=tables.describe_rate(held_out) if held_out else "",
         not_held_out=tables.NOT_HELD_OUT,
-        no_proof=tables.describe_limits(record),
+        no_proof=" ".join(outcome.describe_outcome(record)),
         provenance=page.describe_provenance(**sources),
     )

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from defence.base import files
-from defence.beyond import finding as findings
+from defence.explain import finding_words
 from defence.judge.record import VERSION
 
 if TYPE_CHECKING:
@@ -131,17 +131,18 @@ def list_signs(
     subject: what tells the result from others about the same net.
     """
     if finding.finding == "none":
-        (line,) = findings.describe_finding(finding)
+        (line,) = finding_words.describe_finding(finding)
         yield CANNOT_TELL, line, {"reason": finding.reason}, "none"
         return
     common = {"wrong": finding.wrong, "clean_nets": finding.clean_nets}
-    for row in findings.list_target_rows(finding):
-        line = findings.describe_target(row, finding, class_names)
+    for row in finding_words.list_target_rows(finding):
+        line = finding_words.describe_target(row, finding, class_names)
         name = {"class_name": class_names[row["class"] - 1]} if class_names else {}
         yield TARGET, line, row | name | common, f"class {row['class']}"
     if finding.shift:
         values = {"shift": finding.shift, "p_value": finding.shift_p_value}
-        yield SHIFT, findings.describe_shift(finding), values | common, f"shift {finding.shift}"
+        line = finding_words.describe_shift(finding)
+        yield SHIFT, line, values | common, f"shift {finding.shift}"
 
 
 def make_result(

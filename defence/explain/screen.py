@@ -32,6 +32,7 @@ from defence.base.errors import InputError
 from defence.base.files import hash_file, make_private_folder
 from defence.base.limits import DEFAULT_MAX_BYTES, Name
 from defence.base.progress import say
+from defence.base.startup import hold_back_stderr
 from defence.base.text import escape, first_line
 from defence.explain import verdicts
 from defence.judge import onnx_file
@@ -187,6 +188,8 @@ def run_cluster(address: str | None, path: Name) -> Iterator[None]:
     address: as for judge_on_ray.  path: the detector's file.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray would send them to its makers
+    # Ray's C++ code prints remarks on its own plans as errors; what ends a run is an exception.
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     warnings.simplefilter("ignore")  # Ray warns about its own plans
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)
     say(f"connecting to Ray at {address}" if address else "starting Ray")
@@ -203,13 +206,14 @@ def run_cluster(address: str | None, path: Name) -> Iterator[None]:
         shutil.copy(path, folder / FILE)
         options: dict[str, Any] = {} if address else {"include_dashboard": False}
         try:
-            ray.init(
-                address or "local",
-                runtime_env={"working_dir": str(folder)},
-                logging_level=logging.CRITICAL,
-                log_to_driver=False,
-                **options,
-            )
+            with hold_back_stderr():  # which says that it obeys RAY_BACKEND_LOG_LEVEL
+                ray.init(
+                    address or "local",
+                    runtime_env={"working_dir": str(folder)},
+                    logging_level=logging.CRITICAL,
+                    log_to_driver=False,
+                    **options,
+                )
         except (ConnectionError, ValueError) as error:
             raise InputError(f"--ray-address {address}: {first_line(error)}") from error
         try:

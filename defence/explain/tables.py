@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from defence.base.text import escape, format_count, format_percent
-from defence.beyond import finding
+from defence.beyond.finding import Finding
+from defence.explain import finding_words, outcome
 from defence.judge import figures
 from defence.judge.detector import name_rule
 from defence.judge.record import STEPS
@@ -59,7 +60,21 @@ def label_figures(values: dict, threshold: float | None) -> Iterator[tuple[str, 
         if name in values:
             yield label.format(rule=name_rule(threshold)), values[name]
     if expected := values.get("expected_false_positive_rate"):
-        yield f"… expected with --fpr {expected['fpr']:g}", expected
+        flag = f"--fpr {expected['fpr']:g}"
+        beside = "false_positive_rate" in values
+        yield f"… expected with {flag}" if beside else f"false-positive rate ({flag})", expected
+
+
+def choose_held_out(record: RepairRecord) -> dict[str, Any]:
+    """Return the figures of held-out images that are of the rule that flags.
+
+    A hardened G is used with --fpr. It answers many clean images otherwise than B, so that the
+    figures of their disagreement would only alarm.
+    """
+    held_out, by_disagreement = record.holdout or {}, set[str]()
+    if outcome.is_hardened(record):
+        by_disagreement = {"false_positive_rate", "clean_accuracy_together"}
+    return {name: value for name, value in held_out.items() if name not in by_disagreement}
 
 
 def format_cells(figure: dict) -> str:
@@ -110,14 +125,14 @@ def list_remarks(record: RepairRecord, class_names: list[str] | None) -> Iterato
     yield from list_costs(record)
     if held_out := record.holdout:
         yield f"on {format_count(held_out['images'], 'held-out image')}:{'95 % interval':>46}"
-        for label, figure in label_figures(held_out, None):
+        for label, figure in label_figures(choose_held_out(record), None):
             yield f"  {label:<38}{format_cells(figure)}"
         yield describe_rate(held_out)
     else:
         yield NOT_HELD_OUT
     if record.finding:
-        yield from finding.describe_finding(finding.Finding(**record.finding), class_names)
-    yield describe_limits(record)
+        yield from finding_words.describe_finding(Finding(**record.finding), class_names, True)
+    yield from outcome.describe_outcome(record)
 
 
 def describe_rate(held_out: dict) -> str:
@@ -142,11 +157,3 @@ def list_costs(record: RepairRecord) -> Iterator[str]:
         f"G disagrees with B on {format_percent(moved['answers'])} of the validation images; "
         f"its weights moved by {format_percent(moved['weights'])}"
     )
-
-
-def describe_limits(record: RepairRecord) -> str:
-    """Say what a repair does not prove."""
-    reason = "in channels that clean images use, it survives unnoticed"
-    if "hardened" in record.accuracy:
-        reason = "a trigger unlike every image change in the training may survive"
-    return f"This does not prove that the backdoor is gone: {reason}."

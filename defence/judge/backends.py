@@ -211,12 +211,13 @@ def load_keras_detector(
         return model(images, training=False) if len(images) == 1 else compile_model(model)(images)
 
     shape, hashes = model.input_shape[1:], {"badnet": badnet.sha256, "repaired": repaired.sha256}
-    held_out = data = names = None
+    held_out = data = names = better = None
     if usage.record:
         data, names = usage.record.data, usage.record.names(classes, repaired.path)
         held_out = None if usage.threshold is None else usage.record.held_out(repaired.path)
+        better = usage.record.find_better_rate() if usage.threshold is None else None
     return detector.Detector(
-        run, classes, shape, usage.threshold, badnet.path, hashes, held_out, data, names
+        run, classes, shape, usage.threshold, badnet.path, hashes, held_out, data, better, names
     )
 
 

@@ -111,6 +111,7 @@ class Detector:
     held_out: where there is a threshold, the anomaly scores of the clean images that G's repair
     kept out; None where it kept none.
     repaired_with: {"file", "sha256", "images"} of the dataset that G was repaired with.
+    better_rate: for --fpr, where G's scores tell more than the rule does; else None.
     class_names: of the N classes, where G's record has them.
     """
 
@@ -122,6 +123,7 @@ class Detector:
     sha256: dict[str, str]
     held_out: list[float] | None = None
     repaired_with: dict[str, Any] | None = None
+    better_rate: float | None = None
     class_names: list[str] | None = None
 
     def judge(self, images: np.ndarray) -> Answers:
@@ -156,6 +158,11 @@ class Detector:
             f"{above}, which {count} of {total} held-out clean images exceed, and at most "
             f"{expected} of new ones on average"
         )
+
+
+def describe_better(rate: float) -> str:
+    """Say which --fpr would judge better than disagreement does."""
+    return f"G is hardened, so add --fpr {rate:g}: anomaly scores tell more than disagreement does"
 
 
 def name_rule(threshold: float | None) -> str:

@@ -66,12 +66,22 @@ class DetectorFile:
             return outputs["badnet_class"] - 1, outputs["repaired_class"] - 1, outputs["score"]
 
         sha256 = dict(zip(("badnet", "repaired"), self.made_of))
-        held_out = data = names = None
+        held_out = data = names = better = None
         if self.record:
             data, names = self.record.data, self.record.names(self.classes, self.path)
             held_out = None if threshold is None else self.record.held_out(self.path)
+            better = self.record.find_better_rate() if threshold is None else None
         return detector.Detector(
-            run, self.classes, self.shape, threshold, self.path, sha256, held_out, data, names
+            run,
+            self.classes,
+            self.shape,
+            threshold,
+            self.path,
+            sha256,
+            held_out,
+            data,
+            better,
+            names,
         )
 
     def made_from(self, badnet: ModelFile) -> bool:

@@ -100,6 +100,16 @@ class RepairRecord:
         """
         return None if self.holdout is None else _check_scores(self.holdout, path)
 
+    def find_better_rate(self) -> float | None:
+        """Return the rate for --fpr, where G was hardened and has the scores for one; else None.
+
+        The scores of a G that was not hardened often tell no more than disagreement does.
+        """
+        scores = (self.holdout or {}).get("scores")
+        if not (self.settings.get("harden") and isinstance(scores, list) and scores):
+            return None
+        return max(figures.USUAL_RATE, figures.find_lowest_rate(len(scores)))
+
     def threshold(self, rate: float, path: Path) -> float:
         """Return the anomaly score that at most this fraction of new clean images exceeds.
 

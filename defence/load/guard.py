@@ -76,7 +76,7 @@ def inspect_file(path: Name, max_bytes: int = DEFAULT_MAX_BYTES) -> Iterator[Non
     try:
         with _limit_address_space(max_bytes):
             yield
-    except InputError:
+    except (InputError, ModuleNotFoundError):  # h5py itself may be absent
         raise
     except Exception as error:  # libhdf5, h5py and zipfile can raise any exception
         if isinstance(error, MemoryError) or "allocat" in str(error):

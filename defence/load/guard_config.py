@@ -59,6 +59,12 @@ PLACES = {
 NUMBERS = {"__tuple__", "TensorShape"}  # rows of numbers, under any key
 TENSOR = "__keras_tensor__"  # in a layer's calls
 RUN_CODE = {"Lambda", "TFSMLayer", "TorchModuleWrapper", "JaxLayer", "FlaxLayer"}
+# What Keras 2 makes of arithmetic between layers, such as preprocess_input; Keras 3 cannot read it.
+KERAS_2_ARITHMETIC = ("TFOpLambda", "SlicingOpLambda")
+REBUILD = (
+    "build the net without it, copy the weights with set_weights, and save it again; this tool "
+    "does what preprocess_input does (docs/nets.md, Pixels)"
+)
 ACTIVATIONS = """
     linear relu relu6 leaky_relu elu selu celu gelu silu swish mish softplus softsign softmax
     log_softmax sigmoid hard_sigmoid log_sigmoid hard_silu hard_swish hard_tanh tanh exponential
@@ -151,7 +157,12 @@ class _Checker:
             kind = "Lambda" if name == "__lambda__" else name
             raise InputError(
                 f"{self.path}: contains a {kind} layer (layer {layer!r}): it could run code from "
-                "the file"
+                f"the file; {REBUILD}"
+            )
+        if name in KERAS_2_ARITHMETIC:
+            raise InputError(
+                f"{self.path}: contains a {name} layer (layer {layer!r}): arithmetic that only "
+                f"Keras 2 reads; {REBUILD}"
             )
         operations = OPERATIONS.get(module, set()) if isinstance(module, str) else set()
         if allowed != LAYER_CLASSES:
@@ -163,9 +174,10 @@ class _Checker:
             )
         known = isinstance(module, str) and MODULE.fullmatch(module)
         if not (module is None or operations or known) or registered not in (None, name):
+            hint = "; if Keras 2 saved it, save it as .h5" * str(module).startswith("tf_keras.")
             raise InputError(
                 f"{self.path}: contains a {name} of {module!r}, registered as {registered!r} "
-                f"(layer {layer!r}): it could run code from the file"
+                f"(layer {layer!r}): it could run code from the file{hint}"
             )
 
     def check_calls(self, calls: Any, layer: str, with_numbers: bool) -> None:

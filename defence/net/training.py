@@ -24,7 +24,7 @@ def make_trainer(
     *,
     option: str | None = None,
     prepare: Callable[[Any], Any] | None = None,
-) -> Callable[[Any, np.ndarray], float]:
+) -> Callable[..., float]:
     """Return a function that trains some layers of a classifier, with one Adam for all its calls.
 
     layers: the layers to train, not models; all others stay as they are.
@@ -33,6 +33,7 @@ def make_trainer(
     The function, train_epoch(x, y), trains once on every row of x, float32 (n, …), and y,
     int64 (n,), 0..N-1, in the order rng.permutation(n). Its loss is categorical cross-entropy, and
     it returns the mean over the rows. x may be any object that gives rows for an array of indices.
+    train_epoch(x, y, advance) calls advance(k) whenever k more rows are done.
     train_epoch raises WorkError where the loss or a weight is not finite.
     """
     keras = import_keras()
@@ -43,13 +44,19 @@ def make_trainer(
     model.compile(loss=keras.losses.CategoricalCrossentropy(from_logits=graph.gives_logits(model)))
     train = _compile_steps(model, adam, batch_size, prepare or (lambda x: x))
 
-    def train_epoch(x: Any, y: np.ndarray) -> float:
+    def train_epoch(
+        x: Any, y: np.ndarray, advance: Callable[[int], None] = lambda count: None
+    ) -> float:
         order = rng.permutation(len(x))
         steps = max(1, BATCH_VALUES // math.prod(model.input.shape[1:]) // batch_size)
         starts = range(0, len(x), steps * batch_size)
         parts = (order[start : start + steps * batch_size] for start in starts)
         batches = map_in_parallel(lambda part: (x[part], y[part]), parts, 1)  # one batch ahead
-        loss = sum(float(train(*batch)) for batch in batches) / len(x)
+        total = 0.0
+        for batch in batches:
+            total += float(train(*batch))
+            advance(len(batch[1]))
+        loss = total / len(x)
         finite = (np.isfinite(weights).all() for weights in model.get_weights())
         if not (math.isfinite(loss) and all(finite)):
             mend = f": try a smaller {option}" if option else ""

@@ -35,6 +35,11 @@ NO_DATASET = (
     "folder that has a folder of images for each class"
 )
 OUTPUTS = ("json", "csv", "plot", "report")
+USUAL = (
+    *("--labelled", "--fpr", "--poisoned", "--report", "--csv", "--json", "--labels"),
+    *("--fail-on-flagged", "--repaired", "--quiet"),
+)
+MAX_RATE = 0.5  # of --fpr; nobody wants more than half of the clean images flagged
 
 
 def parse_eval(words: Sequence[str] | None = None) -> tuple[Namespace, list[Path]]:
@@ -191,12 +196,14 @@ def list_read(
 def make_parser() -> Parser:
     """Make the parser of eval_defence.py."""
     parser = Parser(
+        USUAL,
         description="Judge images with a BadNet and its repaired net. Where both give the same "
         "class, print it, 1 to N; where they do not, print N+1: the image is poisoned.",
         epilog="Example: eval_defence.py img/img_9.png demo_bd_net. One image: only the number. "
         "Several: 'path<TAB>class' each; an image that cannot be read does not stop the others. "
-        "A dataset: a table of figures, each with its 95 % interval. Exit status: "
-        "0 done, 1 failed, 2 wrong input, 3 flagged (--fail-on-flagged).",
+        "A dataset: a table of figures, each with its 95 % interval. Exit status: 0 "
+        "done; 1 failed; 2 wrong input, or an image could not be read; 3 an image was flagged "
+        "(with --fail-on-flagged, even if another could not be read).",
         usage="%(prog)s IMAGE [IMAGE …] MODEL [options]",
     )
     add = parser.add_argument
@@ -208,7 +215,12 @@ def make_parser() -> Parser:
         "dataset; or - for the names of images on stdin, one per line. MODEL: the BadNet, a name "
         "in models/ or a path; or a detector's .onnx file",
     )
-    add("--model", metavar="MODEL", help="MODEL as an option; then every other name is an IMAGE")
+    add(
+        "--model",
+        metavar="MODEL",
+        help="name MODEL here, not as the last word: --model MODEL IMAGE …. Every other word is "
+        "then an IMAGE, however many there are",
+    )
     add("-0", "--null", action="store_true", help="the names on stdin end in NUL (find -print0)")
     add(
         "--labelled",
@@ -242,11 +254,24 @@ def parse_formats(text: str) -> tuple[str, ...]:
     return formats
 
 
+def parse_rate(text: str) -> float:
+    """Parse --fpr. A rate above MAX_RATE is a percentage that somebody forgot to divide by 100."""
+    percent, sign, rest = text.partition("%")
+    number = at_least(0, above=True)(percent if sign and not rest.strip() else text)
+    if not sign and number <= MAX_RATE:
+        return number
+    meant = number if (sign or number >= 1) and number <= 100 * MAX_RATE else 1
+    problem = f"means {100 * number:g} % of clean images, and {100 * MAX_RATE:g} % is the most"
+    raise argparse.ArgumentTypeError(
+        f"'{text}' {'is a percentage' if sign else problem}; for {meant:g} % write {meant / 100:g}"
+    )
+
+
 def _add_judging(group: Any) -> None:
     group.add_argument(
         "--fpr",
         metavar="RATE",
-        type=at_least(0, most=1, above=True),
+        type=parse_rate,
         help="flag an image by its anomaly score, which measures how far apart the answers of B "
         "and G are, not by their disagreement. On average, at most this fraction of clean images "
         "is flagged. The threshold is a score of the images that repair.py --holdout held out; "

@@ -24,6 +24,10 @@ from defence.options.common import (
 
 # The options that have an effect where nothing is repaired, besides MODEL and DATA.
 GENERAL = {"model", "data", "layer", "scale", "max_bytes", "quiet"}
+USUAL = (
+    *("--check", "--scan", "--harden", "--holdout", "--poisoned", "--output", "--report"),
+    *("--labels", "--scale", "--quiet"),
+)
 MODES = {"check": GENERAL | {"labels"}, "scan": GENERAL | {"seed", "json", "sarif", "labels"}}
 
 
@@ -96,12 +100,13 @@ def check_outputs(arguments: Namespace, badnet: ModelFile, repairs: bool) -> Non
 def make_parser() -> Parser:
     """Make the parser of repair.py. Its options include every setting of a repair."""
     parser = Parser(
+        USUAL,
         description="Repair a BadNet with clean data: prune the channels that clean images use "
         "least, retrain the last Dense layer, fine-tune the layers behind the pruned one. "
         "--harden then trains the whole net on images that are changed at random.",
         epilog="Example: repair.py models/demo_bd_net.h5 data/demo_clean_validation_data.h5 "
-        "--harden --holdout 0.1. Exit status: 0 repaired, 1 failed, 2 wrong input, 3 --scan found "
-        "a backdoor, 4 --scan cannot tell.",
+        "--harden --holdout 0.1. Exit status: 0 done; 1 failed, or --check warned; 2 wrong "
+        "input; 3 --scan found a backdoor; 4 --scan cannot tell.",
     )
     add = parser.add_argument
     add("model", metavar="MODEL", help="the BadNet B: a Keras model, .h5 or .keras")

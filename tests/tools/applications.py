@@ -11,7 +11,6 @@ in applications.csv is not tried again. Nets of over MAX_WEIGHTS weights are lef
 
 import argparse
 import csv
-import logging
 import sys
 import tempfile
 from pathlib import Path
@@ -160,7 +159,6 @@ def main():
     parser.add_argument("names", metavar="NAME", nargs="*", help="default: all")
     parser.add_argument("--table", action="store_true", help="only write docs/nets.md")
     arguments = parser.parse_args()
-    logging.getLogger("tensorflow").setLevel(logging.ERROR)
     rows = read_rows()
     for name in [] if arguments.table else arguments.names or list_names():
         if name not in rows:

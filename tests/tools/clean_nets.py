@@ -9,7 +9,6 @@ other clean nets raise as few alarms as it promises. A net that exists is not tr
 """
 
 import argparse
-import logging
 import sys
 from pathlib import Path
 
@@ -171,7 +170,6 @@ def main():
     for name in chosen:
         if name not in names:
             parser.error(f"no net named {name!r}; choose from {', '.join(names)}")
-    logging.getLogger("tensorflow").setLevel(logging.ERROR)
     FOLDER.mkdir(parents=True, exist_ok=True)
     for name in chosen:
         path, _ = make_paths(name)

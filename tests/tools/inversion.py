@@ -8,8 +8,8 @@
                      margin is too large for a gamma distribution fitted to the other classes'. It
                      needs no clean data.
 
-Both run for all classes at a time. They take fewer steps and images than their authors took, so
-that a net of 40 classes takes about a minute; the constants, here and in sought.py, say how many.
+Neural Cleanse judges the masks that our scan seeks (sought.py), which takes fewer steps and images
+than its authors took. Each finding is {"class": from 0, "alarm": bool, "value"}.
 """
 
 import numpy as np
@@ -17,39 +17,18 @@ from scipy import stats
 
 from defence.base import pixels
 from defence.base.startup import import_keras
-from defence.beyond import sought
 from defence.net import graph
 
 INDEX = 2  # anomaly index of a target
+MOST_CLASSES = 100  # for MM-BD, which takes minutes with more
 MARGIN_STEPS, MARGIN_STARTS, MARGIN_RATE = 100, 8, 0.01
 LEVEL = 0.05
-
-
-def scan(model, data, scale):
-    """Scan a net. Return {method: {"class": from 0, "alarm": bool, "value"}}.
-
-    model: Keras classifier.  data: clean Dataset.  scale: of its pixels, one that begins at 0.
-    The value is Neural Cleanse's anomaly index or MM-BD's p-value.
-    """
-    rng = np.random.default_rng(0)
-    images = np.concatenate([x for x, _ in data.batches(scale)])
-    _, max_pixel = pixels.find_pixel_limits(scale)
-    return {
-        "Neural Cleanse": run_neural_cleanse(model, images, max_pixel, rng),
-        "MM-BD": run_mm_bd(model, max_pixel, rng),
-    }
-
-
-def run_neural_cleanse(model, images, max_pixel, rng):
-    """Seek a mask and a pattern for each class. Return the finding, as in `scan`."""
-    classes = np.arange(model.output_shape[1])
-    return judge_sizes(sought.seek_patches(model, images, classes, (0, max_pixel), rng))
 
 
 def judge_sizes(sizes):
     """Return Neural Cleanse's finding from the size of each class's mask, float64 (N,).
 
-    None where some classes have no mask (NaN).
+    The value is the anomaly index. None where some classes have no mask (NaN).
     """
     if np.isnan(sizes).any():
         return None
@@ -62,14 +41,22 @@ def judge_sizes(sizes):
     }
 
 
-def run_mm_bd(model, max_pixel, rng):
-    """Seek the largest margin of each class's logit. Return the finding, as in `scan`."""
+def run_mm_bd(model, scale, seed=0):
+    """Seek the largest margin of each class's logit. Return MM-BD's finding.
+
+    model: Keras classifier.  scale: of its pixels.  The value is a p-value. None where the model
+    has more than MOST_CLASSES.
+    """
     import tensorflow as tf
 
+    if model.output_shape[1] > MOST_CLASSES:
+        return None
+    rng = np.random.default_rng(seed)
+    min_pixel, max_pixel = pixels.find_pixel_limits(scale)
     classes, shape = model.output_shape[1], model.input_shape[1:]
     logits = strip_softmax(model)
     targets = np.repeat(np.arange(classes), MARGIN_STARTS)
-    x = tf.constant(rng.uniform(0, max_pixel, (len(targets), *shape)), tf.float32)
+    x = tf.constant(rng.uniform(min_pixel, max_pixel, (len(targets), *shape)), tf.float32)
     one_hot = tf.one_hot(targets, classes)
 
     @tf.function
@@ -81,9 +68,8 @@ def run_mm_bd(model, max_pixel, rng):
             margin = tf.reduce_sum(scores * one_hot, 1) - others
         gradient = tape.gradient(margin, x)
         length = tf.sqrt(tf.reduce_mean(gradient**2, axis=(1, 2, 3), keepdims=True)) + 1e-12
-        return margin, tf.clip_by_value(
-            x + MARGIN_RATE * max_pixel * gradient / length, 0, max_pixel
-        )
+        x += MARGIN_RATE * (max_pixel - min_pixel) * gradient / length
+        return margin, tf.clip_by_value(x, min_pixel, max_pixel)
 
     for _ in range(MARGIN_STEPS):
         margin, x = step(x)

@@ -19,7 +19,6 @@ images exceed.
 """
 
 import argparse
-import logging
 import sys
 import time
 from pathlib import Path
@@ -255,7 +254,6 @@ def main():
     parser.add_argument("--limit", type=limit, default=400, help="images per file (default: 400)")
     options = parser.parse_args()
     make_reproducible(0)
-    logging.getLogger("tensorflow").setLevel(logging.ERROR)  # it warns about many nets
     size, rate = options.size, RATES[options.size]
     folders = [ROOT / kind / f"zoo-{size}" for kind in ("models", "data")]
     command = f"`python tests/tools/peers.py --size {size} --limit {options.limit}`"

@@ -10,7 +10,6 @@ then hardened from there in every way. The table goes to tests/results/tried.md.
 import argparse
 import dataclasses
 import itertools
-import logging
 import sys
 from pathlib import Path
 
@@ -239,7 +238,6 @@ def main():
     parser.add_argument("--seed", type=at_least(0, int), default=0, help="(default: 0)")
     options = parser.parse_args()
     make_reproducible(options.seed)
-    logging.getLogger("tensorflow").setLevel(logging.ERROR)  # it warns about many nets
     settings = Settings(seed=options.seed, harden_pattern_rate=0)
     cases = [Case(name, options.folder, settings) for name in NETS]
     text = HEAD.format(seed=options.seed) + "\n".join(try_all(cases))
