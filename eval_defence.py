@@ -65,13 +65,13 @@ def export(arguments: Namespace, models: list[Path]) -> None:
 
 
 def load(
-    arguments: Namespace, models: list[Path], backend: str | None
+    arguments: Namespace, models: list[Path], backend: str | None, folders: list[str] | None = None
 ) -> tuple[Detector, list[str] | None]:
-    """Load the detector that the options ask for, run by a backend, and the classes' names."""
+    """Load the detector that the options ask for, and the classes' names, or else the folders'."""
     usage = take_usage(arguments)
     detector = backends.load_detector(models, arguments.max_bytes, backend, **usage)
-    names = find_class_names(models[0], arguments.labels, detector.classes, arguments.max_bytes)
-    return detector, names
+    known, limit = detector.class_names or folders, arguments.max_bytes
+    return detector, find_class_names(models[0], arguments.labels, detector.classes, limit, known)
 
 
 def take_usage(arguments: Namespace) -> dict:
@@ -210,9 +210,9 @@ def judge_datasets(arguments: Namespace, models: list[Path]) -> int:
             stack.enter_context(open_dataset(path, arguments.max_bytes))
             for path in (*arguments.images, *arguments.poisoned)
         ]
-        detector, class_names = load(arguments, models, arguments.backend)
+        detector, class_names = load(arguments, models, arguments.backend, datasets[0].class_names)
         for data in datasets:
-            data.fit_to(detector.shape, detector.classes)
+            data.fit_to(detector.shape, detector.classes, detector.class_names or class_names)
         evaluation.warn_of_mistakes(datasets, detector)
         try:
             judged = [evaluation.judge_dataset(detector, data) for data in datasets]
@@ -238,7 +238,8 @@ def judge_datasets(arguments: Namespace, models: list[Path]) -> int:
             rows = evaluation.list_rows(datasets, judged, detector.classes, class_names)
             files.write_csv(rows, arguments.csv)
         if arguments.plot:
-            plots.plot_evaluation(results, datasets, [a for a, _ in judged], arguments.plot)
+            all_answers = [answers for answers, _ in judged]
+            plots.plot_evaluation(results, datasets, all_answers, arguments.plot, class_names)
         if arguments.report:
             findings.write_page(arguments.report, detector, evidence, class_names, results=results)
         return conclude(detector, arguments, sum(int(a.flagged.sum()) for a, _ in judged))

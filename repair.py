@@ -39,7 +39,7 @@ from defence.load.models import ModelFile, save_model
 from defence.net import graph, split, training
 from defence.net.cached_net import CachedNet
 from defence.net.inference import run_model
-from defence.options.repair import parse_repair
+from defence.options.repair import announce_replacement, parse_repair
 
 SCAN_STATUS = {"nothing": 0, "backdoor": 3, "none": 4}  # exit statuses of --scan, by finding
 
@@ -168,9 +168,11 @@ def main() -> int | None:
         make_reproducible(settings.seed)
         model = badnet.load()
         shape, classes = model.input_shape[1:], model.output_shape[1]
+        class_names = find_class_names(
+            badnet.path, arguments.labels, classes, arguments.max_bytes, clean.class_names
+        )
         for data in (clean, *poisoned):
-            data.fit_to(shape, classes)
-        class_names = find_class_names(badnet.path, arguments.labels, classes, arguments.max_bytes)
+            data.fit_to(shape, classes, class_names)
         job = Job(arguments, settings, badnet, model, clean, poisoned, class_names, sources)
         try:
             if settings.layer == "help":
@@ -192,7 +194,7 @@ def check_data(job: Job) -> int:
     """Print whether the validation set can serve (--check). Return the exit status."""
     cached = cache_badnet(job)
     print_result(*check.describe_dataset(cached))
-    warned = check.warn_of_problems(cached)
+    warned = check.warn_of_problems(cached, job.class_names)
     print_result(check.conclude(warned))
     return int(warned)
 
@@ -201,7 +203,7 @@ def scan(job: Job) -> int:
     """Print whether the net looks backdoored, to which class (--scan). Return the exit status."""
     cached = cache_badnet(job)
     memory.check_scan_fits(cached.split.net, cached.data)
-    check.warn_of_problems(cached)
+    check.warn_of_problems(cached, job.class_names)
     check.refuse_unfit(cached, harden=False)
     result = finding.scan_net(cached, job.settings.seed)
     outputs.print_scan(result, job.class_names, job.badnet, job.arguments)
@@ -218,8 +220,9 @@ def repair(job: Job) -> tuple[RepairRecord, Observer]:
     measured = [clean, *job.poisoned, *filter(None, [held_out])]
     memory.check_repair_fits(parts, measured, settings)
     cached = CachedNet.from_dataset(parts, clean, settings.scale, settings.seed)
-    check.warn_of_problems(cached)
+    check.warn_of_problems(cached, job.class_names)
     check.refuse_unfit(cached, settings.harden)
+    announce_replacement(job.arguments)  # no input can be refused any more
     sources = job.sources.get()
     observer.end_step("features")
     if settings.harden:
@@ -229,7 +232,9 @@ def repair(job: Job) -> tuple[RepairRecord, Observer]:
         harden.harden_net(cached, settings)
         observer.on_hardened(cached)
     observer.on_end(cached)
-    record = make_record(observer, cached, job.badnet, sources, settings)
+    # Names of a labels.txt beside B are found there again, and may be corrected there.
+    names = job.class_names if job.arguments.labels or clean.class_names else None
+    record = make_record(observer, cached, job.badnet, sources, settings, names)
     check.warn_if_ruined(record)
     save_model(cached.split.net, job.arguments.output, **{ATTRIBUTE: record.to_json()})
     return record, observer

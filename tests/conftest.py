@@ -70,7 +70,7 @@ def do_repair(badnet, clean, settings=None, observer=None, file="small_bd_net.h5
 
 def read_record(path):
     """Return the repair record that a file carries, a dict."""
-    return dataclasses.asdict(record.read_record(utils.read_model(path)))
+    return record.read_record(utils.read_model(path)).describe()
 
 
 def write_record(path, **changes):

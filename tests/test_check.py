@@ -80,12 +80,12 @@ def confuse(x, y):
         (lambda x, y: (x[y > 0], y[y > 0] - 1), "labels seem one too low; add 1"),
         (
             lambda x, y: (x[y == 3], y[y == 3]),
-            "5 of 6 classes have no image, such as class 1 (label 0); G forgets them and flags",
+            "5 of 6 classes have no image, such as class 1 (label 0 in the file); G forgets th",
         ),
         (
             confuse,
-            "answers 30 of the 30 images that it gets wrong with class 1 (label 0), as sure as it "
-            "is of right answers; look at them: if they are poisoned, --holdout measures",
+            "answers 30 of the 30 images that it gets wrong with class 1 (label 0 in the file), as "
+            "sure as it is of right answers; look at them: if they are poisoned, --holdout measure",
         ),
         (
             lambda x, y: (x[:5], y[:5]),
@@ -108,9 +108,9 @@ def test_possible_problems_are_reported(deepid_world, write_set, make, words):
     [
         (
             uneven,
-            "class 1 (label 0) has 68 images, most others have 8. That harms nothing by itself. If "
-            "you do not know why it is so, look at them: poisoned images with the attacker's label "
-            "would keep the backdoor in G",
+            "class 1 (label 0 in the file) has 68 images, most others have 8. That harms nothing "
+            "by itself. If you do not know why it is so, look at them: poisoned images with the "
+            "attacker's label would keep the backdoor in G",
         ),
         (
             mix,

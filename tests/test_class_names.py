@@ -31,6 +31,8 @@ def test_names_of_another_net_are_ignored_or_refused(tmp_path, capsys):
     write(tmp_path / "labels.txt", 3)
     assert find_class_names(tmp_path / "net.h5", None, 4, 10**6) is None
     assert "has 3 names, but the net has 4 classes; not used" in capsys.readouterr().err
+    assert find_class_names(tmp_path / "net.h5", None, 9, 10**6) is None  # of another net
+    assert capsys.readouterr().err == ""
     with pytest.raises(InputError, match="has 3 names, but the net has 4 classes"):
         find_class_names(tmp_path / "net.h5", tmp_path / "labels.txt", 4, 10**6)
 

@@ -10,7 +10,7 @@ from defence.base import files
 from defence.judge import exports
 
 FILE = "models/small_bd_net_detector.onnx"
-BY_KERAS = "was not exported by you on this machine, so Keras judges; make it again with: "
+BY_KERAS = "was not exported by you on this machine, so Keras judges; make it again with: python "
 
 
 @pytest.fixture

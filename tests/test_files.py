@@ -208,7 +208,7 @@ def test_saved_net_carries_its_record_and_is_a_plain_keras_file(tmp_path):
     net, path = build_deepid(4), tmp_path / "g.h5"
     net.save(tmp_path / "b.h5")
     order = list(range(50_000))  # HDF5 allows 64 KB in a plain attribute
-    optional = {"holdout": {"images": 3}, "finding": {}, "poisoned": []}
+    optional = {"holdout": {"images": 3}, "finding": {}, "poisoned": [], "class_names": ["a"]}
     text = write_record(tmp_path / "b.h5", order=order, **optional)
     (tmp_path / "b.h5").unlink()
     utils.save_model(net, path, repair_record=text)

@@ -209,7 +209,7 @@ def test_labels_txt_gives_the_order_and_classes_without_images(image_folder):
     with utils.open_dataset(image_folder) as data:
         data.fit_to((31, 31, 3), 7)
         assert np.bincount(data.labels).tolist() == [0] + [25] * 6
-        with pytest.raises(InputError, match="has 7 classes, but the net has 6$"):
+        with pytest.raises(InputError, match="labels.txt: has 7 names, but the net has 6 classes$"):
             data.fit_to((31, 31, 3), 6)
 
 
@@ -235,7 +235,7 @@ def test_any_other_folder_is_refused(deepid_world, image_folder, tmp_path):
     (image_folder / "person 9").mkdir()
     check_refused("person 9: no file in the folder")
     (image_folder / "person 9" / "x.png").write_bytes(b"not an image")
-    check_refused("has 7 classes, but the net has 6; list all classes, one a line, in its labels")
+    check_refused("has 7 class folders, but the net has 6 classes; list all, one a line, in its l")
     (image_folder / "person 9" / "x.png").rename(image_folder / "person 1" / "x.png")
     (image_folder / "person 9").rmdir()
     check_refused("x.png: not a PNG or JPEG image")
@@ -246,4 +246,4 @@ def test_any_other_folder_is_refused(deepid_world, image_folder, tmp_path):
     call = ("eval_defence.py", image_folder / "person 1" / "001.png", "small_bd_net", "--labelled")
     (deepid_world / "x").mkdir(exist_ok=True)
     process = command(*call, "--repaired", B, cwd=deepid_world)
-    assert_refused(process, "--labelled goes with one folder")
+    assert_refused(process, "001.png: is not a folder; --labelled takes one folder")

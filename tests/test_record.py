@@ -44,7 +44,7 @@ def test_the_threshold_is_the_score_that_new_images_exceed_at_the_rate(make):
         "0.0102 or more, or repair the BadNet again with a larger --holdout"
     )
     assert make(scores[:98]).threshold(0.0102, "g.h5") == scores[97]
-    with pytest.raises(InputError, match="repair.py --holdout"):
+    with pytest.raises(InputError, match="repair.py MODEL DATA --holdout"):
         make().threshold(0.5, "g.h5")
 
 

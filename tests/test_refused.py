@@ -82,8 +82,9 @@ def test_an_unknown_name_lists_the_badnets_in_models(tmp_path):
     def judge():
         return command("eval_defence.py", "absent.png", "absent_bd_net", cwd=tmp_path)
 
-    assert_refused(judge(), "models/absent_bd_net.h5: no such file; models/ has no BadNets")
+    assert_refused(judge(), f"no such file; the folder {tmp_path}/models does not exist; give")
     (tmp_path / "models").mkdir()
+    assert_refused(judge(), f"no such file; the folder {tmp_path}/models has no BadNets; give")
     for name in ("b_bd_net.keras", "a_bd_net.h5", "a_bd_net_defence.h5", "a_bd_net_detector.onnx"):
         (tmp_path / "models" / name).write_text("not read")
     words = "models/absent_bd_net.h5: no such file; models/ has the BadNets a_bd_net, b_bd_net"
@@ -135,7 +136,7 @@ def test_names_come_in_any_order_and_from_stdin(repaired_world, tmp_path):
             cwd=tmp_path, input=stdin, capture_output=True,
         )  # fmt: skip
         if expected is None:  # the options are read; only held-out images are missing
-            assert b"repair.py --holdout" in process.stderr
+            assert b"repair.py MODEL DATA --holdout" in process.stderr
         else:
             assert process.stdout.decode() == expected, process.stderr
 
@@ -276,7 +277,7 @@ def test_impossible_verdicts_are_refused(repaired_world, tmp_path):
         ([folder / "0.png", folder / "clean.h5", B], "give only one dataset"),
         (
             [folder / "0.png", B, "--poisoned", folder / "clean.h5"],
-            "--poisoned and --plot go with a dataset",
+            "--poisoned and --plot go with a clean dataset as IMAGE: an .h5 file",
         ),
         (
             [folder / "clean.h5", B, "--json", folder / "clean.h5"],
@@ -285,7 +286,7 @@ def test_impossible_verdicts_are_refused(repaired_world, tmp_path):
         ([folder / "clean.h5", B, "--csv", folder / "clean.h5"], "an input; choose another --csv"),
         ([folder / "clean.h5", B, "--plot", "out.txt"], "a plot's name ends in one of"),
         ([folder / "0.png", B, "--fpr", "0"], "'0' is not a number above 0"),
-        ([folder / "0.png", B, "--fpr", "0.01"], "repair the BadNet again with: repair.py --hold"),
+        ([folder / "0.png", B, "--fpr", "0.01"], "again with: repair.py MODEL DATA --holdout 0.1"),
     ]
     (tmp_path / "models").symlink_to(folder / "models")
     for arguments, words in cases:

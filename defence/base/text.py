@@ -1,5 +1,9 @@
 """Values and foreign text as a person reads them."""
 
+import operator
+from collections.abc import Sequence
+from typing import SupportsIndex
+
 
 def first_line(error: object) -> str:
     """Return the first line of an exception's message, at most 200 characters, no full stop."""
@@ -41,9 +45,14 @@ def format_duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"
 
 
-def format_class(label: int) -> str:
-    """Format the class of a label, 0..N-1; a person counts classes from 1: class 12 (label 11)."""
-    return f"class {label + 1} (label {label})"
+def format_class(label: SupportsIndex, names: Sequence[str] | None = None) -> str:
+    """Format the class of a label, 0..N-1, with its name; a person counts classes from 1.
+
+    Without names the images are found by their label: class 12 (label 11 in the file).
+    """
+    number = operator.index(label)
+    name = (names[number] if names else "") or f"label {number} in the file"
+    return f"class {number + 1} ({name})"
 
 
 def format_gigabytes(size: float) -> str:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, cast
 
 import numpy as np
@@ -38,12 +39,12 @@ SAMPLE = 1_000  # images to measure that on
 KEPT_ACCURACY = 0.9  # the fraction of B's accuracy that G should keep
 
 
-def warn_of_problems(net: CachedNet) -> bool:
+def warn_of_problems(net: CachedNet, class_names: Sequence[str] | None = None) -> bool:
     """Warn of what harms a repair with a validation set, and say what else is unusual about it.
 
     net: B on the validation set, nothing pruned.  Return whether there was a warning.
     """
-    findings = [*examine_answers(net), *examine_classes(net)]
+    findings = [*examine_answers(net, class_names), *examine_classes(net, class_names)]
     for tell, text in findings:
         tell(f"{net.data.path}: {text}")
     return any(tell is warn for tell, _ in findings)
@@ -65,7 +66,9 @@ def refuse_unfit(net: CachedNet, harden: bool) -> None:
         )
 
 
-def examine_answers(net: CachedNet) -> Iterator[tuple[Callable, str]]:
+def examine_answers(
+    net: CachedNet, class_names: Sequence[str] | None = None
+) -> Iterator[tuple[Callable, str]]:
     """Yield what B's answers say about a validation set: `warn`, if it harms a repair, and a line.
 
     net: B on it.  What harms nothing by itself comes with `say` instead.
@@ -77,8 +80,9 @@ def examine_answers(net: CachedNet) -> Iterator[tuple[Callable, str]]:
         yield (
             warn,
             f"the BadNet answers {errors[1]} of the {wrong_count} images that it gets wrong with "
-            f"{format_class(errors[0])}, as sure as it is of right answers; look at them: if they "
-            "are poisoned, --holdout measures a threshold that lets poisoned images pass",
+            f"{format_class(errors[0], class_names)}, as sure as it is of right answers; look at "
+            "them: if they are poisoned, --holdout measures a threshold that lets poisoned images "
+            "pass",
         )
     elif accuracy < ACCURATE and (cause := explain_low_accuracy(net, accuracy)):
         yield warn, f"{right}; {cause}"
@@ -105,7 +109,9 @@ def examine_answers(net: CachedNet) -> Iterator[tuple[Callable, str]]:
         )
 
 
-def examine_classes(net: CachedNet) -> Iterator[tuple[Callable, str]]:
+def examine_classes(
+    net: CachedNet, class_names: Sequence[str] | None = None
+) -> Iterator[tuple[Callable, str]]:
     """Yield what the number of images of each class says, as examine_answers does. net: B on it."""
     counts = count_images(net)
     empty, used = np.flatnonzero(counts == 0), counts[counts > 0]
@@ -113,7 +119,8 @@ def examine_classes(net: CachedNet) -> Iterator[tuple[Callable, str]]:
         yield (
             warn,
             f"{len(empty)} of {len(counts)} classes have no image, such as "
-            f"{format_class(empty[0])}; G forgets them and flags their images; add some of each",
+            f"{format_class(empty[0], class_names)}; G forgets them and flags their images; add "
+            "some of each",
         )
     few = np.sum(used < FEW_PER_CLASS)
     reasons = [f"only {format_count(len(net.labels), 'image')}"] * (len(net.labels) < FEW)
@@ -130,9 +137,9 @@ def examine_classes(net: CachedNet) -> Iterator[tuple[Callable, str]]:
     if counts[largest] > max(MIN_SAME, TIMES * usual):
         yield (
             say,
-            f"{format_class(largest)} has {counts[largest]} images, most others have {usual:.0f}. "
-            "That harms nothing by itself. If you do not know why it is so, look at them: poisoned "
-            "images with the attacker's label would keep the backdoor in G",
+            f"{format_class(largest, class_names)} has {counts[largest]} images, most others have "
+            f"{usual:.0f}. That harms nothing by itself. If you do not know why it is so, look at "
+            "them: poisoned images with the attacker's label would keep the backdoor in G",
         )
 
 
@@ -169,7 +176,8 @@ def find_sure_errors(net: CachedNet) -> tuple[int, int] | None:
     wrong = np.flatnonzero(net.classes != net.labels)
     answers = np.bincount(net.classes[wrong], minlength=1)
     answer, count = int(answers.argmax()), int(answers.max())
-    right = np.flatnonzero(net.classes == net.labels)[:SAMPLE]
+    right = np.flatnonzero(net.classes == net.labels)
+    right = right[:: max(1, math.ceil(len(right) / SAMPLE))]  # evenly: a folder is in order
     if count < max(MIN_SAME, MIN_SAME_FRACTION * len(wrong)) or not len(right):
         return None
     same = wrong[net.classes[wrong] == answer]
@@ -197,15 +205,15 @@ def explain_low_accuracy(net: CachedNet, accuracy: float) -> str | None:
     for shift, meaning in shifts.items():
         if np.mean(net.classes == net.labels + shift) > enough:
             return meaning
-    x, y = next(net.data.batches())
+    x, rows = next(net.data.spread_batches())
     trunk = compile_model(net.split.trunk)
     for scale in pixels.SCALES if x.shape[-1] == 3 else ():
         features = np.asarray(trunk(pixels.scale_pixels(x[..., ::-1], scale))[0])
-        right = np.mean(classify(net.split.head, features) == y)
+        right = np.mean(classify(net.split.head, features) == net.labels[rows])
         if right > enough:
             return (
                 "its pixels seem to be BGR, not RGB: with reversed channels the BadNet is right "
-                f"on {format_percent(right)}"
+                f"on {format_percent(right)} of {format_count(len(rows), 'image')}, taken evenly"
             )
     return None
 

@@ -70,7 +70,8 @@ def warn_of_mistakes(datasets: Sequence[Dataset], detector: Detector) -> None:
         if not looks_poisoned(data):
             warn(
                 f"{data.path}: counts as poisoned, but its labels vary, as a clean dataset's do; "
-                "'label' must be the attack's target"
+                + ("all images go into the folder of" if data.class_names else "'label' must be")
+                + " the attack's target"
             )
     repair_data = detector.repaired_with or {}
     for data in datasets:

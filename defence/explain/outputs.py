@@ -51,7 +51,7 @@ def print_repair(
     """
     if arguments.json:
         extra = {"finding": finding and dataclasses.asdict(finding), "seconds": seconds}
-        files.write_json(dataclasses.asdict(record) | extra, arguments.json)
+        files.write_json(record.describe() | extra, arguments.json)
     if arguments.sarif and finding:
         sarif.write_log(arguments.sarif, finding, class_names, badnet)
     if arguments.plot:

@@ -111,7 +111,7 @@ def describe_verdict(
         )
         summary += f"; of clean images, expect {usual:,.0f} (95 % interval: {low:,} to {high:,})."
     if findings.candidates:
-        numbers = [str(candidate.target) for candidate in findings.candidates]
+        numbers = [number_class(row.target, class_names) for row in findings.candidates]
         targets = "targets are classes" if len(numbers) > 1 else "target is class"
         first = f"Some of these images are probably poisoned: the {targets} {', '.join(numbers)}."
         reasons = [
@@ -158,6 +158,12 @@ def find_name(number: int, class_names: list[str] | None) -> str | None:
     return name_class(number, class_names) if class_names else None
 
 
+def number_class(number: int, class_names: list[str] | None) -> str:
+    """Return the number of a class, from 1, and its name: "3 (Ann)"."""
+    name = find_name(number, class_names)
+    return f"{number} ({name})" if name else str(number)
+
+
 def describe_target(
     stream: Stream,
     candidate: Candidate,
@@ -176,8 +182,7 @@ def describe_target(
             images["cut_out"] = page.make_lit_image(evidence.cut_out, region.astype(np.float32))
     trials = {"pasted": evidence.pasted, "covered": evidence.covered}
     return {
-        "number": candidate.target,
-        "name": find_name(candidate.target, class_names),
+        "number": number_class(candidate.target, class_names),
         "region": region.any(),
         "whole": evidence.whole,
         "fraction": format_percent(region.mean()),
@@ -241,10 +246,7 @@ def describe_image(
     """
 
     def describe_class(answer: int) -> str:
-        if answer < 0:
-            return "NaN"
-        name = find_name(answer + 1, class_names)
-        return f"{answer + 1} ({name})" if name else str(answer + 1)
+        return "NaN" if answer < 0 else number_class(answer + 1, class_names)
 
     answers = stream.answers
     return {

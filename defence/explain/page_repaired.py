@@ -53,7 +53,7 @@ def write_repaired_page(
         costs=list(tables.list_costs(record)),
         charts=[
             (alt, page.make_chart(*chart))
-            for alt, chart in plots.draw_repair_charts(record, finding)
+            for alt, chart in plots.draw_repair_charts(record, finding, class_names)
         ],
         figures=list(page_judged.list_figures(tables.choose_held_out(record), None)),
         held_out=held_out["images"] if held_out else 0,

@@ -26,10 +26,12 @@ if TYPE_CHECKING:
 FORMATS = (".png", ".svg", ".pdf")
 SHEET, SHEET_ROWS = 10, 6  # flagged images in a row of the contact sheet, and rows, at most
 NAME_COLUMNS, NAME_LINES = 26, 3  # of a file's name beside such a row, at most
+CLASS_LENGTH = 14  # characters of a class's name, at most
 ATTRACTING = 20  # classes with the most wrong answers that are shown, at most
 CHART = (4.8, 3.2)  # a page's chart without its legend, in inches
 LEGEND_LINE, LEGEND_COLUMNS = 0.2, 50  # of a legend: inches of a line, and characters in it
 EDGES = {"left": 0.2, "right": 0.98, "bottom": 0.16, "top": 0.92}
+NAMES_EDGE = 0.44  # the bottom edge of a chart with names below it
 BINS, LEAST = 40, 1e-6  # of the histograms; smaller scores are shown as LEAST
 
 Chart = tuple[bytes, tuple[float, float]]  # SVG, and its size in inches
@@ -63,6 +65,15 @@ def count_legend_lines(axes: Any) -> int:
     if legend is None or legend.get_frame_on():  # one within the axes has a frame
         return 0
     return sum(text.get_text().count("\n") + 1 for text in legend.get_texts())
+
+
+def label_class(label: int, class_names: Sequence[str] | None) -> str:
+    """Return the number of a class, from 1, and its name, short. label: 0..N-1, or -1 for NaN."""
+    if label < 0:
+        return "NaN"
+    name = class_names[label] if class_names else ""
+    short = name if len(name) <= CLASS_LENGTH else f"{name[: CLASS_LENGTH - 1]}…"
+    return escape_formulas(f"{label + 1} {short}".strip())
 
 
 def save_figure(figure: Any, path: Name) -> None:
@@ -111,21 +122,24 @@ def _draw_activations(axes: Any, record: RepairRecord) -> None:
     axes.legend(loc="upper left", fontsize="small")  # the bars rise to the right
 
 
-def _draw_wrong_answers(axes: Any, finding: Finding) -> None:
+def _draw_wrong_answers(axes: Any, finding: Finding, class_names: Sequence[str] | None) -> None:
     """Draw the number of wrong answers of the ATTRACTING classes, and the mean of the rest."""
     rows = sorted(finding.classes, key=lambda row: -row["count"])
     top, tail = rows[:ATTRACTING], rows[ATTRACTING:]
-    labels = [str(row["class"]) for row in top]
+    labels = [label_class(row["class"] - 1, class_names) for row in top]
     colours = ["C3" if row["class"] in finding.targets else "C0" for row in top]
     axes.bar(labels, [row["count"] for row in top], color=colours)
     if tail:
         axes.bar("rest", np.mean([row["count"] for row in tail]), color="grey")
-    axes.tick_params(axis="x", labelsize="x-small")
+    axes.tick_params(axis="x", labelsize="x-small", rotation=90 if class_names else 0)
     axes.set(xlabel="class (rest: their mean)", ylabel="wrong answers to disturbed images")
+    if class_names:
+        axes.figure.subplots_adjust(bottom=NAMES_EDGE)
+        axes.set_ylabel("wrong answers to\ndisturbed images")
 
 
 def draw_repair_charts(
-    record: RepairRecord, finding: Finding | None
+    record: RepairRecord, finding: Finding | None, class_names: Sequence[str] | None = None
 ) -> Iterator[tuple[str, Chart]]:
     """Yield (description, chart) for the page of a repair.
 
@@ -134,7 +148,8 @@ def draw_repair_charts(
     yield "accuracy while channels are pruned", draw_chart(_draw_pruning, record)
     yield "mean activation of each channel", draw_chart(_draw_activations, record)
     if finding and finding.classes:
-        yield "wrong answers that each class gets", draw_chart(_draw_wrong_answers, finding)
+        chart = draw_chart(_draw_wrong_answers, finding, class_names)
+        yield "wrong answers that each class gets", chart
 
 
 def draw_chart(draw: Callable, *arguments: Any) -> Chart:
@@ -161,7 +176,11 @@ def draw_chart(draw: Callable, *arguments: Any) -> Chart:
 
 
 def plot_evaluation(
-    results: dict, datasets: Sequence[Dataset], all_answers: Sequence[Answers], path: Name
+    results: dict,
+    datasets: Sequence[Dataset],
+    all_answers: Sequence[Answers],
+    path: Name,
+    class_names: Sequence[str] | None = None,
 ) -> None:
     """Draw ROC curves, histograms of the scores and a contact sheet of flagged images to a file.
 
@@ -184,7 +203,7 @@ def plot_evaluation(
     cell = graphs[1] if results["poisoned"] else graphs[:]
     _draw_scores(figure.add_subplot(cell), results["threshold"], scores, names)
     for number, row in enumerate(rows, start=1):
-        _draw_flagged(figure, grid[number], *row)
+        _draw_flagged(figure, grid[number], *row, class_names)
     save_figure(figure, path)
 
 
@@ -274,15 +293,17 @@ def _draw_flagged(
     images: np.ndarray,
     badnet: np.ndarray,
     repaired: np.ndarray,
+    class_names: Sequence[str] | None = None,
 ) -> None:
-    """Draw a row of the contact sheet: flagged images, with B's class and G's above, from 1."""
+    """Draw a row of the contact sheet: flagged images, with B's class and G's above."""
     columns = cell.subgridspec(1, SHEET)
     for column, (image, *classes) in enumerate(zip(images, badnet, repaired)):
         axes = figure.add_subplot(columns[column], xticks=[], yticks=[])
         pixels = image if image.shape[-1] == 3 else image[..., 0]
         axes.imshow(pixels / 255, cmap="gray", vmin=0, vmax=1)
-        labels = [str(number + 1) if number >= 0 else "NaN" for number in classes]
-        axes.set_title(" → ".join(labels), fontsize="small")
+        labels = [label_class(number, class_names) for number in classes]
+        arrow, size = ("\n→ ", "xx-small") if class_names else (" → ", "small")
+        axes.set_title(arrow.join(labels), fontsize=size)
         if column == 0:
             axes.set_ylabel(f"flagged of\n{_wrap_name(name)}", fontsize="x-small")
 

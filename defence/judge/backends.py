@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
 from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
@@ -71,9 +72,12 @@ def find_repaired(badnet: Path) -> Path:
         model_file = read_model(badnet)
         _ = model_file.declared  # raises where it is not a model
         refuse_repaired(model_file)
-        raise InputError(
-            f"{default}: no repaired net; make it with: python repair.py {badnet} CLEAN_DATA.h5"
-        )
+        output = ""
+        if not MODELS.is_dir():  # repair.py would refuse to write there
+            default = badnet.with_name(default.name)
+            output = f" --output {shlex.quote(str(default))}"
+        command = f"python repair.py {shlex.quote(str(badnet))} CLEAN_DATA.h5{output}"
+        raise InputError(f"{default}: no repaired net; make it with: {command}")
     if len({hash_file(require_file(path)) for path in paths}) > 1:  # which one is meant?
         raise InputError(f"{paths[1]}: differs from {paths[0]}; choose one with --repaired")
     return paths[0]
@@ -102,8 +106,11 @@ def find_badnet(model: str | PathLike) -> Path:
             if path.suffix in MODEL_SUFFIXES and not path.stem.endswith("_defence")
         }
     )
-    contents = f"has the BadNets {', '.join(names)}" if names else "has no BadNets"
-    raise InputError(f"{MODELS / path.name}{suffixes[0]}: no such file; {MODELS}/ {contents}")
+    contents = f"{MODELS}/ has the BadNets {', '.join(names)}"
+    if not names:
+        problem = "has no BadNets" if MODELS.is_dir() else "does not exist"
+        contents = f"the folder {MODELS.absolute()} {problem}; give the path of a BadNet"
+    raise InputError(f"{MODELS / path.name}{suffixes[0]}: no such file; {contents}")
 
 
 # ---------------------------------------------------------------------------- using B and G
@@ -188,9 +195,8 @@ def load_detector(
         return nets_file.detector(usage.threshold)
     if backend == "onnx":
         path = onnx_file.default_detector_path(repaired.path)
-        raise InputError(
-            f"{path}: was made from other nets; make it again with: eval_defence.py --export"
-        )
+        again = suggest_export(badnet, repaired)
+        raise InputError(f"{path}: was made from other nets; make it again with: {again}")
     return load_keras_detector(badnet, repaired, usage, force)
 
 
@@ -205,14 +211,10 @@ def load_keras_detector(
         return model(images, training=False) if len(images) == 1 else compile_model(model)(images)
 
     shape, hashes = model.input_shape[1:], {"badnet": badnet.sha256, "repaired": repaired.sha256}
-    held_out = data = better = hardened = None
+    facts = {}
     if usage.record:
-        data, hardened = usage.record.data, usage.record.is_hardened()
-        held_out = None if usage.threshold is None else usage.record.held_out(repaired.path)
-        better = usage.record.find_better_rate() if usage.threshold is None else None
-    return detector.Detector(
-        run, classes, shape, usage.threshold, badnet.path, hashes, held_out, data, better, hardened
-    )
+        facts = usage.record.list_facts(classes, usage.threshold, repaired.path)
+    return detector.Detector(run, classes, shape, usage.threshold, badnet.path, hashes, **facts)
 
 
 def load_nets(
@@ -258,11 +260,12 @@ def find_detector_file(
     Raise InputError where `backend` is "onnx" and there is no such file.
     """
     path = onnx_file.default_detector_path(repaired.path)
-    again = f"make it again with: eval_defence.py {badnet.path} --export"
+    command = suggest_export(badnet, repaired)
+    again = f"make it again with: {command}"
     try:
         onnx_file.require_packages(*onnx_file.RUN_PACKAGES)
         if not path.exists():
-            raise InputError(f"{path}: no such file; make it with: eval_defence.py NAME --export")
+            raise InputError(f"{path}: no such file; make it with: {command}")
         contents = read_file(path, badnet.max_bytes)
     except InputError:
         if backend == "onnx":
@@ -278,6 +281,15 @@ def find_detector_file(
         return None
     file = onnx_file.open_detector(contents, path, badnet.max_bytes)
     return file if file.made_of[:2] == (badnet.sha256, repaired.sha256) else None
+
+
+def suggest_export(badnet: ModelFile, repaired: ModelFile) -> str:
+    """Return the command that writes the detector's file of B and G."""
+    words = ["python", "eval_defence.py", str(badnet.path)]
+    default = default_repaired_path(badnet.path)
+    if repaired.path not in (default, badnet.path.with_name(default.name)):
+        words += ["--repaired", str(repaired.path)]
+    return shlex.join([*words, "--export"])
 
 
 def export_detector(

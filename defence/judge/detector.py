@@ -113,6 +113,7 @@ class Detector:
     repaired_with: {"file", "sha256", "images"} of the dataset that G was repaired with.
     better_rate: for --fpr, where G's scores tell more than the rule does; else None.
     hardened: whether G was hardened; None where no repair record tells.
+    class_names: of the N classes, where G's record has them.
     """
 
     run: Callable[[np.ndarray], Iterable[Any]]
@@ -125,6 +126,7 @@ class Detector:
     repaired_with: dict[str, Any] | None = None
     better_rate: float | None = None
     hardened: bool | None = None
+    class_names: list[str] | None = None
 
     def judge(self, images: np.ndarray) -> Answers:
         """Judge images, float32 (n, height, width, channels), 0..255."""

@@ -66,22 +66,11 @@ class DetectorFile:
             return outputs["badnet_class"] - 1, outputs["repaired_class"] - 1, outputs["score"]
 
         sha256 = dict(zip(("badnet", "repaired"), self.made_of))
-        held_out = data = better = hardened = None
+        facts = {}
         if self.record:
-            data, hardened = self.record.data, self.record.is_hardened()
-            held_out = None if threshold is None else self.record.held_out(self.path)
-            better = self.record.find_better_rate() if threshold is None else None
+            facts = self.record.list_facts(self.classes, threshold, self.path)
         return detector.Detector(
-            run,
-            self.classes,
-            self.shape,
-            threshold,
-            self.path,
-            sha256,
-            held_out,
-            data,
-            better,
-            hardened,
+            run, self.classes, self.shape, threshold, self.path, sha256, **facts
         )
 
     def made_from(self, badnet: ModelFile) -> bool:

@@ -15,6 +15,7 @@ from defence.base import pixels
 from defence.base.errors import InputError
 from defence.judge import detector, figures
 from defence.load import guard
+from defence.load.class_names import is_name
 from defence.load.guard_hdf5 import read_text
 from defence.load.models import ModelFile, read_model
 
@@ -25,6 +26,7 @@ VERSION = "0.2.0"
 ATTRIBUTE = "repair_record"  # of the root of G's file
 LIBRARIES = ("tensorflow", "keras", "numpy", "h5py")
 DIGITS = 8  # of the SHA-256 of a dataset that shares its name
+NAMES_LENGTH = guard.TEXT_LENGTH // 2  # of all classes' names, as JSON
 STEPS = ("before", "pruned", "retrained", "fine_tuned", "hardened")
 
 
@@ -48,6 +50,7 @@ class RepairRecord:
     finding: whether B looks backdoored, a Finding as a dict of its clearest classes.
     poisoned: {"file", "sha256", "images"} of each poisoned dataset; None in records of version
     0.2.0 and older, whose attack_success_rate has paths in the place of the names.
+    class_names: of the N classes, where the dataset's folders or --labels gave them.
     """
 
     # parse_record passes these types to isinstance: plain classes or unions, no list[int].
@@ -68,9 +71,42 @@ class RepairRecord:
     holdout: dict | None = None
     finding: dict | None = None
     poisoned: list | None = None
+    class_names: list | None = None
+
+    def describe(self) -> dict[str, Any]:
+        """Return the record as a dict that JSON can hold."""
+        values = dataclasses.asdict(self)
+        if self.class_names is None:  # so that G without names stays the same file
+            del values["class_names"]
+        return values
 
     def to_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self), allow_nan=False)
+        return json.dumps(self.describe(), allow_nan=False)
+
+    def list_facts(self, classes: int, threshold: float | None, path: Path) -> dict[str, Any]:
+        """Return what a Detector says of G's repair, by the names of its fields.
+
+        classes: N.  threshold: the detector's.  path: of G's file, for messages.
+        Raise InputError where they are damaged.
+        """
+        flags_by_score = threshold is not None
+        return {
+            "held_out": self.held_out(path) if flags_by_score else None,
+            "repaired_with": self.data,
+            "better_rate": None if flags_by_score else self.find_better_rate(),
+            "hardened": self.is_hardened(),
+            "class_names": self.names(classes, path),
+        }
+
+    def names(self, classes: int, path: Path) -> list[str] | None:
+        """Return the names of the N classes, or None. path: of G's file, for messages.
+
+        Raise InputError where they are damaged.
+        """
+        names = self.class_names
+        if names is not None and not (len(names) == classes and all(map(is_name, names))):
+            _refuse_damaged(path)
+        return names
 
     def held_out(self, path: Path) -> list[float] | None:
         """Return the anomaly scores of the held-out clean images, ascending, or None.
@@ -118,7 +154,7 @@ def no_threshold_error(path: Path) -> InputError:
     """Return the InputError for a repair that held out no clean images. path: of G's file."""
     return InputError(
         f"{path}: --fpr needs clean images that the repair has not seen, and none were held out; "
-        "repair the BadNet again with: repair.py --holdout 0.1"
+        "repair the BadNet again with: repair.py MODEL DATA --holdout 0.1"
     )
 
 
@@ -135,13 +171,18 @@ def _check_scores(holdout: dict, path: Path) -> list[float]:
 
 
 def make_record(
-    observer: Any, net: "CachedNet", badnet: ModelFile, sources: Sequence[dict], settings: Any
+    observer: Any,
+    net: "CachedNet",
+    badnet: ModelFile,
+    sources: Sequence[dict],
+    settings: Any,
+    class_names: list[str] | None = None,
 ) -> RepairRecord:
     """Make the record of a finished repair.
 
     observer: the Observer of the repair.  net: G on the validation set.
     sources: {"file", "sha256"} of the clean dataset, then of each of the observer's poisoned ones.
-    settings: beyond.settings.Settings.
+    settings: beyond.settings.Settings.  class_names: of the dataset's folders, or of --labels.
     """
     import importlib.metadata  # here, for the time that it takes
 
@@ -169,7 +210,13 @@ def make_record(
         holdout=observer.holdout,
         finding=observer.finding and observer.finding.brief(),
         poisoned=list(dict(zip(names, poisoned)).values()),
+        class_names=fit_names(class_names),
     )
+
+
+def fit_names(class_names: list[str] | None) -> list[str] | None:
+    """Return the names of the classes, or None where they are too long to be read again."""
+    return class_names if len(json.dumps(class_names)) <= NAMES_LENGTH else None
 
 
 def name_datasets(datasets: Sequence[dict]) -> list[str]:

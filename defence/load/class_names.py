@@ -1,4 +1,7 @@
-"""Names of classes: a text file with a name on each line, in the order of the labels."""
+"""Names of classes: of a dataset's folders, or a text file with a name on each line.
+
+Both are in the order of the labels. A repaired net's record carries them on: see judge/record.py.
+"""
 
 from __future__ import annotations
 
@@ -17,14 +20,21 @@ LINE_SIZE, COPIES = 100, 4  # bytes of a line in memory besides its text, and co
 
 
 def find_class_names(
-    model: Name, path: Name | None, classes: int, max_bytes: int
+    model: Name,
+    path: Name | None,
+    classes: int,
+    max_bytes: int,
+    known: Sequence[str] | None = None,
 ) -> list[str] | None:
     """Return the names of a net's classes, or None where there are none.
 
-    model: the net's path.  path: the file of names; None for labels.txt beside the net, which is
-    not used where it does not have a line for each class.  classes: N.
-    Raise InputError where a file at `path` cannot be read or has another number of lines.
+    model: the net's path.  path: the file of names, of --labels; None for the known names, or else
+    labels.txt beside the net. Neither counts where it does not have a name for each class.
+    classes: N.  known: of the folders of the dataset, or of G's record.
+    Raise InputError where a file cannot be read, or the one at `path` has another number of lines.
     """
+    if path is None and known and len(known) == classes:
+        return list(known)
     file = Path(model).with_name(FILE) if path is None else Path(path)
     if path is None and not (file.is_file() and file.stat().st_size):
         return None
@@ -34,7 +44,8 @@ def find_class_names(
     problem = f"{file}: has {format_count(len(names), 'name')}, but the net has {classes} classes"
     if path is not None:
         raise InputError(problem)
-    say(f"{problem}; not used")
+    if abs(len(names) - classes) == 1:  # a slip; otherwise it is the file of another net
+        say(f"{problem}; not used")
     return None
 
 
@@ -56,6 +67,18 @@ def read_class_names(path: Path, max_bytes: int) -> list[str]:
         if len(name) > NAME_LENGTH:
             raise InputError(f"{path}: line {number} has more than {NAME_LENGTH:,} characters")
     return names
+
+
+def is_name(value: object) -> bool:
+    """Return whether a value from an untrusted file can be a class's name."""
+    if not isinstance(value, str) or len(value) > NAME_LENGTH:
+        return False
+    return not any("\ud800" <= character <= "\udfff" for character in value)  # not in UTF-8
+
+
+def make_plain(name: str) -> str:
+    """Return the name of a folder as text that every file can hold, with odd bytes as \\udcff."""
+    return name.encode("utf-8", "backslashreplace").decode()
 
 
 def name_class(verdict: int, names: Sequence[str]) -> str:

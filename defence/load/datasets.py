@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -29,6 +30,7 @@ from defence.load.guard_hdf5 import (
 )
 
 DATASET_SUFFIXES = (".h5", ".hdf5")
+GOLDEN = (math.sqrt(5) - 1) / 2  # multiples of it, modulo 1, are spread over 0..1
 ARRAYS = ("data", "label", "original_label")  # of a dataset's file; the last may be absent
 
 
@@ -73,6 +75,11 @@ class Dataset:
         return (second, third, first) if self.channels_first else (first, second, third)
 
     @property
+    def class_names(self) -> list[str] | None:
+        """The names of a folder's classes, in the order of the labels; None of a file's."""
+        return self.images.class_names if isinstance(self.images, FolderImages) else None
+
+    @property
     def batch_size(self) -> int:
         return max(1, BATCH_VALUES // int(np.prod(self.images.shape[1:])))
 
@@ -94,13 +101,16 @@ class Dataset:
         chosen[chosen] = rows
         return chosen
 
-    def fit_to(self, shape: tuple[int, ...], classes: int) -> None:
+    def fit_to(
+        self, shape: tuple[int, ...], classes: int, names: Sequence[str] | None = None
+    ) -> None:
         """Choose the layout in which the images fit a net. Raise InputError where neither fits.
 
         shape: (height, width, channels) of the net's input.  classes: its N.
+        names: of its classes; a folder's labels follow them, as FolderImages.fit_to says.
         """
         if isinstance(self.images, FolderImages):
-            self.images.fit_to(shape, classes)
+            self.labels = self.images.fit_to(shape, classes, names)[self.labels]
         height, width, channels = shape
         stored = self.images.shape[1:]
         channels_first = stored == (channels, height, width)
@@ -127,21 +137,40 @@ class Dataset:
         outside 0..255, and at a first batch of floating-point images that never exceed 1;
         RuntimeError before `fit_to`.
         """
+        starts = range(0, len(self.images), self.batch_size)
+        parts = (slice(start, start + self.batch_size) for start in starts)
+        for x, rows in self._read_parts(parts):
+            yield pixels.scale_pixels(x, scale), self.labels[rows]
+
+    def spread_batches(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Yield (images, rows), float32 (b, height, width, channels), 0..255, and int64 (b,).
+
+        Each image comes once. The images of the first few batches are spread over all the images,
+        which a folder has class after class, so that some batches can stand for all.
+        Raise InputError and RuntimeError as `batches` does.
+        """
+        count, size = self.batch_count, self.batch_size
+        parts = [slice(start, None, count) for start in range(count)]
+        if getattr(self.images, "chunks", None):  # to read one image unpacks its whole chunk
+            starts = np.argsort(np.arange(count) * GOLDEN % 1).tolist()
+            parts = [slice(start * size, (start + 1) * size) for start in starts]
+        return self._read_parts(parts)
+
+    def _read_parts(self, parts: Iterable[slice]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Yield the images in slices of the stored ones, and their rows, as `spread_batches`."""
         if self.channels_first is None:
             raise RuntimeError("call Dataset.fit_to first: it chooses the layout of the images")
-        count = 0  # of the images yielded
-        for start in range(0, len(self.images), self.batch_size):
-            part = slice(start, start + self.batch_size)
-            chosen: Any = slice(None) if self.chosen is None else self.chosen[part]
-            if not np.any(chosen):
+        chosen = np.ones(len(self.images), bool) if self.chosen is None else self.chosen
+        rows = np.cumsum(chosen) - 1
+        for part in parts:
+            if not chosen[part].any():
                 continue
-            x = self._read(part, chosen)
-            if start == 0 and x.max() <= 1 and self.images.dtype.kind == "f":
+            x = self._read(part, chosen[part])
+            if part.start == 0 and x.max() <= 1 and self.images.dtype.kind == "f":
                 raise InputError(
                     f"{self.path}: pixels lie in 0..1; they must be 0..255, so multiply by 255"
                 )
-            yield pixels.scale_pixels(x, scale), self.labels[count : count + len(x)]
-            count += len(x)
+            yield x, rows[part][chosen[part]]
 
     def take(self, rows: np.ndarray) -> np.ndarray:
         """Return images, float32 (k, height, width, channels), 0..255, in the file's order.
@@ -181,15 +210,16 @@ class Dataset:
     def _read(self, part: slice, chosen: Any) -> np.ndarray:
         """Return the chosen images of a slice, float32 (b, height, width, channels), 0..255.
 
-        chosen: bool (b,), or a slice.
+        chosen: bool (b,).
         """
-        last = min(part.stop, len(self.images)) - 1
+        places = range(*part.indices(len(self.images)))
+        first, last = places[0], places[-1]
         try:
             stored = self.images[part]
         except InputError:
             raise
         except Exception as error:  # h5py passes on any error of libhdf5
-            raise InputError(f"{self.path}: images {part.start}..{last} are damaged") from error
+            raise InputError(f"{self.path}: images {first}..{last} are damaged") from error
         self._refuse_changed()  # if a file was cut off after it was opened, libhdf5 reads zeros
         stored = stored[chosen]
         planes = stored if self.channels_first else stored.transpose(0, 3, 1, 2)
@@ -199,8 +229,7 @@ class Dataset:
         if not (x.min() >= 0 and x.max() <= 255):  # also true of NaN
             pixel = x.min() if x.min() < 0 else x.max()
             raise InputError(
-                f"{self.path}: a pixel of images {part.start}..{last} is {pixel:g}, "
-                "not within 0..255"
+                f"{self.path}: a pixel of images {first}..{last} is {pixel:g}, not within 0..255"
             )
         return x
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import collections
 import hashlib
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -16,7 +17,8 @@ import numpy as np
 from defence.base import files
 from defence.base.errors import InputError
 from defence.base.limits import check_fits
-from defence.load.class_names import FILE, read_class_names
+from defence.base.text import format_count
+from defence.load.class_names import FILE, make_plain, read_class_names
 from defence.load.images import make_input, read_image
 
 READERS = 2  # images that are decoded at a time
@@ -50,21 +52,41 @@ class FolderImages:
     def __len__(self) -> int:
         return len(self.paths)
 
-    def fit_to(self, shape: tuple[int, ...], classes: int) -> None:
-        """Resize images for a net from now on. Raise InputError where the net does not fit them.
+    @property
+    def class_names(self) -> list[str]:
+        return [make_plain(name) for name in self.classes]
+
+    def fit_to(
+        self, shape: tuple[int, ...], classes: int, names: Sequence[str] | None = None
+    ) -> np.ndarray:
+        """Resize images for a net from now on, and return the label of each class: int64.
 
         shape: (height, width, channels) of the net's input.  classes: its N.
+        names: of the net's classes; where each subfolder has one of them, it gives the label.
+        Raise InputError where the net does not fit the images.
         """
         if shape[2] not in (1, 3):
             raise InputError(
                 f"{self.folder}: image files have 1 or 3 channels, but the net takes {shape[2]}"
             )
-        if len(self.classes) != classes:
-            hint = "" if self.listing else f"; list all classes, one a line, in its {FILE}"
-            raise InputError(
-                f"{self.folder}: has {len(self.classes)} classes, but the net has {classes}{hint}"
-            )
         self.shape = (len(self.paths), *shape)
+        places, own = dict(zip(names or [], range(classes))), self.class_names
+        if not self.listing and len(places) == classes and {*own} <= places.keys():
+            self.classes = list(places)
+            return np.array([places[name] for name in own])
+        if len(own) == classes:
+            return np.arange(classes)
+        if self.listing:
+            count = format_count(len(own), "name")
+            raise InputError(f"{self.listing}: has {count}, but the net has {classes} classes")
+        problem = f"{self.folder}: has {format_count(len(own), 'class folder')}, but the net has"
+        strange = next((name for name in own if names and name not in places), None)
+        if strange is None:
+            raise InputError(f"{problem} {classes} classes; list all, one a line, in its {FILE}")
+        raise InputError(
+            f"{problem} {classes} classes, and {strange!r} is none of them; name each folder after "
+            f"a class, such as {next(iter(places))!r}"
+        )
 
     def __getitem__(self, part: slice) -> np.ndarray:
         with ThreadPoolExecutor(READERS) as threads:
@@ -104,7 +126,10 @@ def find_images(folder: Path, max_bytes: int) -> tuple[FolderImages, np.ndarray]
     subfolders = [path.name for path in contents if path.is_dir()]
     loose = [path for path in contents if not path.is_dir() and path.name != FILE]
     if not subfolders:
-        raise InputError(f"{folder}: has no subfolder of images for each class")
+        raise InputError(
+            f"{folder}: has no subfolder of images for each class; put clean images into a folder "
+            "named after their class, poisoned ones into a folder named after their target"
+        )
     if loose:
         raise InputError(f"{loose[0]}: is not in the folder of a class")
     listing = next((path for path in contents if not path.is_dir()), None)

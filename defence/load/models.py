@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import hashlib
 import io
+import os
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
@@ -145,10 +146,19 @@ def read_model(path: Name, max_bytes: int = DEFAULT_MAX_BYTES) -> ModelFile:
 
     Raise InputError where there is no such file, or it is larger than `max_bytes`.
     """
+    if not os.path.exists(path) and (meant := find_meant(Path(path))):
+        raise InputError(f"{path}: no such file; did you mean {meant}?")
     path = require_file(path)
     if path.suffix not in MODEL_SUFFIXES:
         raise InputError(f"{path}: a model is a .h5 or a .keras file")
     return ModelFile(path, read_file(path, max_bytes), max_bytes)
+
+
+def find_meant(path: Path) -> Path | None:
+    """Return the model's file that a path without its suffix, or a name in MODELS, stands for."""
+    folders = [Path(), MODELS] if path.name == str(path) else [Path()]
+    paths = (folder / f"{path}{suffix}" for folder in folders for suffix in ("", *MODEL_SUFFIXES))
+    return next(filter(os.path.isfile, paths), None)
 
 
 def load_badnet(path: Name, max_bytes: int = DEFAULT_MAX_BYTES) -> Any:

@@ -40,6 +40,7 @@ class LabelledImages(Protocol):
     def batch_count(self) -> int: ...
     def __len__(self) -> int: ...
     def batches(self, scale: str = ...) -> Iterator[tuple[np.ndarray, np.ndarray]]: ...
+    def spread_batches(self) -> Iterator[tuple[np.ndarray, np.ndarray]]: ...
 
 
 class CachedNet:
@@ -131,8 +132,8 @@ def choose_scale(
     """Find the pixels that a net was trained on, by its accuracy on a clean dataset.
 
     All images are run at the scale that serves the first batch best. At the others, only as many
-    are run as it takes to see that none of them can win. A scale other than pixels.DEFAULT must
-    win by MIN_GAIN over that, and over answering always the same class.
+    are run as it takes to see that none of them can win; they are taken evenly. A scale other than
+    pixels.DEFAULT must win by MIN_GAIN over that, and over answering always the same class.
     Return (scale, features, mean activation, rival): a key of pixels.SCALES, the two that
     `extract_features` returns for it, and a scale that serves the net as well or better, or None.
     """
@@ -140,13 +141,13 @@ def choose_scale(
     margin = {name: 0 if name == pixels.DEFAULT else MIN_GAIN for name in scales}
     least = np.max(np.bincount(clean.labels)) + MIN_GAIN * count
 
-    def count_right(name: str, x: np.ndarray, y: np.ndarray) -> int:
+    def count_right(name: str, x: np.ndarray, rows: np.ndarray) -> int:
         features = np.asarray(compile_model(split.trunk)(pixels.scale_pixels(x, name))[0])
-        return int(np.sum(classify(split.head, features) == y))
+        return int(np.sum(classify(split.head, features) == clean.labels[rows]))
 
-    x, y = next(clean.batches())
+    x, rows = next(clean.spread_batches())
     scale, *other_scales = sorted(
-        scales, key=lambda name: margin[name] * len(y) - count_right(name, x, y)
+        scales, key=lambda name: margin[name] * len(rows) - count_right(name, x, rows)
     )
     extracted = extract_features(split, clean, scale)
     right = classify(split.head, extracted[0]) == clean.labels
@@ -155,17 +156,20 @@ def choose_scale(
     needed = {name: own + margin[name] * count for name in other_scales}
     needed |= {name: max(needed[name], least) for name in other_scales if name != pixels.DEFAULT}
 
-    hits, run_count = dict.fromkeys(other_scales, 0), 0
-    for x, y in clean.batches():
-        run_count += len(y)
+    hits, run_count, own_hits = dict.fromkeys(other_scales, 0), 0, 0
+    for x, rows in clean.spread_batches():
+        run_count += len(rows)
+        own_hits += int(np.sum(right[rows]))
         for name in other_scales:
-            hits[name] += count_right(name, x, y)
+            hits[name] += count_right(name, x, rows)
         if all(hits[name] + count - run_count <= needed[name] for name in other_scales):
             break
-    accuracy = {scale: np.mean(right[:run_count])}
-    accuracy |= {name: hits[name] / run_count for name in other_scales}
+    hits[scale] = own_hits
+    accuracy = {name: hits[name] / run_count for name in scales}
     listing = ", ".join(f"{name} {format_percent(accuracy[name])}" for name in scales)
-    say(f"accuracy on the first {format_count(run_count, 'image')} with pixels {listing}")
+    some = f"{run_count} of " if run_count < count else ""
+    evenly = ", taken evenly," if some else ""
+    say(f"accuracy on {some}{format_count(count, 'image')}{evenly} with pixels {listing}")
     best = max(other_scales, key=lambda name: hits[name] - needed[name])
     if hits[best] > needed[best]:
         scale, extracted = best, extract_features(split, clean, best)

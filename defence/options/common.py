@@ -41,8 +41,9 @@ def add_labels(group: Any) -> None:
     group.add_argument(
         "--labels",
         metavar="FILE",
-        help="names of the classes, one per line, to show beside their numbers (default: "
-        "labels.txt beside MODEL, if it exists)",
+        help="names of the classes, one per line, to show beside their numbers (default: the names "
+        "of the dataset's folders, which the repaired net's record keeps; else labels.txt beside "
+        "MODEL, if it has a line for each class)",
     )
 
 

@@ -30,6 +30,10 @@ from defence.options.common import (
 
 STDIN = "-"  # as IMAGE
 EXPORT, RAY, DATASET, IMAGES = "export", "ray", "dataset", "images"  # the modes of the command
+NO_DATASET = (
+    "--poisoned and --plot go with a clean dataset as IMAGE: an .h5 file, or, with --labelled, a "
+    "folder that has a folder of images for each class"
+)
 OUTPUTS = ("json", "csv", "plot", "report")
 USUAL = (
     *("--labelled", "--fpr", "--poisoned", "--report", "--csv", "--json", "--labels"),
@@ -64,7 +68,8 @@ def parse_eval(words: Sequence[str] | None = None) -> tuple[Namespace, list[Path
         return arguments, models
     names = arguments.images
     if not names:
-        raise InputError("give an IMAGE, or --export")
+        needs_dataset = arguments.poisoned or arguments.plot
+        raise InputError(NO_DATASET if needs_dataset else "give an IMAGE, or --export")
     arguments.alone = len(names) == 1 and names[0] != STDIN and not os.path.isdir(names[0])
     arguments.images = add_names_on_stdin(names, arguments.null)
     if arguments.ray:
@@ -123,8 +128,8 @@ def check_images(arguments: Namespace, models: list[Path], names: list[str]) -> 
 
     names: from the command line, without the names on stdin.
     """
-    if arguments.labelled and not (len(names) == 1 and os.path.isdir(names[0])):
-        raise InputError("--labelled goes with one folder as IMAGE")
+    if arguments.labelled:
+        check_labelled(names)
     paths = list(map(Path, arguments.images))
     datasets = [p for p in paths if arguments.labelled or p.suffix.lower() in DATASET_SUFFIXES]
     arguments.images = datasets if arguments.labelled else files.list_files(arguments.images)
@@ -132,7 +137,9 @@ def check_images(arguments: Namespace, models: list[Path], names: list[str]) -> 
     if datasets and len(arguments.images) > 1:
         raise InputError(f"{datasets[0]}: give only one dataset, or images")
     if (arguments.poisoned or arguments.plot) and not datasets:
-        raise InputError("--poisoned and --plot go with a dataset as IMAGE, not images")
+        folders = len(names) == 1 and has_folders(names[0])
+        hint = f"{names[0]}: counts as images without --labelled; add it. " if folders else ""
+        raise InputError(hint + NO_DATASET)
     outputs = {f"--{name}": getattr(arguments, name) for name in OUTPUTS}
     read = list_read(arguments, models, [*datasets, *arguments.poisoned])
     files.check_writable(outputs, itertools.chain(arguments.images, read))
@@ -140,6 +147,27 @@ def check_images(arguments: Namespace, models: list[Path], names: list[str]) -> 
         plots.require_format(arguments.plot)
     if arguments.report:
         require_report(arguments.report)
+
+
+def check_labelled(names: Sequence[str]) -> None:
+    """Raise InputError unless --labelled comes with one folder of class folders."""
+    wanted = "--labelled takes one folder that has a folder of images for each class"
+    if len(names) > 1:
+        raise InputError(f"{names[1]}: is one IMAGE too many; {wanted}")
+    if not os.path.isdir(names[0]):
+        hint = "; an .h5 dataset needs no --labelled" * (Path(names[0]).suffix in DATASET_SUFFIXES)
+        raise InputError(f"{names[0]}: is not a folder; {wanted}{hint}")
+    if not has_folders(names[0]):
+        raise InputError(
+            f"{names[0]}: has no folder of images for each class; leave --labelled out to judge "
+            "its files as images"
+        )
+
+
+def has_folders(name: str) -> bool:
+    """Return whether a path is a folder with a visible folder in it."""
+    folders = next(os.walk(name), ("", [], []))[1]
+    return any(folder[0] != "." for folder in folders)
 
 
 def strip_scheme(name: str) -> str:

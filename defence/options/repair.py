@@ -28,7 +28,7 @@ USUAL = (
     *("--check", "--scan", "--harden", "--holdout", "--poisoned", "--output", "--report"),
     *("--labels", "--scale", "--quiet"),
 )
-MODES = {"check": GENERAL, "scan": GENERAL | {"seed", "json", "sarif", "labels"}}
+MODES = {"check": GENERAL | {"labels"}, "scan": GENERAL | {"seed", "json", "sarif", "labels"}}
 
 
 def parse_repair() -> tuple[Namespace, ModelFile]:
@@ -52,10 +52,14 @@ def parse_repair() -> tuple[Namespace, ModelFile]:
     check_outputs(arguments, badnet, repairs)
     _ = badnet.declared
     record.refuse_repaired(badnet)
-    if repairs and arguments.output.exists():
+    return arguments, badnet
+
+
+def announce_replacement(arguments: Namespace) -> None:
+    """Say which repaired net the command will replace, if there is one."""
+    if arguments.output.exists():
         old = record.describe_repaired(arguments.output, arguments.max_bytes)
         say(f"{arguments.output} will be replaced: {old}")
-    return arguments, badnet
 
 
 def refuse_idle_options(parser: Parser, arguments: Namespace) -> None:
