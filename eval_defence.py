@@ -60,7 +60,8 @@ def export(arguments: Namespace, models: list[Path]) -> None:
     path = onnx_file.default_detector_path(models[1])
     badnet, repaired = (read_model(model, arguments.max_bytes) for model in models)
     detector = backends.export_detector(badnet, repaired, path, **take_usage(arguments))
-    print_result(f"Saved detector: {path}", f"It flags {detector.rule.removeprefix('flagging ')}.")
+    print_result(f"Saved detector: {path}")
+    say(f"the detector's file flags {detector.rule.removeprefix('flagging ')}")
     conclude(detector, arguments)
 
 

@@ -31,7 +31,7 @@ from defence.load.datasets import hold_out
 def test_repair_prints_and_records_its_steps(repaired_world):
     folder, process = repaired_world
     lines = process.stdout.splitlines()
-    assert lines[-3] == f"Saved model: {G}"
+    assert lines[-2] == f"Saved model: {G}"
     record = json.loads((folder / "record.json").read_text())
     seconds = record.pop("seconds")  # not in G's file: they differ from run to run
     assert record == read_record(folder / G)

@@ -127,7 +127,7 @@ def test_the_last_line_of_a_repair_is_the_next_command(deepid_world, tmp_path):
     call = ("repair.py", B, "clean.h5", "--output", output, "--rounds", 0, "--no-export")
     process = command(*call, cwd=deepid_world)
     assert process.returncode == 0, process.stderr
-    *_, last = process.stdout.splitlines()
+    *_, last = process.stderr.splitlines()
     assert last.startswith("To remove more backdoors, harden it: python ")
     assert last.endswith(f"--output '{output}' --rounds 0 --no-export --harden --holdout 0.1")
 
@@ -149,7 +149,8 @@ def test_a_hardened_repair_shows_the_rate_of_the_fpr_that_judges(hardened):
     lines = hardened[1].stdout.splitlines()
     assert any(line.startswith("  false-positive rate (--fpr 0.0323) ") for line in lines)
     assert "(B and G disagree)" not in hardened[1].stdout
-    assert lines[-1] == f"Judge images: python eval_defence.py IMAGES {B} --fpr 0.0323"
+    *_, last = hardened[1].stderr.splitlines()
+    assert last == f"Judge images: python eval_defence.py IMAGES {B} --fpr 0.0323"
 
 
 BETTER = "G is hardened, so add --fpr 0.0323: anomaly scores tell more than disagreement does"
@@ -173,13 +174,15 @@ def test_a_hardened_net_is_judged_better_with_fpr_and_the_last_line_says_so(hard
 
 def test_an_export_says_what_the_file_flags(hardened, tmp_path):
     shutil.copytree(hardened[0] / "models", tmp_path / "models")
-    call = ("eval_defence.py", B, "--export", "--quiet")
+    call = ("eval_defence.py", B, "--export")
     process = command(*call, cwd=tmp_path)
-    saved = "Saved detector: models/small_bd_net_detector.onnx\n"
-    assert process.stdout == f"{saved}It flags images on which B and G disagree.\n"
+    assert process.stdout == "Saved detector: models/small_bd_net_detector.onnx\n"
+    flags = "the detector's file flags images on which B and G disagree"
+    assert process.stderr.splitlines() == [flags, BETTER]
     process = command(*call, "--fpr", 0.05, cwd=tmp_path)
-    assert process.stdout.startswith(f"{saved}It flags images whose anomaly score is above ")
-    assert process.stdout.endswith(" of new ones on average.\n") and process.stderr == ""
+    flags = "the detector's file flags images whose anomaly score is above "
+    assert process.stderr.startswith(flags) and "held-out clean images exceed" in process.stderr
+    assert process.stderr.count("\n") == 1
 
 
 def test_a_record_without_usable_scores_gives_no_advice():

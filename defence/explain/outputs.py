@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, TextIO
 
 from defence.base import files
 from defence.base.errors import InputError
-from defence.base.progress import print_result, say
+from defence.base.progress import print_line, print_result, say
 from defence.explain import outcome, page_repaired, plots, sarif, tables
 from defence.explain.finding_words import describe_finding
 from defence.judge import backends
@@ -70,7 +70,8 @@ def print_repair(
         backends.discard_detector(Path(arguments.output))
     if arguments.report:
         print_result(f"Saved page: {arguments.report}", file=out)
-    print_result(advice, file=out)
+    show = print_line if outcome.find_left(record) else say  # a failure says it under --quiet, too
+    show(advice)
 
 
 def name_nets(badnet: ModelFile, arguments: Namespace) -> list[str]:
