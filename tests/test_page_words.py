@@ -250,3 +250,4 @@ def test_the_pages_have_a_dark_scheme_a_narrow_one_and_one_for_paper():
     style = (page.PAGES / "style.css").read_text(encoding="utf-8")
     for query in ("(prefers-color-scheme: dark)", "(max-width: 40rem)", "print"):
         assert f"@media {query} {{" in style
+    assert "thead th { white-space: normal;" in style  # a class's long name is no wide column
