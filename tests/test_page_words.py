@@ -9,7 +9,9 @@ from test_outcome import make_record
 from test_page import Page, make_detector, make_findings
 
 from defence.beyond.finding import Finding
-from defence.explain import outcome, page, page_judged, page_repaired, plots, trigger
+from defence.explain import flagged, outcome, page, page_judged, page_repaired, plots, trigger
+from defence.judge.detector import Answers
+from defence.judge.figures import estimate_proportion
 
 NOTHING = Finding("nothing", p_value=0.5, clean_nets=24)
 SHAPE = (9, 7, 3)
@@ -99,6 +101,62 @@ def test_only_a_hardened_net_gives_green(count, hardened, words):
         assert lines[-1].endswith("Repair the BadNet with repair.py --harden.")
 
 
+@pytest.mark.parametrize(
+    ("held_out", "count", "tone", "number"),
+    [
+        (None, 6, "open", 0),  # the number to expect is not known
+        ([0.0] * 9 + [9.0], 2, "open", 0),  # no more than expected
+        ([0.0] * 1000, 6, "alarm", 2),
+    ],
+)
+def test_a_page_names_the_class_that_the_command_names(held_out, count, tone, number):
+    part = make_calm_stream(count)
+    part.suspect = flagged.Candidate(1, count - 1, count, 0.03)
+    detector = make_detector(SHAPE, 60, held_out and 1.0, held_out)
+    found, lines = page_judged.describe_verdict(part, detector, None)
+    assert found == tone
+    assert lines[number] == flagged.describe_suspect(part.suspect) + "."
+
+
+@pytest.mark.parametrize(("count", "tone"), [(4, "open"), (5, "alarm")])
+def test_five_flagged_images_of_few_are_more_than_expected(count, tone):
+    part = make_calm_stream(count)
+    answers = part.stream.answers
+    part.stream.answers = Answers(*(column[:20] for column in vars(answers).values()))
+    detector = make_detector(SHAPE, 60, 1.0, [0.0] * 1000)
+    found, lines = page_judged.describe_verdict(part, detector, None)
+    assert found == tone
+    assert lines[0].startswith("More images are flagged than expected") == (tone == "alarm")
+
+
+@pytest.mark.parametrize(
+    ("hits", "caught", "hardened", "tone", "words"),
+    [
+        (
+            60,
+            0,
+            True,
+            "alarm",
+            "The attack is missed: the rule flags 0 of the 60 images that the B",
+        ),
+        (60, 0, False, "alarm", "The attack is missed: "),
+        (60, 60, True, "calm", "No image is flagged"),
+        (2, 0, True, "open", "The BadNet answers only 2 of these 60 images, given as poisoned, "),
+        (2, 0, False, "open", "The BadNet answers only 2 of these 60 images, given as poisoned, "),
+    ],
+)
+def test_no_green_over_images_given_as_poisoned(hits, caught, hardened, tone, words):
+    rates = [estimate_proportion(np.arange(60) < hits), estimate_proportion(np.arange(60) < caught)]
+    names = "attack_success_rate_badnet", "detection_rate_of_successes"
+    detector = dataclasses.replace(make_detector(SHAPE, 60), hardened=hardened)
+    result = {"figures": dict(zip(names, rates)) | {"detection_rate": rates[1]}}
+    shown = page_judged.describe_stream(make_calm_stream(0), detector, None, result)
+    assert shown["tone"] == tone and shown["lines"][0].startswith(words)
+    assert (shown["lines"][-1] == "Repair the BadNet with repair.py --harden.") == (
+        tone == "alarm" and not hardened
+    )
+
+
 @pytest.mark.parametrize("backend", ["keras", "onnx"])
 def test_the_page_of_a_net_that_was_not_hardened_is_not_green(repaired_world, tmp_path, backend):
     folder, path = repaired_world[0], tmp_path / "x.html"
@@ -156,6 +214,7 @@ def test_names_break_after_separators_and_options_nowhere():
     assert str(text) == (
         'img/<wbr>a_<wbr>&lt;b&gt;.png <span class="option">--batch-size</span> 3 --x\\u202e'
     )
+    assert str(page.make_breakable("a /b/c.h5")) == "a /b/<wbr>c.h5"
     assert page.start_sentence("class 1 stands out") == "Class 1 stands out"
     assert page.start_sentence("eval_defence.py --fpr 0.01 flags") == (
         "eval_defence.py --fpr 0.01 flags"
@@ -191,3 +250,4 @@ def test_the_pages_have_a_dark_scheme_a_narrow_one_and_one_for_paper():
     style = (page.PAGES / "style.css").read_text(encoding="utf-8")
     for query in ("(prefers-color-scheme: dark)", "(max-width: 40rem)", "print"):
         assert f"@media {query} {{" in style
+    assert "thead th { white-space: normal;" in style  # a class's long name is no wide column

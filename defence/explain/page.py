@@ -33,7 +33,7 @@ LIBRARIES = ("tensorflow", "keras", "onnxruntime", "numpy")
 COMMAND = 500  # characters of the command that a page shows, at most
 SIDE = 128  # pixels along a side of an image on a page, at most
 SHOWN_SIDE = 112  # CSS pixels along its longer side
-BREAKS = re.compile(r"(?<=[/_=])(?=[^/_=])")  # after separators in a name
+BREAKS = re.compile(r"(?<=\S[/_=])(?=[^/_=])")  # after separators within a name
 OPTION = re.compile(r"(?<!\S)(--[a-z][a-z-]{,30}[.,;]?)(?!\S)")
 DIM = 0.25  # brightness of an image outside the trigger
 

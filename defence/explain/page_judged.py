@@ -19,7 +19,9 @@ if TYPE_CHECKING:
     from defence.judge.detector import Detector
 
 NETS = {"badnet": "BadNet", "repaired": "repaired net"}
-FEW = 50  # among fewer images, the number of flagged ones says little
+FEW = 50  # among fewer images, less than trigger.FEWEST flagged ones say little
+MISTAKEN = "They may be poisoned, or clean and flagged by mistake."
+MISSED = 0.5  # a lower detection rate of successful attacks misses the attack
 SOME = 12  # flagged images outside the examined classes that are shown, at most
 
 
@@ -76,6 +78,8 @@ def describe_stream(
     outside = ~np.isin(stream.answers.badnet, targets)
     unexplained = streams.select_highest(stream.answers, outside, None)
     tone, lines = describe_verdict(findings, detector, class_names)
+    if result and "detection_rate" in result["figures"] and not findings.candidates:
+        tone, lines = describe_given(result["figures"], detector.hardened, tone, lines)
     return {
         "name": stream.path and str(stream.path),
         "count": len(stream.answers.score),
@@ -125,19 +129,55 @@ def describe_verdict(
         if doubt:
             return "open", ["No image is flagged, which says little.", summary, doubt]
         return "calm", ["No image is flagged: no sign of poisoned images.", *comfort]
+    suspect = findings.suspect
+    reasons = [describe_suspect(suspect, class_names)] if suspect else []
+    more = usual is not None and flags.sum() > high
+    if more and (len(flags) >= FEW or flags.sum() >= trigger.FEWEST):
+        first = "More images are flagged than expected of clean ones, but no class stands out."
+        guess = "They may be poisoned with many targets, or unlike the clean data."
+        guess = f"{guess} One clean stream in forty has as many."
+        return "alarm", [first, summary, *(reasons or [guess])]
+    if reasons:
+        return "open", [*reasons, summary, MISTAKEN]
     if usual is None or len(flags) < FEW:
         first = "Some images are flagged, but no class stands out among them."
-        if suspect := findings.suspect:
-            first = flagged.describe_suspect(suspect, find_name(suspect.target, class_names)) + "."
-        return "open", [first, summary, "They may be poisoned, or clean and flagged by mistake."]
-    if flags.sum() > high:
-        first = "More images are flagged than expected of clean ones, but no class stands out."
-        reason = "They may be poisoned with many targets, or unlike the clean data."
-        return "alarm", [first, summary, f"{reason} One clean stream in forty has as many."]
+        return "open", [first, summary, MISTAKEN]
     first = "No more images are flagged than expected of clean ones, and no class stands out"
     if doubt:
         return "open", [f"{first}, which says little.", summary, doubt]
     return "calm", [f"{first}.", *comfort]
+
+
+def describe_suspect(suspect: Candidate, class_names: list[str] | None) -> str:
+    """Say on the page what findings.examine says on stderr."""
+    return flagged.describe_suspect(suspect, find_name(suspect.target, class_names)) + "."
+
+
+def describe_given(
+    figures: dict, hardened: bool | None, tone: str, lines: list[str]
+) -> tuple[str, list[str]]:
+    """Return what describe_verdict does, of a dataset of --poisoned without a candidate.
+
+    figures: the dataset's.  hardened: as in Detector.
+    tone, lines: as describe_verdict returns them.
+    """
+    success, caught = figures["attack_success_rate_badnet"], figures["detection_rate_of_successes"]
+    if not success["of"]:
+        return tone, lines
+    if success["value"] <= outcome.CARRIES:
+        first = (
+            f"The BadNet answers only {success['hits']:,} of these {success['of']:,} images, given "
+            "as poisoned, with the target."
+        )
+        return "open" if tone == "calm" else tone, [first, *lines]
+    if caught["value"] >= MISSED:
+        return tone, lines
+    first = (
+        f"The attack is missed: the rule flags {caught['hits']:,} of the {caught['of']:,} images "
+        "that the BadNet answers with the target."
+    )
+    advice = [] if hardened else ["Repair the BadNet with repair.py --harden."]
+    return "alarm", [first, *lines[1:2], *advice]
 
 
 def describe_doubt(detector: Detector) -> str | None:
