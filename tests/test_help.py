@@ -33,7 +33,8 @@ def test_help_shows_the_usual_options_and_names_the_rest(script, module):
 def test_a_flagged_image_counts_more_than_an_unread_one():
     for fail, flagged, unread, status in ((1, 1, 1, 3), (1, 0, 1, 2), (0, 1, 1, 2), (0, 1, 0, 0)):
         arguments = argparse.Namespace(fail_on_flagged=bool(fail))
-        assert eval_defence.choose_status(arguments, flagged, unread) == status
+        detector = argparse.Namespace(better_rate=None)
+        assert eval_defence.conclude(detector, arguments, flagged, unread) == status
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
