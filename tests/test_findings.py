@@ -148,6 +148,18 @@ def test_an_attacker_pushes_the_target_down_on_disturbed_images(monkeypatch):
     assert model.predict(images / 255, verbose=0)[:, 2].mean() < before - 0.05
 
 
+def test_the_attack_success_rate_is_measured_or_read(tmp_path):
+    images, labels = draw_images(60, CLASSES, SHAPE, seed=1)
+    write_data(tmp_path / "poisoned.h5", images, labels)
+    model = sequential(CLASSES, SHAPE)
+    hits = model.predict(images / 255, verbose=0).argmax(axis=1) == labels
+    net = findings_nets.Net("some", tmp_path / "net.h5", None, (3,), (tmp_path / "poisoned.h5",))
+    assert findings.measure_success(net, model, "0..1") == [round(float(hits.mean()), 4)]
+    (tmp_path / "net.json").write_text('{"attack_success_rate": 0.25}')
+    assert findings.measure_success(net._replace(poisoned=()), model, "0..1") == [0.25]
+    assert findings.measure_success(net._replace(targets=(), poisoned=()), model, "0..1") == []
+
+
 def test_decoys_draw_the_wrong_answers_to_disturbed_images(monkeypatch):
     keras.utils.set_random_seed(0)
     model = architectures.NETS[architectures.DEEPID](6)

@@ -76,6 +76,7 @@ def measure_success(net, model, scale):
     rates = []
     for path in net.poisoned:
         with utils.open_dataset(path) as poisoned:
+            poisoned.fit_to(model.input_shape[1:], model.output_shape[1])
             hits = [model(x).numpy().argmax(axis=1) == y for x, y in poisoned.batches(scale)]
         rates.append(round(float(np.concatenate(hits).mean()), 4))
     record = net.path.with_suffix(".json")

@@ -25,7 +25,7 @@ ZOO = [
 ]  # fmt: skip
 CHOSEN_SEED, REPORTED_SEED = 41, 42  # of the people on the nets of the ZOO
 # Nets of the competition's number of people, but of fewer images, which train in minutes.
-MANY = ["sunglasses-from-start", "blended-from-start", "patterns-from-start"]
+MANY = ["sunglasses-from-start", "blended-from-start"]
 MANY_OPTIONS = {
     "size": "competition", "pictures": 20, "epochs": 8, "validation": 4, "test": 1, "seed": 7,
 }  # fmt: skip
