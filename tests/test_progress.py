@@ -12,7 +12,7 @@ from defence.base.text import format_duration
 class Clock:
     """A clock that a test moves."""
 
-    now = 100.0
+    now = 0.0
 
     def __call__(self):
         return self.now
@@ -48,6 +48,13 @@ def test_a_long_step_says_every_30_seconds_what_is_done_and_left(capsys):
 def test_a_short_step_and_the_end_of_a_step_say_nothing(capsys):
     assert work(Clock(), capsys, [(1, 0.29)] * 100) == []
     assert work(Clock(), capsys, [(100, 40)]) == []
+
+
+def test_of_several_short_steps_one_says_how_far_it_is(capsys, monkeypatch):
+    clock = Clock()
+    clock.now = 120.0
+    monkeypatch.setattr(progress, "_printed", 100.0)
+    assert work(clock, capsys, [(10, 2)] * 10) == [(10, "harden: 50 %, about 10 seconds left")]
 
 
 def test_parts_of_a_step_may_be_long_and_the_first_one_longer(capsys):
@@ -102,7 +109,7 @@ def test_on_a_terminal_a_bar_is_shown_and_the_promise_above_it(monkeypatch):
         Clock(), types.SimpleNamespace(readouterr=read_nothing), [(1, 1)] * 100, 100, "{}!"
     )
     assert lines == []
-    assert "2 minutes!\n" in terminal.getvalue() and "━" in terminal.getvalue()
+    assert "100 seconds!\n" in terminal.getvalue() and "━" in terminal.getvalue()
     assert "left" not in terminal.getvalue()
 
 
@@ -112,7 +119,7 @@ def read_nothing():
 
 def test_times_are_rounded_as_a_person_says_them():
     for seconds, text in (
-        (3, "10 seconds"), (44, "40 seconds"), (89, "90 seconds"), (91, "2 minutes"),
+        (3, "10 seconds"), (44, "40 seconds"), (94, "90 seconds"), (121, "2 minutes"),
         (725, "12 minutes"), (9000, "2.5 hours"),
     ):  # fmt: skip
         assert format_duration(seconds) == text

@@ -285,7 +285,7 @@ def test_each_finding_is_a_line_of_plain_words():
     (line,) = finding_words.describe_finding(result, ["a", "b", "c", "d", "Ann"])
     assert "(the clearest: class 5 (Ann), p = 0.5: 19 of 39" in line
     assert "19 of 39 clean nets stand out as much" in line and "no sign of a backdoor" in line
-    assert "does not prove" in line
+    assert "; this does not prove" in line
     (line,) = finding_words.describe_finding(Finding("none", "it is raining"))
     assert line == "no finding about a backdoor: it is raining"
 

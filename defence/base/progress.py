@@ -17,6 +17,7 @@ T = TypeVar("T")
 INTERVAL = 30  # seconds between two lines on a step
 PARTS, MEASURED = 10, 5  # of a step and seconds, at least, that tell how long the step takes
 _quiet = False
+_printed = 0.0  # when the last line was printed on stderr, by time.monotonic
 
 
 def set_quiet(quiet: bool) -> None:
@@ -42,7 +43,9 @@ def warn(line: str) -> None:
 
 def print_line(line: object) -> None:
     """Print a line on stderr, even under --quiet."""
+    global _printed
     print(escape(line), file=sys.stderr, flush=True)
+    _printed = time.monotonic()
 
 
 def print_result(*texts: object, sep: str = "\n", file: TextIO | None = None) -> None:
@@ -122,7 +125,9 @@ class Pace:
         """
         self.description, self.total, self.promise, self.clock = description, total, promise, clock
         self.done = self.calls = 0
-        self.began = self.spoke = clock()
+        self.began = clock()
+        # Of several short steps in a row, one says how far it is.
+        self.spoke = min(self.began, _printed or self.began)
         self.first = (self.began, 0)  # the time and the units done when the first part was
 
     def advance(self, count: int) -> Iterator[str]:
@@ -137,7 +142,7 @@ class Pace:
                 yield promise.format(format_duration(seconds))
 
     def remark(self) -> Iterator[str]:
-        """Yield a line on how far the step is where INTERVAL has passed since the last one."""
+        """Yield a line on how far the step is where INTERVAL has passed since the last line."""
         now = self.clock()
         if now - self.spoke < INTERVAL or self.done == self.total:
             return

@@ -40,7 +40,7 @@ def format_count(number: int, noun: str) -> str:
 
 def format_duration(seconds: float) -> str:
     """Format an estimated time, to a tenth or so: 40 seconds, 12 minutes, 2.5 hours."""
-    if seconds < 90:
+    if seconds < 120:
         return f"{max(10, 10 * round(seconds / 10))} seconds"
     return f"{seconds / 60:.0f} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"
 

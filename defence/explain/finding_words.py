@@ -37,7 +37,7 @@ def describe_finding(
         yield (
             f"no sign of a backdoor of the kinds that a scan shows in {finding.wrong} wrong "
             f"answers to disturbed images (the clearest: {clearest}, {chance}); this "
-            " does not prove that there is none"
+            "does not prove that there is none"
         )
         return
     for row in list_target_rows(finding)[:SHOWN]:
