@@ -57,6 +57,14 @@ def test_of_several_short_steps_one_says_how_far_it_is(capsys, monkeypatch):
     assert work(clock, capsys, [(10, 2)] * 10) == [(10, "harden: 50 %, about 10 seconds left")]
 
 
+def test_what_an_earlier_command_printed_does_not_count(capsys, monkeypatch):
+    clock = Clock()
+    clock.now = 1000.0
+    monkeypatch.setattr(progress, "_printed", 1.0)
+    progress.set_quiet(False)
+    assert work(clock, capsys, [(10, 2)] * 10) == []
+
+
 def test_parts_of_a_step_may_be_long_and_the_first_one_longer(capsys):
     assert work(Clock(), capsys, [(10, 60), (40, 40), (50, 50)]) == [
         (60, "harden: 10 %, about 9 minutes left"),

@@ -22,8 +22,8 @@ _printed = 0.0  # when the last line was printed on stderr, by time.monotonic
 
 def set_quiet(quiet: bool) -> None:
     """Leave out remarks and progress bars from now on, or not. Warnings and errors always show."""
-    global _quiet
-    _quiet = quiet
+    global _quiet, _printed
+    _quiet, _printed = quiet, 0.0  # a command begins; what an earlier one printed is long ago
 
 
 def is_quiet() -> bool:
