@@ -168,7 +168,9 @@ def test_formats_may_be_lower_case_and_addresses_need_ray(deepid_world):
 def test_a_missing_output_folder_names_the_option(deepid_world, tmp_path):
     write_data(tmp_path / "d.h5", *draw_images(9, 3, (31, 31, 3), 0))
     process = run_apart("repair.py", Path(deepid_world, B), "d.h5", cwd=tmp_path)
-    assert_refused(process, "there is no folder models/ to write to; choose another --output")
+    assert_refused(
+        process, "there is no folder models/ to write to; make it, or choose another --output"
+    )
 
 
 @pytest.mark.parametrize("scale", ["caffe", "torch"])

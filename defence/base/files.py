@@ -119,7 +119,7 @@ def check_writable(outputs: Mapping[str, Name | None], inputs: Iterable[Name]) -
 def _check_place(option: str, path: Path) -> None:
     """Raise InputError unless a file can be written at `path`, the value of an option."""
     if not os.path.isdir(path.parent):
-        hint = "; choose another --output" if option == "--output" else ""
+        hint = "; make it" + (", or choose another --output" if option == "--output" else "")
         raise InputError(f"{path}: there is no folder {path.parent}/ to write to{hint}")
     try:
         os.lstat(path)
