@@ -70,7 +70,7 @@ def confuse(x, y):
         ),
         (
             shuffle_some,
-            "% of the labels or more seem to be wrong: the BadNet thinks them least likely. G",
+            "% of the labels seem to be wrong: the BadNet gives them its lowest scores. G",
         ),
         (
             lambda x, y: (x[..., ::-1], y),

@@ -60,6 +60,16 @@ def test_warnings_about_a_folder_name_its_classes(deepid_world, faces, tmp_path)
     assert words in process.stderr and "label 0" not in process.stderr
 
 
+def test_folders_in_another_order_than_the_net_s_say_which_order_counts(
+    deepid_world, faces, tmp_path
+):
+    for number, name in enumerate(reversed(ORDER)):
+        (tmp_path / f"{number}").symlink_to(faces / name)
+    process = command("repair.py", B, tmp_path, "--check", cwd=deepid_world)
+    assert process.returncode == 1
+    assert "Class folders count in alphabetical order, unless a labels.txt" in process.stderr
+
+
 def test_a_class_without_a_name_says_where_its_label_stands():
     assert format_class(np.int64(11)) == "class 12 (label 11 in the file)"
     assert format_class(1, ["Ann", "Bo"]) == "class 2 (Bo)"

@@ -182,7 +182,7 @@ def test_only_a_proven_trigger_is_called_a_trigger(tmp_path):
     part = make_findings(shape, 40, 20)
     (evidence,) = part.evidence
     for region, words in (
-        (evidence.region, "at one place"),
+        (evidence.region, "within one region"),
         (everywhere, "all over the image"),
         (~everywhere, "nothing in common"),
     ):

@@ -221,6 +221,23 @@ def test_names_break_after_separators_and_options_nowhere():
     )
 
 
+def test_the_names_of_classes_fit_below_their_chart():
+    kept, names = [], ["speed limit 50", "no entry"]
+
+    def draw(axes):
+        rows = [{"class": number, "count": 9 - number} for number in (1, 2)]
+        result = Finding("backdoor", targets=[1], classes=rows)
+        plots._draw_wrong_answers(axes, result, names)
+        kept.append(axes)
+
+    plots.draw_chart(draw)
+    (axes,) = kept
+    axes.figure.draw_without_rendering()
+    labels = axes.get_xticklabels()
+    assert labels[0].get_text() == "1 speed limit 50"
+    assert all(label.get_window_extent().y0 >= 0 for label in labels)
+
+
 @pytest.mark.parametrize("datasets", [1, 9])
 def test_the_legend_hides_no_curve_and_channels_are_whole_numbers(datasets):
     names = [f"{'long_' * 20}{number}.h5" for number in range(datasets)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 import numpy as np
@@ -37,6 +38,10 @@ EXPLAINS = 0.5  # the fraction of the wrong answers that an explanation must mak
 MIN_SAME, MIN_SAME_FRACTION, SURE = 10, 0.5, 0.9
 SAMPLE = 1_000  # images to measure that on
 KEPT_ACCURACY = 0.9  # the fraction of B's accuracy that G should keep
+FOLDER_ORDER = (
+    " Class folders count in alphabetical order, unless a labels.txt in the dataset's folder lists "
+    "them in the net's order, one a line"
+)
 
 
 def warn_of_problems(net: CachedNet, class_names: Sequence[str] | None = None) -> bool:
@@ -76,6 +81,7 @@ def examine_answers(
     accuracy = net.accuracy()
     right = f"the BadNet is right on {format_percent(accuracy)}"
     wrong_count = np.sum(net.classes != net.labels)
+    order = FOLDER_ORDER if Path(net.data.path).is_dir() else ""
     if accuracy >= MIN_HARDEN_ACCURACY and (errors := find_sure_errors(net)):
         yield (
             warn,
@@ -89,9 +95,9 @@ def examine_answers(
     elif disorder := estimate_disorder(net):
         yield (
             warn,
-            f"{right}, and {100 * disorder:.0f} % of the labels or more seem to be wrong: the "
-            "BadNet thinks them least likely. G would learn them and flag clean images. Does the "
-            "dataset belong to another net, or are its labels in the wrong order?",
+            f"{right}, and at least {100 * disorder:.0f} % of the labels seem to be wrong: the "
+            "BadNet gives them its lowest scores. G would learn them and flag clean images. Does "
+            f"the dataset belong to another net, or are its labels in the wrong order?{order}",
         )
     elif accuracy < ACCURATE:
         yield (

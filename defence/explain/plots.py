@@ -164,7 +164,8 @@ def draw_chart(draw: Callable, *arguments: Any) -> Chart:
     width, height = CHART
     legend = LEGEND_LINE * count_legend_lines(axes)
     size = width, height + legend
-    top, bottom = ((legend + height * EDGES[side]) / size[1] for side in ("top", "bottom"))
+    low = max(EDGES["bottom"], figure.subplotpars.bottom)  # names below the axes take more room
+    top, bottom = ((legend + height * edge) / size[1] for edge in (EDGES["top"], low))
     figure.set_size_inches(size)
     figure.subplots_adjust(**EDGES | {"top": top, "bottom": bottom})
     with matplotlib.rc_context({"svg.fonttype": "path", "svg.hashsalt": "chart"}):
