@@ -195,8 +195,8 @@ def test_plots_and_pages_show_the_names():
     row = (np.array([0]), np.array([1]))
     plots._draw_flagged(figure, grid[0], "x", images, *row, NAMES)
     assert figure.axes[0].get_title() == "1 Ann\n→ 2 Bo"
-    assert page_judged.number_class(2, NAMES) == "2 (Bo)"
-    assert page_judged.number_class(7, NAMES) == "7 (poisoned)"
+    assert page_judged.label_class(2, NAMES) == "2 (Bo)"
+    assert page_judged.label_class(7, NAMES) == "7 (poisoned)"
 
 
 def test_a_check_takes_names_of_classes(deepid_world, tmp_path):

@@ -16,7 +16,7 @@ from defence.load import guard_config
 
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 SLOW = {"serving.md"}  # starts Ray and Node
-LINES, ALL_LINES, COLUMNS = 195, 1400, 8  # at most: of README; of docs/; of any table
+LINES, ALL_LINES, COLUMNS = 180, 1400, 8  # at most: of README; of docs/; of any table
 RESULT_LINES = 5000  # of tests/results/, at most
 VARIES = re.compile(r"\d+(\.\d+)?(?= %|,|$)")  # seconds and rates, which differ between machines
 POINTS = 1.0  # by which a rate may differ, in %

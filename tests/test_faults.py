@@ -277,6 +277,7 @@ def test_a_data_file_that_is_cut_short_while_it_is_read(folder, monkeypatch, mom
     assert_next_run_succeeds(folder)
 
 
+@pytest.mark.slow
 def test_no_room_for_the_detector(folder, monkeypatch):
     """G is already saved, and stays."""
     convert = onnx_file._convert_to_onnx

@@ -175,7 +175,7 @@ def test_hardening_without_patterns_equals_a_plain_keras_loop():
 )
 def test_steps_are_whole_epochs_but_not_too_many(count, steps, most, epochs):
     settings = Settings(harden_steps=steps, harden_epochs=most)
-    scheduled, rate = harden.make_schedule(count, settings)
+    scheduled, _, rate = harden.make_schedule(count, settings)
     assert scheduled == epochs
     epoch_steps = -(-count // 64)
     last, end = (float(rate(epochs * epoch_steps - n)) for n in (1, 0))

@@ -38,7 +38,7 @@ def test_a_flagged_image_counts_more_than_an_unread_one():
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_help_names_the_exit_statuses_as_the_readme_does(script):
+def test_help_names_the_exit_statuses(script):
     text = " ".join(command(script, "--help").stdout.split())
     if script == "repair.py":
         assert "Exit status: 0 done; 1 failed, or --check warned; 2 wrong input; 3 --scan" in text

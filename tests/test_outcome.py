@@ -25,7 +25,7 @@ def make_record(rates=None, images=100, hardened=False, held_out=None, **setting
         success = dict.fromkeys(steps, {"a.h5": before}) | {steps[-1]: {"a.h5": after}}
     return RepairRecord(
         *("0", {}, {"file": "b.h5"}, {"file": "clean.h5", "images": 540}),
-        {"harden_steps": 10000, **settings},
+        {"harden": hardened, "harden_steps": 10000, **settings},
         *("0..1", "conv_3", 1, [0], [0.0], [], dict.fromkeys(steps, 0.9), success),
         {"answers": 0.0, "weights": 0.0},
         holdout=held_out,

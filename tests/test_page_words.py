@@ -13,7 +13,8 @@ from defence.explain import flagged, outcome, page, page_judged, page_repaired, 
 from defence.judge.detector import Answers
 from defence.judge.figures import estimate_proportion
 
-NOTHING = Finding("nothing", p_value=0.5, clean_nets=24)
+ROW = {"class": 3, "count": 9, "p_value": 0.5}
+NOTHING = Finding("nothing", p_value=0.5, clean_nets=24, classes=[ROW])
 SHAPE = (9, 7, 3)
 SUSPECT = Finding("none", "no class can be told from the others")
 

@@ -175,6 +175,7 @@ def test_pipelines_get_a_status_and_no_messages(repaired_world):
     assert line == "warning:"
 
 
+@pytest.mark.slow
 def test_replacing_a_repaired_net_is_announced(deepid_world, tmp_path):
     output = tmp_path / "g.h5"
     call = ("repair.py", B, "clean.h5", "--output", output, "--rounds", 0)

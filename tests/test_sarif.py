@@ -150,6 +150,7 @@ def test_a_name_of_a_class_makes_no_link_no_placeholder_and_no_control_character
 # -------------------------------------------------------------------------------- the command
 
 
+@pytest.mark.slow
 @pytest.mark.whole_scan
 def test_a_scan_writes_its_finding_as_sarif(folder, tmp_path, small_nets):
     path = tmp_path / "scan.sarif"

@@ -97,6 +97,7 @@ def wait_for(condition, process):
     raise AssertionError(process.communicate())
 
 
+@pytest.mark.slow
 def test_verdicts_are_those_without_ray(folder, address):
     inside = draw(folder, 120)
     for i in range(100):  # the first batch, which holds no readable image

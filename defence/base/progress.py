@@ -44,7 +44,8 @@ def warn(line: str) -> None:
 def print_line(line: object) -> None:
     """Print a line on stderr, even under --quiet."""
     global _printed
-    print(escape(line), file=sys.stderr, flush=True)
+    # In one piece, since a signal's own line may come between a text and the end of its line.
+    print(f"{escape(line)}\n", end="", file=sys.stderr, flush=True)
     _printed = time.monotonic()
 
 

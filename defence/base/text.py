@@ -45,6 +45,11 @@ def format_duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"
 
 
+def number_class(number: int, name: str | None = None) -> str:
+    """Format the number of a class, from 1, and its name, if it has one: 3 (Ann)."""
+    return f"{number} ({name})" if name else str(number)
+
+
 def format_class(label: SupportsIndex, names: Sequence[str] | None = None) -> str:
     """Format the class of a label, 0..N-1, with its name; a person counts classes from 1.
 
@@ -52,7 +57,7 @@ def format_class(label: SupportsIndex, names: Sequence[str] | None = None) -> st
     """
     number = operator.index(label)
     name = (names[number] if names else "") or f"label {number} in the file"
-    return f"class {number + 1} ({name})"
+    return f"class {number_class(number + 1, name)}"
 
 
 def format_gigabytes(size: float) -> str:

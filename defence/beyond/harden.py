@@ -107,7 +107,7 @@ def train_on_changes(
     rng: np.random.Generator,
 ) -> None:
     """Train all of a Keras model on changed images. labels: int64 (n,), 0..N-1."""
-    epochs, rate = make_schedule(len(images), settings)
+    epochs, steps, rate = make_schedule(len(images), settings)
     layers = [layer for layer in graph.list_layers(model) if not is_mask(layer)]
     train_epoch = training.make_trainer(
         model,
@@ -118,7 +118,6 @@ def train_on_changes(
         option="--harden-learning-rate",
         prepare=make_patterns(model, images.scale, settings, rng),
     )
-    steps = epochs * -(-len(images) // settings.harden_batch_size)
     promise = f"hardening takes about {{}} ({steps:,} steps)"
     with follow("harden", epochs * len(images), promise) as advance:
         for epoch in range(1, epochs + 1):
@@ -138,9 +137,10 @@ def make_patterns(
     return patterns.Patterns(model, scale, rate, int(rng.integers(2**31))) if rate else None
 
 
-def make_schedule(images: int, settings: Settings) -> tuple[int, Any]:
-    """Return the number of epochs for n images, and the learning rate, a Keras schedule."""
-    steps = -(-images // settings.harden_batch_size)
-    epochs = min(settings.harden_epochs, max(1, round(settings.harden_steps / steps)))
+def make_schedule(images: int, settings: Settings) -> tuple[int, int, Any]:
+    """Return the number of epochs for n images, of steps, and the learning rate, of Keras."""
+    batches = -(-images // settings.harden_batch_size)
+    epochs = min(settings.harden_epochs, max(1, round(settings.harden_steps / batches)))
+    steps = epochs * batches
     cosine = import_keras().optimizers.schedules.CosineDecay
-    return epochs, cosine(settings.harden_learning_rate, epochs * steps)
+    return epochs, steps, cosine(settings.harden_learning_rate, steps)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from defence.base.text import escape, format_count, format_percent
+from defence.base.text import escape, format_count, format_percent, number_class
 from defence.beyond.finding import SHOWN, Finding
 
 # What was disturbed in each way, in words.
@@ -32,7 +32,7 @@ def describe_finding(
         yield f"no finding about a backdoor: {finding.reason}"
         return
     if finding.finding == "nothing":
-        clearest = name_clearest(finding, class_names) if finding.classes else "none"
+        clearest = name_clearest(finding, class_names)
         chance = describe_p_value(finding.p_value, finding)
         yield (
             f"no sign of a backdoor of the kinds that a scan shows in {finding.wrong} wrong "
@@ -52,12 +52,13 @@ def name_clearest(finding: Finding, class_names: Sequence[str] | None) -> str:
     row = finding.classes[0]
     if finding.shift_p_value is not None and finding.shift_p_value < row["p_value"]:
         return "a shift of all classes"
-    return name_class(row["class"], class_names)
+    return describe_class(row["class"], class_names)
 
 
-def name_class(number: int, class_names: Sequence[str] | None) -> str:
+def describe_class(number: int, class_names: Sequence[str] | None) -> str:
     """Return a class with its name, if it has one. number: from 1."""
-    return f"class {number}" + (f" ({escape(class_names[number - 1])})" if class_names else "")
+    name = escape(class_names[number - 1]) if class_names else None
+    return f"class {number_class(number, name)}"
 
 
 def list_target_rows(finding: Finding) -> list[dict[str, Any]]:
@@ -69,7 +70,7 @@ def describe_target(
     row: dict[str, Any], finding: Finding, class_names: Sequence[str] | None = None
 ) -> str:
     """Return a line of text about a target. row: of the Finding's `classes`."""
-    name = name_class(row["class"], class_names)
+    name = describe_class(row["class"], class_names)
     chance = describe_p_value(row["p_value"], finding)
     if row["way"] == "sought":
         sign = (

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from defence.base.text import number_class
+
 LEVEL = 0.01  # at most this fraction of clean streams has a class that stands out
 CANDIDATE_LEVEL = 0.1  # a class of a clean stream is a candidate at most this often
 WEIGHT = 0.25  # images that the prior of a class is worth; tests/tools/streams.py tests it
@@ -105,8 +107,9 @@ def predict_flagged(
 
 def describe_candidate(candidate: Candidate, name: str | None = None) -> str:
     """Say why a class may be the target. name: the class's."""
-    label = f"class {candidate.target}" + (f" ({name})" if name else "")
-    fact = f"the BadNet answers {candidate.hits} of {candidate.flagged} flagged images with {label}"
+    label = number_class(candidate.target, name)
+    answers = f"{candidate.hits} of {candidate.flagged} flagged images"
+    fact = f"the BadNet answers {answers} with class {label}"
     if not candidate.stands_out:
         return f"{fact}: clean images may do so too, but these share what works as a trigger"
     return f"{fact}: it looks like a backdoor's target ({describe_chance(candidate)})"
@@ -114,11 +117,11 @@ def describe_candidate(candidate: Candidate, name: str | None = None) -> str:
 
 def describe_suspect(candidate: Candidate, name: str | None = None) -> str:
     """Say why a class that does not stand out may be the target. name: the class's."""
-    label = f"class {candidate.target}" + (f" ({name})" if name else "")
+    label = number_class(candidate.target, name)
+    answers = f"{candidate.hits} of {candidate.flagged} flagged images"
     return (
-        f"{label} may be a backdoor's target, but {candidate.hits} of {candidate.flagged} flagged "
-        f"images do not suffice to tell ({describe_chance(candidate)}; a target stands out below "
-        f"{LEVEL:g}): judge more images"
+        f"class {label} may be a backdoor's target, but {answers} do not suffice to tell "
+        f"({describe_chance(candidate)}; a target stands out below {LEVEL:g}): judge more images"
     )
 
 

@@ -31,7 +31,7 @@ def measure_attacks(record: RepairRecord) -> dict[str, dict[str, Any]]:
 
     The figures are as figures.estimate_proportion returns them, after the repair's last step.
     """
-    rates = record.attack_success_rate["hardened" if is_hardened(record) else "fine_tuned"]
+    rates = record.attack_success_rate["hardened" if record.is_hardened() else "fine_tuned"]
     sizes = [data["images"] for data in record.poisoned or ()]
     return {
         name: figures.estimate_proportion(np.arange(size) < round(rate * size))
@@ -43,10 +43,6 @@ def find_left(record: RepairRecord) -> list[str]:
     """Return the names of the poisoned datasets whose backdoor G still carries: a failed repair."""
     attacks = measure_attacks(record)
     return [name for name, rate in attacks.items() if rate["of"] and rate["low"] > CARRIES]
-
-
-def is_hardened(record: RepairRecord) -> bool:
-    return "hardened" in record.accuracy
 
 
 def describe_outcome(record: RepairRecord) -> list[str]:
@@ -83,7 +79,7 @@ def describe_attack(name: str, rate: dict[str, Any], before: float, is_left: boo
 def describe_limits(record: RepairRecord) -> str:
     """Say what a repair that has not failed does not prove."""
     reason = f"after these steps alone, {LEFT_MOST}"
-    if is_hardened(record):
+    if record.is_hardened():
         reason = "a trigger unlike every image change in the training may survive"
     claim = "no other trigger works" if record.poisoned else "the backdoor is gone"
     return f"This does not prove that {claim}: {reason}."
@@ -96,7 +92,7 @@ def describe_next(record: RepairRecord, words: Sequence[str], judge: Sequence[st
     judge: what names B and G to eval_defence.py.
     """
     failed = bool(find_left(record))
-    if not is_hardened(record):
+    if not record.is_hardened():
         command = join_command(words, "--harden", *([] if record.holdout else HOLD_OUT))
         return f"{'Harden it' if failed else 'To remove more backdoors, harden it'}: {command}"
     if failed:

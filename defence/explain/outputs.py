@@ -14,7 +14,7 @@ from defence.base.progress import print_line, print_result, say
 from defence.explain import outcome, page_repaired, plots, sarif, tables
 from defence.explain.finding_words import describe_finding
 from defence.judge import backends
-from defence.load.models import default_repaired_path, read_model
+from defence.load.models import read_model
 
 if TYPE_CHECKING:
     from defence.beyond.finding import Finding
@@ -56,7 +56,8 @@ def print_repair(
         sarif.write_log(arguments.sarif, finding, class_names, badnet)
     if arguments.plot:
         plots.plot_pruning_curve(record, arguments.plot)
-    advice = outcome.describe_next(record, sys.argv, name_nets(badnet, arguments))
+    nets = backends.name_nets(badnet.path, Path(arguments.output))
+    advice = outcome.describe_next(record, sys.argv, nets)
     if arguments.report:
         page_repaired.write_repaired_page(
             arguments.report, record, finding, seconds, class_names, advice
@@ -72,13 +73,6 @@ def print_repair(
         print_result(f"Saved page: {arguments.report}", file=out)
     show = print_line if outcome.find_left(record) else say  # a failure says it under --quiet, too
     show(advice)
-
-
-def name_nets(badnet: ModelFile, arguments: Namespace) -> list[str]:
-    """Return the words that name B and its new G to eval_defence.py."""
-    output = Path(arguments.output)
-    default = output == default_repaired_path(badnet.path)
-    return [str(badnet.path), *([] if default else ["--repaired", str(output)])]
 
 
 def choose_stream(arguments: Namespace) -> TextIO:

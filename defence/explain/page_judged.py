@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from defence.base.text import format_count, format_percent
+from defence.base.text import format_count, format_percent, number_class
 from defence.explain import flagged, outcome, page, plots, streams, tables, trigger
 from defence.load.class_names import name_class
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 NETS = {"badnet": "BadNet", "repaired": "repaired net"}
 FEW = 50  # among fewer images, less than trigger.FEWEST flagged ones say little
 MISTAKEN = "They may be poisoned, or clean and flagged by mistake."
+HARDEN = "Repair the BadNet with repair.py --harden"
 MISSED = 0.5  # a lower detection rate of successful attacks misses the attack
 SOME = 12  # flagged images outside the examined classes that are shown, at most
 
@@ -115,7 +116,7 @@ def describe_verdict(
         )
         summary += f"; of clean images, expect {usual:,.0f} (95 % interval: {low:,} to {high:,})."
     if findings.candidates:
-        numbers = [number_class(row.target, class_names) for row in findings.candidates]
+        numbers = [label_class(row.target, class_names) for row in findings.candidates]
         targets = "targets are classes" if len(numbers) > 1 else "target is class"
         first = f"Some of these images are probably poisoned: the {targets} {', '.join(numbers)}."
         reasons = [
@@ -176,7 +177,7 @@ def describe_given(
         f"The attack is missed: the rule flags {caught['hits']:,} of the {caught['of']:,} images "
         "that the BadNet answers with the target."
     )
-    advice = [] if hardened else ["Repair the BadNet with repair.py --harden."]
+    advice = [] if hardened else [f"{HARDEN}."]
     return "alarm", [first, *lines[1:2], *advice]
 
 
@@ -189,7 +190,7 @@ def describe_doubt(detector: Detector) -> str | None:
         cause = "Nothing tells whether G was hardened"
     return (
         f"{cause}: without hardening, {outcome.LEFT_MOST}, and an image that fools both nets is "
-        "not flagged. Repair the BadNet with repair.py --harden."
+        f"not flagged. {HARDEN}."
     )
 
 
@@ -198,10 +199,9 @@ def find_name(number: int, class_names: list[str] | None) -> str | None:
     return name_class(number, class_names) if class_names else None
 
 
-def number_class(number: int, class_names: list[str] | None) -> str:
-    """Return the number of a class, from 1, and its name: "3 (Ann)"."""
-    name = find_name(number, class_names)
-    return f"{number} ({name})" if name else str(number)
+def label_class(number: int, class_names: list[str] | None) -> str:
+    """Return a class as text.number_class does. number: from 1, or N + 1 for "poisoned"."""
+    return number_class(number, find_name(number, class_names))
 
 
 def describe_target(
@@ -220,15 +220,16 @@ def describe_target(
         if region.any() and evidence.cut_out is not None:
             images["difference"] = page.make_image(127.5 + mean - usual)
             images["cut_out"] = page.make_lit_image(evidence.cut_out, region.astype(np.float32))
+    label = label_class(candidate.target, class_names)
     trials = {"pasted": evidence.pasted, "covered": evidence.covered}
     return {
-        "number": number_class(candidate.target, class_names),
+        "number": label,
         "region": region.any(),
         "whole": evidence.whole,
         "fraction": format_percent(region.mean()),
         "trials": [(name, trial) for name, trial in trials.items() if trial],
         "is_trigger": evidence.is_trigger,
-        "failure": describe_failure(evidence, candidate.target, hardened),
+        "failure": describe_failure(evidence, label, hardened),
         **images,
         "images": [
             describe_image(stream, row, pixels, class_names, places)
@@ -239,11 +240,11 @@ def describe_target(
 
 
 def describe_failure(
-    evidence: TriggerEvidence, target: int, hardened: bool | None
+    evidence: TriggerEvidence, target: str, hardened: bool | None
 ) -> tuple[str, str]:
     """Say why the test did not show that a cut-out is a trigger: (the fact, the reason).
 
-    target: the class, from 1.  hardened: as in Detector.
+    target: the class, as label_class returns it.  hardened: as in Detector.
     """
     pasted = evidence.pasted
     count = pasted["images"] if pasted else 0
@@ -264,9 +265,7 @@ def describe_failure(
             "The test does not show that it works as one",
             f"{both}. The two are too close to tell.",
         )
-    advice = "Repair the BadNet with repair.py --harden"
-    if hardened:
-        advice = "Repair the BadNet again, with more clean images"
+    advice = "Repair the BadNet again, with more clean images" if hardened else HARDEN
     return (
         "The repaired net has the backdoor, too",
         f"{both}. {advice}, unless these places show what images of class {target} usually show.",
@@ -286,7 +285,7 @@ def describe_image(
     """
 
     def describe_class(answer: int) -> str:
-        return "NaN" if answer < 0 else number_class(answer + 1, class_names)
+        return "NaN" if answer < 0 else label_class(answer + 1, class_names)
 
     answers = stream.answers
     return {

@@ -72,7 +72,7 @@ def choose_held_out(record: RepairRecord) -> dict[str, Any]:
     figures of their disagreement would only alarm.
     """
     held_out, by_disagreement = record.holdout or {}, set[str]()
-    if outcome.is_hardened(record):
+    if record.is_hardened():
         by_disagreement = {"false_positive_rate", "clean_accuracy_together"}
     return {name: value for name, value in held_out.items() if name not in by_disagreement}
 
@@ -131,7 +131,9 @@ def list_remarks(record: RepairRecord, class_names: list[str] | None) -> Iterato
     else:
         yield NOT_HELD_OUT
     if record.finding:
-        yield from finding_words.describe_finding(Finding(**record.finding), class_names, True)
+        yield from finding_words.describe_finding(
+            Finding(**record.finding), class_names, hardened=True
+        )
     yield from outcome.describe_outcome(record)
 
 

@@ -285,11 +285,15 @@ def find_detector_file(
 
 def suggest_export(badnet: ModelFile, repaired: ModelFile) -> str:
     """Return the command that writes the detector's file of B and G."""
-    words = ["python", "eval_defence.py", str(badnet.path)]
-    default = default_repaired_path(badnet.path)
-    if repaired.path not in (default, badnet.path.with_name(default.name)):
-        words += ["--repaired", str(repaired.path)]
-    return shlex.join([*words, "--export"])
+    nets = name_nets(badnet.path, repaired.path)
+    return shlex.join(["python", "eval_defence.py", *nets, "--export"])
+
+
+def name_nets(badnet: Path, repaired: Path) -> list[str]:
+    """Return the words that name B and G to eval_defence.py, which finds most G by B's name."""
+    default = default_repaired_path(badnet)
+    known = repaired in (default, badnet.with_name(default.name))
+    return [str(badnet), *([] if known else ["--repaired", str(repaired)])]
 
 
 def export_detector(

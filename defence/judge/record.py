@@ -285,7 +285,7 @@ def describe_repaired(path: Path, max_bytes: int) -> str:
         record = None
     if record is None:
         return f"written on {day}"
-    harden = " with --harden" if record.settings.get("harden") else ""
+    harden = " with --harden" if record.is_hardened() else ""
     return f"made from {record.badnet['file']}{harden} on {day}"
 
 

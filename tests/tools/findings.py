@@ -5,7 +5,7 @@
     python tests/tools/findings.py --table         only the tables
 
 The first scans the REFERENCES of clean_nets.py and photo_nets.py, and keeps the largest number of
-each in each way; finding.py compares other nets with these. The second scans all other GROUPS.
+each in each way; finding.py compares other nets with these. The second scans all other groups.
 Half of them served to choose the scan; the others are reported on. Nets of drawn faces are trained
 where they are missing; those of photographs take `photo_data.py` and `photo_nets.py --all` first.
 Each scanned net has a line in tests/results/findings/ and is not scanned again. The tables go to
@@ -118,17 +118,17 @@ def record_scan(net, group):
 # -------------------------------------------------------------------------------------- commands
 
 
-def train_drawn(names, seeds, others=False):
+def train_drawn(names, seeds, badnets=True):
     """Train the nets of drawn faces that do not exist yet.
 
-    names: of clean_nets.py.  seeds: of the people on the nets of the ZOO.  others: also those of
-    many people, and the evading ones.
+    names: of clean_nets.py.  seeds: of the people on the nets of the zoo.  badnets: also the
+    BadNets of the ZOO, the nets of many people, and the evading ones; else only the clean ones.
     """
     commands = [["tests/tools/clean_nets.py", *names]]
     for seed in seeds:
         options = ["--seed", seed, "--output", make_folder("demo", seed)]
-        commands.append(["models/badnet.py", badnet.CLEAN, *ZOO, *options])
-    if others:
+        commands.append(["models/badnet.py", badnet.CLEAN, *(ZOO if badnets else []), *options])
+    if badnets:
         options = [f"--{option}={value}" for option, value in MANY_OPTIONS.items()]
         folder = make_folder("people", MANY_OPTIONS["seed"])
         commands.append(["models/badnet.py", badnet.CLEAN, *MANY, *options, "--output", folder])
@@ -153,10 +153,11 @@ def main():
     if not arguments.table:
         references = {REFERENCES: groups.pop(REFERENCES)}
         if arguments.references:
-            train_drawn(clean_nets.list_names(clean_nets.REFERENCES), [CHOSEN_SEED])
+            names = clean_nets.list_names(clean_nets.REFERENCES)
+            train_drawn(names, [CHOSEN_SEED], badnets=False)
         else:
             names = clean_nets.list_names(clean_nets.CHECKS)
-            train_drawn(names, [CHOSEN_SEED, REPORTED_SEED], others=True)
+            train_drawn(names, [CHOSEN_SEED, REPORTED_SEED])
         scan_groups(references if arguments.references else groups)
     if arguments.references:
         files.write_json({"largest": read_references()}, finding.CLEAN_NETS)

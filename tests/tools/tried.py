@@ -63,7 +63,7 @@ def train_softly(net, changed, labels, settings, rng, badnet_answers):
     """
     goals = (badnet_answers + np.eye(badnet_answers.shape[1], dtype=np.float32)[labels]) / 2
     size, n = settings.harden_batch_size, len(changed)
-    epochs, rate = harden.make_schedule(n, settings)
+    epochs, _, rate = harden.make_schedule(n, settings)
     net.trainable = True
     net.compile(import_keras().optimizers.Adam(rate), "categorical_crossentropy")
     for _ in range(epochs):
