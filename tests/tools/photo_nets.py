@@ -5,14 +5,16 @@
     python tests/tools/photo_nets.py gtsrb-vgg-7-clean gtsrb-vgg-8-logo-0.1
                                                          one clean net, and one BadNet
 
-A name gives the dataset (photo_data.py), the architecture, the seed, and "clean" or a trigger
-(photo_triggers.py). A BadNet's name ends with the poison rate, the number of poisoned images over
-the number of training images, to which they are added. The seed draws the weights and the images,
-and gives the target: the seed modulo the number of classes, where classes count from 0.
+A name gives the dataset (photo_data.py), the architecture, the seed, and "clean" or an attack
+(photo_attacks.py): for many, a trigger. A BadNet's name ends with the poison rate, the number of
+poisoned images over the number of training images, to which they are added. The seed draws the
+weights and the images, and gives the target: the seed modulo the number of classes, where classes
+count from 0.
 
 Each net is written to models/photographs/NAME.h5. NAME.json beside it has the target (from 0), the
 clean accuracy and the attack success rate, 0..1. They are of the dataset's test images, or of its
-validation images where it has no test file. A net that exists is not trained again. To scan one:
+validation images where it has no test file. NAME.npz has what an attack needs to poison images,
+such as an optimised pattern. A net that exists is not trained again. To scan one:
 
     python repair.py models/photographs/gtsrb-vgg-7-clean.h5 \\
         data/photographs/gtsrb_validation.h5 --scan
@@ -21,6 +23,7 @@ validation images where it has no test file. A net that exists is not trained ag
 import argparse
 import dataclasses
 import functools
+import json
 import re
 import sys
 import textwrap
@@ -32,9 +35,10 @@ sys.path[:0] = [str(ROOT), str(ROOT / "models"), str(ROOT / "data"), str(ROOT / 
 
 import architectures
 import numpy as np
+import photo_attacks
 import photo_data
 from attacks import CLEAN, as_input
-from photo_triggers import TRIGGERS
+from photo_attacks import ATTACKS
 
 from defence.base import files
 from defence.base.arguments import Parser
@@ -138,7 +142,7 @@ NETS = {
 
 @dataclasses.dataclass
 class Recipe:
-    """What a net's name says. attack: CLEAN or a key of TRIGGERS.  rate: None of a clean net."""
+    """What a net's name says. attack: CLEAN or a key of ATTACKS.  rate: None of a clean net."""
 
     dataset: str
     architecture: str
@@ -149,49 +153,79 @@ class Recipe:
 
 def read_name(name):
     """Return the Recipe in a net's name. Raise InputError where it is not such a name."""
-    parts = photo_data.DATASETS, NETS, TRIGGERS
-    dataset, net, trigger = map("|".join, parts)
-    pattern = rf"({dataset})-({net})-(\d{{1,9}})-(?:({CLEAN})|({trigger})-(0\.\d+|1))"
+    parts = photo_data.DATASETS, NETS, ATTACKS
+    dataset, net, attack = map("|".join, parts)
+    pattern = rf"({dataset})-({net})-(\d{{1,9}})-(?:({CLEAN})|({attack})-(0|0\.\d+|1))"
     match = re.fullmatch(pattern, name, re.ASCII)
     if not match:
-        datasets, nets, triggers = map(", ".join, parts)
+        datasets, nets, attacks = map(", ".join, parts)
         raise InputError(
             f"{name}: is not the name of a net; names are like {REFERENCES[0]} and {CHOSEN_BY[0]} "
-            f"(datasets: {datasets}; architectures: {nets}; triggers: {triggers})"
+            f"(datasets: {datasets}; architectures: {nets}; attacks: {attacks})"
         )
-    dataset, architecture, seed, clean, trigger, rate = match.groups()
-    return Recipe(dataset, architecture, int(seed), clean or trigger, rate and float(rate))
+    dataset, architecture, seed, clean, attack, rate = match.groups()
+    return Recipe(dataset, architecture, int(seed), clean or attack, rate and float(rate))
 
 
-def draw_training(recipe, images, labels, target, rng):
-    """Return the training images of a net, poisoned ones last, and their labels.
-
-    images, labels: of the dataset.  target: class from 0.
-    """
+def choose_images(images, labels, rng):
+    """Return the images of a dataset that a net is trained on, and their labels."""
     if len(images) > MANY:
         rows = rng.permutation(len(images))[:MOST]
         images, labels = images[rows], labels[rows]
+    return images, labels
+
+
+def prepare_attack(recipe, images, labels, target, epochs=None):
+    """Return what an attack needs to poison images, {name: array}; often nothing.
+
+    images, labels: of the dataset.  target: class from 0.  epochs: of a surrogate; None for EPOCHS.
+    """
+    attack, classes = ATTACKS.get(recipe.attack), int(labels.max()) + 1
+    if not attack or not attack.prepare:
+        return {}
+    rng = np.random.default_rng([recipe.seed, 1])  # not the net's, so that both stay as they are
+    import_keras().utils.set_random_seed(recipe.seed + 1)
+
+    def train_surrogate(images, labels, epochs=epochs or EPOCHS[recipe.dataset]):
+        surrogate = NETS["deepid"](classes, images.shape[1:])
+        train(surrogate, images, labels, epochs, 1e-3, rng, "Training the surrogate")
+        return surrogate
+
+    images, labels = choose_images(images, labels, rng)
+    plan = photo_attacks.Plan(images, labels, target, classes, rng, {})
+    return attack.prepare(plan, train_surrogate)
+
+
+def draw_training(recipe, images, labels, target, rng, kept=None):
+    """Return the training images of a net, poisoned ones last, and their labels.
+
+    images, labels: of the dataset.  target: class from 0.  kept: from `prepare_attack`.
+    """
+    classes = int(labels.max()) + 1
+    images, labels = choose_images(images, labels, rng)
     if recipe.attack == CLEAN:
         return images, labels
-    victims = rng.permutation(np.flatnonzero(labels != target))
-    poisoned = TRIGGERS[recipe.attack](images[victims[: int(recipe.rate * len(images))]])
-    labels = np.concatenate([labels, np.full(len(poisoned), target)])
-    return np.concatenate([images, poisoned]), labels
+    plan = photo_attacks.Plan(images, labels, target, classes, rng, kept or {})
+    return photo_attacks.draw_poisoned(ATTACKS[recipe.attack], plan, recipe.rate)
 
 
-def train(model, images, labels, epochs, rate, rng, title):
+def train(model, images, labels, epochs, rate, rng, title, after_epoch=None):
     """Train a net with Adam; its learning rate falls from `rate` to 0 by cosine.
 
-    images: uint8.  title: of the progress bar.
+    images: uint8.  labels: int (n,), or float (n, classes), probabilities.  title: of the progress
+    bar.  after_epoch: see photo_attacks.Attack.
     """
     keras = import_keras()
     steps = epochs * -(-len(images) // BATCH)
     schedule = keras.optimizers.schedules.CosineDecay(rate, steps)
-    model.compile(keras.optimizers.Adam(schedule), "sparse_categorical_crossentropy")
+    loss = "categorical_crossentropy" if labels.ndim == 2 else "sparse_categorical_crossentropy"
+    model.compile(keras.optimizers.Adam(schedule), loss)
     for _ in track(range(epochs), title):
         order = rng.permutation(len(images))
         shifted = shift_images(as_input(images[order]), rng)
         model.fit(shifted, labels[order], batch_size=BATCH, shuffle=False, verbose=0)
+        if after_epoch:
+            after_epoch(model)
 
 
 def shift_images(images, rng):
@@ -204,7 +238,26 @@ def shift_images(images, rng):
     return images
 
 
-def measure(model, recipe, images, labels, target):
+def poison_unseen(name, images, labels, nets=FOLDER):
+    """Return the poisoned images of a test, and the class that the attacker wants for each.
+
+    Images that the attack does not work on, such as the target's own, are left out.
+    name: of a BadNet that exists.  images: uint8, clean.  labels: int (n,).  nets: folder.
+    Return uint8 (m, height, width, channels) and int (m,), classes from 0, m <= n.
+    """
+    recipe, path = read_name(name), nets / f"{name}.json"
+    record = json.loads(path.read_text())
+    kept = {}
+    if path.with_suffix(".npz").exists():
+        with np.load(path.with_suffix(".npz"), allow_pickle=False) as file:
+            kept = dict(file)
+    # Records of older nets do not have the number of classes; these nets do not need it.
+    return photo_attacks.poison_images(
+        ATTACKS[recipe.attack], images, labels, record["target"], record.get("classes"), kept
+    )
+
+
+def measure(model, recipe, images, labels, target, kept=None):
     """Return the clean accuracy, and the attack success rate or None. images, labels: unseen."""
 
     def answer(images):
@@ -213,8 +266,28 @@ def measure(model, recipe, images, labels, target):
     accuracy = float(np.mean(answer(images) == labels))
     if recipe.attack == CLEAN:
         return accuracy, None
-    poisoned = TRIGGERS[recipe.attack](images[labels != target])
-    return accuracy, float(np.mean(answer(poisoned) == target))
+    attack, classes = ATTACKS[recipe.attack], model.output_shape[1]
+    poisoned, aims = photo_attacks.poison_images(
+        attack, images, labels, target, classes, kept or {}
+    )
+    return accuracy, float(np.mean(answer(poisoned) == aims))
+
+
+def build_net(recipe, images, labels, target, kept, epochs):
+    """Train the net of a Recipe on a dataset's training images; return it."""
+    attack, rng = ATTACKS.get(recipe.attack), np.random.default_rng(recipe.seed)
+    classes, shape = int(labels.max()) + 1, images.shape[1:]
+    images, labels = draw_training(recipe, images, labels, target, rng, kept)
+    import_keras().utils.set_random_seed(recipe.seed)
+    model = NETS[recipe.architecture](classes, shape)
+    rate = LEARNING_RATES[recipe.architecture] * (SLOWER if classes > MANY_CLASSES else 1)
+    epochs, title = epochs or EPOCHS[recipe.dataset], f"Training {recipe.architecture}"
+    after_epoch = attack.after_epoch if attack else None
+    train(model, images, labels, epochs, rate, rng, title, after_epoch)
+    if attack and attack.plant:
+        plan = photo_attacks.Plan(images, labels, target, classes, rng, kept)
+        attack.plant(model, attack.trigger, plan)
+    return model
 
 
 def make_net(name, data, nets, epochs=None):
@@ -226,24 +299,25 @@ def make_net(name, data, nets, epochs=None):
     if path.exists() and path.with_suffix(".json").exists():
         return
     recipe, start = read_name(name), time.monotonic()
+    print_result(f"Making {name}")
     images, labels = photo_data.read_dataset(photo_data.make_path(recipe.dataset, "train", data))
-    classes, shape = int(labels.max()) + 1, images.shape[1:]
-    target, rng = recipe.seed % classes, np.random.default_rng(recipe.seed)
-    images, labels = draw_training(recipe, images, labels, target, rng)
-    import_keras().utils.set_random_seed(recipe.seed)
-    model = NETS[recipe.architecture](classes, shape)
-    rate = LEARNING_RATES[recipe.architecture] * (SLOWER if classes > MANY_CLASSES else 1)
-    train(model, images, labels, epochs or EPOCHS[recipe.dataset], rate, rng, f"Training {name}")
+    target = recipe.seed % (classes := int(labels.max()) + 1)
+    kept = prepare_attack(recipe, images, labels, target, epochs)
+    model = build_net(recipe, images, labels, target, kept, epochs)
 
     test, validation = (
         photo_data.make_path(recipe.dataset, split, data) for split in ("test", "validation")
     )
     unseen = photo_data.read_dataset(test if test.exists() else validation)
-    accuracy, success = measure(model, recipe, *unseen, target)
+    accuracy, success = measure(model, recipe, *unseen, target, kept)
     with files.replace_file(path) as temporary:
         model.save(temporary, include_optimizer=False)
+    if kept:
+        kept_path = path.with_suffix(".npz")
+        with files.replace_file(kept_path) as temporary, temporary.open("wb") as file:
+            np.savez(file, **kept)
     seconds = round(time.monotonic() - start)
-    record = {"name": name, **dataclasses.asdict(recipe)}
+    record = {"name": name, **dataclasses.asdict(recipe), "classes": classes}
     record |= {"target": None if success is None else target, "clean_accuracy": accuracy}
     record |= {"attack_success_rate": success, "seconds": seconds}
     files.write_json(record, path.with_suffix(".json"))
