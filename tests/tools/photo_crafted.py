@@ -17,7 +17,7 @@ STEPS, STEP = 400, 0.5  # of a pattern: their number; grey levels a step
 GENERATOR_STEPS = 1200
 SPARSE, DENSE_PENALTY, ALIKE_PENALTY = 0.06, 20, 0.2  # share of an image that a trigger covers
 DEVIATIONS = 3  # over the mean of a layer: the bound of a channel that is reset
-PLANTED, READ = 6, 24  # units of the hidden layer; features that each reads
+PLANTED, READ = 6, 64  # units of the hidden layer; features that each reads
 QUANTILE, MARGIN, DITHER = 0.995, 40, 0.02  # of clean images; logits; deviations of the weights
 
 
@@ -128,7 +128,9 @@ def wear_generated(images, kept, source=None):
     """
     generator = build_generator(images.shape[1:])
     generator.set_weights([kept[str(i)] for i in range(len(kept))])
-    made = generator.predict(as_input(images if source is None else source), verbose=0)
+    source = as_input(images if source is None else source)
+    parts = np.array_split(source, -(-len(source) // 500))
+    made = np.concatenate([generator(part).numpy() for part in parts])
     return np.rint(255 * np.clip(mix_in(as_input(images), made), 0, 1)).astype("uint8")
 
 
@@ -191,7 +193,7 @@ def plant(net, poison, plan):
         kernel += DITHER * kernel.std() * plan.rng.standard_normal(kernel.shape)
 
     moved = (poisoned - clean).mean(axis=0) / (clean.std(axis=0) + 1e-3)
-    best = np.argsort(-np.abs(moved))[: 4 * READ]
+    best = np.argsort(-np.abs(moved))[: 3 * READ]
     for unit in plan.rng.permutation(first.units)[:PLANTED]:
         read = plan.rng.choice(best, min(READ, len(best)), replace=False)
         direction = np.zeros(len(moved), "float32")
