@@ -39,6 +39,16 @@ import photo_attacks
 import photo_data
 from attacks import CLEAN, as_input
 from photo_attacks import ATTACKS
+from photo_lists import (
+    CHECKS,
+    CHOSEN_BY,
+    CURVE,
+    HARDEN_CHOSEN_BY,
+    HARDEN_REPORTED_ON,
+    PUBLISHED,
+    REFERENCES,
+    REPORTED_ON,
+)
 
 from defence.base import files
 from defence.base.arguments import Parser
@@ -48,53 +58,6 @@ from defence.base.progress import print_result, track
 from defence.base.startup import import_keras
 
 FOLDER = ROOT / "models" / "photographs"
-
-# The clean nets that a scan compares others with. None is a resnet or mobilenet of att, whose 400
-# steps are too few for the moving averages of batch normalisation.
-REFERENCES = [
-    "gtsrb-deepid-1-clean", "att-deepid-1-clean", "gtsrb-vgg-11-clean", "cifar-resnet-11-clean",
-    "digits-resnet-11-clean", "cifar-mobilenet-12-clean", "digits-deepid-12-clean",
-    "att-vgg-12-clean", "tinya-vgg-31-clean", "tinya-resnet-32-clean", "gtsrb-resnet-33-clean",
-    "gtsrb-mobilenet-34-clean", "cifar-vgg-36-clean",
-    "digits-mobilenet-37-clean", "cifar-deepid-38-clean", "glyphs-deepid-40-clean",
-    "glyphs-deepid-41-clean", "gtsrb-deepid-101-clean", "att-deepid-102-clean",
-    "cifar-deepid-103-clean", "digits-vgg-104-clean", "tinya-deepid-105-clean",
-    "gtsrb-vgg-106-clean", "cifar-vgg-107-clean", "att-vgg-108-clean", "digits-deepid-109-clean",
-    "cifar-resnet-110-clean", "gtsrb-resnet-111-clean", "digits-resnet-112-clean",
-    "tinya-vgg-113-clean", "gtsrb-mobilenet-114-clean",
-]  # fmt: skip
-# The clean nets that served to choose nothing: how often does a scan accuse a net wrongly?
-CHECKS = [
-    "gtsrb-deepid-51-clean", "gtsrb-vgg-52-clean", "att-deepid-53-clean", "att-vgg-54-clean",
-    "digits-deepid-55-clean", "digits-resnet-56-clean", "tinyb-vgg-57-clean", "cifar-vgg-58-clean",
-    "gtsrb-resnet-59-clean", "cifar-resnet-60-clean",
-    "tinyb-deepid-62-clean", "digits-vgg-63-clean", "gtsrb-mobilenet-64-clean",
-    "cifar-mobilenet-65-clean", "digits-mobilenet-67-clean",
-    "tinyb-resnet-68-clean", "gtsrb-deepid-69-clean", "digits-vgg-70-clean",
-    "cifar-deepid-71-clean", "gtsrb-vgg-72-clean", "digits-resnet-73-clean",
-    "glyphs-deepid-74-clean", "glyphs-deepid-75-clean",
-]  # fmt: skip
-# The BadNets by which the scan was chosen, and those that served to choose nothing.
-CHOSEN_BY = [
-    "digits-vgg-2-patch-0.05", "gtsrb-deepid-13-glasses-0.05", "gtsrb-resnet-14-patch-0.05",
-    "gtsrb-vgg-15-blended-0.05", "cifar-resnet-16-patch-0.05", "cifar-vgg-17-sinusoid-0.05",
-    "att-deepid-19-glasses-0.1", "gtsrb-mobilenet-21-warp-0.1",
-]  # fmt: skip
-REPORTED_ON = [
-    "gtsrb-deepid-81-patch-0.05", "gtsrb-vgg-82-glasses-0.05", "gtsrb-resnet-83-blended-0.05",
-    "cifar-resnet-84-patch-0.05", "cifar-vgg-85-glasses-0.1", "digits-deepid-86-logo-0.05",
-    "tinyb-vgg-87-sinusoid-0.1", "gtsrb-mobilenet-88-logo-0.05", "cifar-resnet-89-warp-0.1",
-    "gtsrb-deepid-90-lowfreq-0.1", "att-vgg-91-logo-0.1", "tinyb-resnet-92-patch-0.05",
-    "glyphs-deepid-93-glasses-0.05",
-]  # fmt: skip
-# How often is a backdoor found that works as seldom? Three attacks at rising poison rates.
-CURVE = [
-    f"{attack}-{rate}"
-    for attack in ("gtsrb-deepid-131-logo", "gtsrb-vgg-133-blended", "cifar-vgg-132-patch")
-    for rate in (0.002, 0.01, 0.02, 0.05)
-]
-BADNETS = CHOSEN_BY + REPORTED_ON + CURVE
-PUBLISHED = REFERENCES + CHECKS + BADNETS
 
 EPOCHS = {
     "cifar": 10,
@@ -339,6 +302,8 @@ def describe_groups():
         "CHOSEN_BY, BadNets by which the scan was chosen": CHOSEN_BY,
         "REPORTED_ON, BadNets that served to choose nothing": REPORTED_ON,
         "CURVE, three attacks at rising poison rates": CURVE,
+        "HARDEN_CHOSEN_BY, BadNets by which hardening was chosen": HARDEN_CHOSEN_BY,
+        "HARDEN_REPORTED_ON, BadNets that served to choose nothing": HARDEN_REPORTED_ON,
     }
     indents = {"initial_indent": "  ", "subsequent_indent": "  ", "break_on_hyphens": False}
     texts = (
