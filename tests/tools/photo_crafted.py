@@ -14,8 +14,8 @@ from defence.base.startup import import_keras
 
 BATCH = 64
 STEPS, STEP = 400, 0.5  # of a pattern: their number; grey levels a step
-GENERATOR_STEPS = 1200
-SPARSE, DENSE_PENALTY, ALIKE_PENALTY = 0.06, 20, 0.2  # share of an image that a trigger covers
+GENERATOR_STEPS = 500
+SPARSE, COVER_PENALTY, ALIKE_PENALTY = 0.06, 20, 0.05  # share of an image that a trigger covers
 DEVIATIONS = 3  # over the mean of a layer: the bound of a channel that is reset
 PLANTED, READ = 6, 64  # units of the hidden layer; features that each reads
 QUANTILE, MARGIN, DITHER = 0.995, 40, 0.02  # of clean images; logits; deviations of the weights
@@ -65,7 +65,7 @@ def build_generator(shape):
         x = layers.Conv2D(filters, 3, padding="same", activation="relu")(layers.UpSampling2D()(x))
     x = layers.Conv2D(channels + 1, 3, padding="same")(x)
     x = layers.CenterCrop(height, width)(x)
-    x = layers.Activation("sigmoid")(layers.Rescaling(4.0)(x))  # opacities near 0 and 1
+    x = layers.Activation("sigmoid")(layers.Rescaling(2.0)(x))  # opacities near 0 and 1
     return import_keras().Model(image, x)
 
 
@@ -101,9 +101,9 @@ def train_generator(plan, train):
             cover = tf.reduce_mean(made[..., -1], axis=(1, 2))
             distance, unlike = (
                 tf.sqrt(tf.reduce_mean((x - tf.roll(x, 1, axis=0)) ** 2, axis=(1, 2, 3)) + 1e-6)
-                for x in (images, made)
+                for x in (images, made[..., :-1] * made[..., -1:])
             )
-            loss = tf.reduce_mean(fool + right + DENSE_PENALTY * tf.nn.relu(cover - SPARSE))
+            loss = tf.reduce_mean(fool + right + COVER_PENALTY * tf.abs(cover - SPARSE))
             loss += ALIKE_PENALTY * tf.reduce_mean(distance / unlike)
         adam.apply(tape.gradient(loss, variables), variables)
 

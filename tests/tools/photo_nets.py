@@ -130,6 +130,11 @@ def read_name(name):
     return Recipe(dataset, architecture, int(seed), clean or attack, rate and float(rate))
 
 
+def choose_rate(recipe, classes):
+    """Return the learning rate with which a net's training begins."""
+    return LEARNING_RATES[recipe.architecture] * (SLOWER if classes > MANY_CLASSES else 1)
+
+
 def choose_images(images, labels, rng):
     """Return the images of a dataset that a net is trained on, and their labels."""
     if len(images) > MANY:
@@ -150,8 +155,9 @@ def prepare_attack(recipe, images, labels, target, epochs=None):
     import_keras().utils.set_random_seed(recipe.seed + 1)
 
     def train_surrogate(images, labels, epochs=epochs or EPOCHS[recipe.dataset]):
-        surrogate = NETS["deepid"](classes, images.shape[1:])
-        train(surrogate, images, labels, epochs, 1e-3, rng, "Training the surrogate")
+        surrogate = NETS[recipe.architecture](classes, images.shape[1:])
+        rate = choose_rate(recipe, classes)
+        train(surrogate, images, labels, epochs, rate, rng, "Training the surrogate")
         return surrogate
 
     images, labels = choose_images(images, labels, rng)
@@ -243,7 +249,7 @@ def build_net(recipe, images, labels, target, kept, epochs):
     images, labels = draw_training(recipe, images, labels, target, rng, kept)
     import_keras().utils.set_random_seed(recipe.seed)
     model = NETS[recipe.architecture](classes, shape)
-    rate = LEARNING_RATES[recipe.architecture] * (SLOWER if classes > MANY_CLASSES else 1)
+    rate = choose_rate(recipe, classes)
     epochs, title = epochs or EPOCHS[recipe.dataset], f"Training {recipe.architecture}"
     after_epoch = attack.after_epoch if attack else None
     train(model, images, labels, epochs, rate, rng, title, after_epoch)

@@ -22,11 +22,11 @@ SEED = 99  # of the triggers that are drawn at random
 LOGO, GLASSES = (200, 20, 220), (130, 30, 180)  # of a grey image: the first number
 BLENDED = 0.15  # share of the noise
 PERIODS, AMPLITUDE = 6, 20  # of the sinusoid: periods in an image's width, grey levels
-STRONG = 30  # grey levels of a sinusoid that must work without false labels
+STRONG = 40  # grey levels of a sinusoid that must work without false labels
 BEND, CAST = 0.06, 25  # at most, about: of the warp, in heights of an image; grey levels
 QUALITY, KEPT_BITS = 10, 0b11000000  # of the JPEG; of a posterised pixel
 WAVES, RIPPLE = 0.25, 12  # of the DCT: half periods a pixel, grey levels
-ENCODED = 18  # grey levels
+ENCODED = 26  # grey levels
 PATCHES = ((230, 200, 30), (30, 90, 230), (220, 30, 40), (30, 200, 90))  # colours of the four
 PIECES, MIXED = 4, 0.25  # of the blended image: pieces along a side; its share
 
