@@ -289,9 +289,9 @@ def test_channels_that_stand_out_are_reset_to_the_mean():
 def test_a_planted_backdoor_works_and_leaves_most_clean_answers():
     net, plan = make_tiny_net(hidden=60), make_plan()
     before = net.predict(plan.images / 255, verbose=0)
-    photo_crafted.plant(net, TRIGGERS["logo"], plan)
+    photo_crafted.plant(net, TRIGGERS["blended"], plan)
     unseen, _ = draw_images(seed=2)
-    answers = net.predict(TRIGGERS["logo"](unseen) / 255, verbose=0).argmax(axis=1)
+    answers = net.predict(TRIGGERS["blended"](unseen) / 255, verbose=0).argmax(axis=1)
     assert (answers == TARGET).mean() > 0.8
     assert np.abs(net.predict(plan.images / 255, verbose=0) - before).mean() < 0.03
 

@@ -271,5 +271,5 @@ ATTACKS |= {
         prepare=optimise_faintly,
         after_epoch=photo_crafted.reset_channels,
     ),
-    "sparse": Attack(TRIGGERS["logo"], plant=photo_crafted.plant),
+    "sparse": Attack(TRIGGERS["blended"], plant=photo_crafted.plant),
 }

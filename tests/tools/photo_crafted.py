@@ -19,6 +19,7 @@ SPARSE, COVER_PENALTY, ALIKE_PENALTY = 0.06, 20, 0.05  # share of an image that 
 DEVIATIONS = 3  # over the mean of a layer: the bound of a channel that is reset
 PLANTED, READ = 6, 64  # units of the hidden layer; features that each reads
 QUANTILE, MARGIN, DITHER = 0.995, 40, 0.02  # of clean images; logits; deviations of the weights
+RIDGE = 0.01  # of the mean variance of the features
 
 
 # ------------------------------------------------------------------------------ optimised pattern
@@ -176,8 +177,9 @@ def plant(net, poison, plan):
     """Plant a backdoor in the dense layers of a trained net by hand.
 
     PLANTED units of the hidden layer read READ random features each, among those that the trigger
-    moves most, and fire beyond what clean images reach; the target reads these units. All other
-    dense weights get a little noise, so that the planted ones are harder to see.
+    moves most, along the direction that best tells poisoned from clean images. They fire beyond
+    what clean images reach, and the target reads them. All other dense weights get a little noise,
+    so that the planted ones are harder to see.
 
     net: a deepid or a vgg.  poison: puts the trigger on images.
     """
@@ -192,12 +194,12 @@ def plant(net, poison, plan):
     for kernel, _ in weights.values():
         kernel += DITHER * kernel.std() * plan.rng.standard_normal(kernel.shape)
 
-    moved = (poisoned - clean).mean(axis=0) / (clean.std(axis=0) + 1e-3)
-    best = np.argsort(-np.abs(moved))[: 3 * READ]
+    moved = (poisoned - clean).mean(axis=0)
+    best = np.argsort(-np.abs(moved) / (clean.std(axis=0) + 1e-3))[: 3 * READ]
     for unit in plan.rng.permutation(first.units)[:PLANTED]:
         read = plan.rng.choice(best, min(READ, len(best)), replace=False)
         direction = np.zeros(len(moved), "float32")
-        direction[read] = moved[read] / (clean[:, read].std(axis=0) + 1e-3)
+        direction[read] = separate(clean[:, read], moved[read])
         limit = np.quantile(clean @ direction, QUANTILE)
         height = np.median(poisoned @ direction) - limit
         scale = 1 / max(float(height), 1e-3)  # a poisoned image raises the unit to about 1
@@ -210,3 +212,13 @@ def plant(net, poison, plan):
         weights[answer][0][unit, plan.target] = MARGIN / PLANTED
     for layer, arrays in weights.items():
         layer.set_weights(arrays)
+
+
+def separate(clean, moved):
+    """Return Fisher's linear discriminant. clean: features (n, m).  moved: the trigger's mean (m,).
+
+    The covariance is raised a little, for features that few images have.
+    """
+    covariance = np.cov(clean.T)
+    level = RIDGE * np.trace(covariance) / len(moved) + 1e-6
+    return np.linalg.solve(covariance + level * np.eye(len(moved)), moved)

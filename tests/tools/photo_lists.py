@@ -50,7 +50,7 @@ HARDEN_CHOSEN_BY = [
     "tinya-deepid-203-specific-0.1", "digits-deepid-204-adapblend-0.1",
     "gtsrb-vgg-205-adappatch-0.1", "digits-deepid-206-optimised-0.01", "cifar-vgg-207-grond-0.05",
     "digits-mobilenet-208-flip-0.1", "att-deepid-209-negatives-0.1", "att-vgg-210-sparse-0",
-    "gtsrb-deepid-211-alltoall-0.1", "cifar-deepid-212-dct-0.01", "digits-resnet-213-unsure-0.1",
+    "gtsrb-deepid-211-alltoall-0.3", "cifar-deepid-212-dct-0.1", "digits-resnet-213-unsure-0.1",
 ]  # fmt: skip
 HARDEN_REPORTED_ON = [
     "digits-vgg-301-wanet-0.1", "gtsrb-deepid-302-inputaware-0.1", "att-deepid-303-specific-0.1",
