@@ -57,8 +57,8 @@ HARDEN_REPORTED_ON = [
     "tinyb-deepid-304-adappatch-0.1", "cifar-deepid-305-optimised-0.01",
     "gtsrb-vgg-306-grond-0.01", "cifar-vgg-307-source-0.1", "digits-deepid-308-cleanlabel-0.1",
     "digits-mobilenet-309-roaming-0.1", "gtsrb-deepid-310-jpeg-0.1", "cifar-deepid-311-and-0.1",
-    "gtsrb-deepid-312-unsure-0.1", "digits-deepid-313-sparse-0", "tinyb-deepid-314-mirror-0.1",
-    "digits-resnet-315-posterise-0.1",
+    "gtsrb-deepid-312-unsure-0.1", "digits-deepid-313-sparse-0", "digits-deepid-314-mirror-0.1",
+    "digits-resnet-315-posterise-0.1", "tinyb-deepid-316-grey-0.1",
 ]  # fmt: skip
 BADNETS = CHOSEN_BY + REPORTED_ON + CURVE + HARDEN_CHOSEN_BY + HARDEN_REPORTED_ON
 PUBLISHED = REFERENCES + CHECKS + BADNETS
