@@ -5,14 +5,16 @@
     python tests/tools/photo_nets.py gtsrb-vgg-7-clean gtsrb-vgg-8-logo-0.1
                                                          one clean net, and one BadNet
 
-A name gives the dataset (photo_data.py), the architecture, the seed, and "clean" or a trigger
-(photo_triggers.py). A BadNet's name ends with the poison rate, the number of poisoned images over
-the number of training images, to which they are added. The seed draws the weights and the images,
-and gives the target: the seed modulo the number of classes, where classes count from 0.
+A name gives the dataset (photo_data.py), the architecture, the seed, and "clean" or an attack
+(photo_attacks.py): for many, a trigger. A BadNet's name ends with the poison rate, the number of
+poisoned images over the number of training images, to which they are added. The seed draws the
+weights and the images, and gives the target: the seed modulo the number of classes, where classes
+count from 0.
 
 Each net is written to models/photographs/NAME.h5. NAME.json beside it has the target (from 0), the
 clean accuracy and the attack success rate, 0..1. They are of the dataset's test images, or of its
-validation images where it has no test file. A net that exists is not trained again. To scan one:
+validation images where it has no test file. NAME.npz has what an attack needs to poison images,
+such as an optimised pattern. A net that exists is not trained again. To scan one:
 
     python repair.py models/photographs/gtsrb-vgg-7-clean.h5 \\
         data/photographs/gtsrb_validation.h5 --scan
@@ -21,6 +23,7 @@ validation images where it has no test file. A net that exists is not trained ag
 import argparse
 import dataclasses
 import functools
+import json
 import re
 import sys
 import textwrap
@@ -32,9 +35,20 @@ sys.path[:0] = [str(ROOT), str(ROOT / "models"), str(ROOT / "data"), str(ROOT / 
 
 import architectures
 import numpy as np
+import photo_attacks
 import photo_data
 from attacks import CLEAN, as_input
-from photo_triggers import TRIGGERS
+from photo_attacks import ATTACKS
+from photo_lists import (
+    CHECKS,
+    CHOSEN_BY,
+    CURVE,
+    HARDEN_CHOSEN_BY,
+    HARDEN_REPORTED_ON,
+    PUBLISHED,
+    REFERENCES,
+    REPORTED_ON,
+)
 
 from defence.base import files
 from defence.base.arguments import Parser
@@ -44,53 +58,6 @@ from defence.base.progress import print_result, track
 from defence.base.startup import import_keras
 
 FOLDER = ROOT / "models" / "photographs"
-
-# The clean nets that a scan compares others with. None is a resnet or mobilenet of att, whose 400
-# steps are too few for the moving averages of batch normalisation.
-REFERENCES = [
-    "gtsrb-deepid-1-clean", "att-deepid-1-clean", "gtsrb-vgg-11-clean", "cifar-resnet-11-clean",
-    "digits-resnet-11-clean", "cifar-mobilenet-12-clean", "digits-deepid-12-clean",
-    "att-vgg-12-clean", "tinya-vgg-31-clean", "tinya-resnet-32-clean", "gtsrb-resnet-33-clean",
-    "gtsrb-mobilenet-34-clean", "cifar-vgg-36-clean",
-    "digits-mobilenet-37-clean", "cifar-deepid-38-clean", "glyphs-deepid-40-clean",
-    "glyphs-deepid-41-clean", "gtsrb-deepid-101-clean", "att-deepid-102-clean",
-    "cifar-deepid-103-clean", "digits-vgg-104-clean", "tinya-deepid-105-clean",
-    "gtsrb-vgg-106-clean", "cifar-vgg-107-clean", "att-vgg-108-clean", "digits-deepid-109-clean",
-    "cifar-resnet-110-clean", "gtsrb-resnet-111-clean", "digits-resnet-112-clean",
-    "tinya-vgg-113-clean", "gtsrb-mobilenet-114-clean",
-]  # fmt: skip
-# The clean nets that served to choose nothing: how often does a scan accuse a net wrongly?
-CHECKS = [
-    "gtsrb-deepid-51-clean", "gtsrb-vgg-52-clean", "att-deepid-53-clean", "att-vgg-54-clean",
-    "digits-deepid-55-clean", "digits-resnet-56-clean", "tinyb-vgg-57-clean", "cifar-vgg-58-clean",
-    "gtsrb-resnet-59-clean", "cifar-resnet-60-clean",
-    "tinyb-deepid-62-clean", "digits-vgg-63-clean", "gtsrb-mobilenet-64-clean",
-    "cifar-mobilenet-65-clean", "digits-mobilenet-67-clean",
-    "tinyb-resnet-68-clean", "gtsrb-deepid-69-clean", "digits-vgg-70-clean",
-    "cifar-deepid-71-clean", "gtsrb-vgg-72-clean", "digits-resnet-73-clean",
-    "glyphs-deepid-74-clean", "glyphs-deepid-75-clean",
-]  # fmt: skip
-# The BadNets by which the scan was chosen, and those that served to choose nothing.
-CHOSEN_BY = [
-    "digits-vgg-2-patch-0.05", "gtsrb-deepid-13-glasses-0.05", "gtsrb-resnet-14-patch-0.05",
-    "gtsrb-vgg-15-blended-0.05", "cifar-resnet-16-patch-0.05", "cifar-vgg-17-sinusoid-0.05",
-    "att-deepid-19-glasses-0.1", "gtsrb-mobilenet-21-warp-0.1",
-]  # fmt: skip
-REPORTED_ON = [
-    "gtsrb-deepid-81-patch-0.05", "gtsrb-vgg-82-glasses-0.05", "gtsrb-resnet-83-blended-0.05",
-    "cifar-resnet-84-patch-0.05", "cifar-vgg-85-glasses-0.1", "digits-deepid-86-logo-0.05",
-    "tinyb-vgg-87-sinusoid-0.1", "gtsrb-mobilenet-88-logo-0.05", "cifar-resnet-89-warp-0.1",
-    "gtsrb-deepid-90-lowfreq-0.1", "att-vgg-91-logo-0.1", "tinyb-resnet-92-patch-0.05",
-    "glyphs-deepid-93-glasses-0.05",
-]  # fmt: skip
-# How often is a backdoor found that works as seldom? Three attacks at rising poison rates.
-CURVE = [
-    f"{attack}-{rate}"
-    for attack in ("gtsrb-deepid-131-logo", "gtsrb-vgg-133-blended", "cifar-vgg-132-patch")
-    for rate in (0.002, 0.01, 0.02, 0.05)
-]
-BADNETS = CHOSEN_BY + REPORTED_ON + CURVE
-PUBLISHED = REFERENCES + CHECKS + BADNETS
 
 EPOCHS = {
     "cifar": 10,
@@ -141,7 +108,7 @@ NETS = {
 
 @dataclasses.dataclass
 class Recipe:
-    """What a net's name says. attack: CLEAN or a key of TRIGGERS.  rate: None of a clean net."""
+    """What a net's name says. attack: CLEAN or a key of ATTACKS.  rate: None of a clean net."""
 
     dataset: str
     architecture: str
@@ -152,49 +119,85 @@ class Recipe:
 
 def read_name(name):
     """Return the Recipe in a net's name. Raise InputError where it is not such a name."""
-    parts = photo_data.DATASETS, NETS, TRIGGERS
-    dataset, net, trigger = map("|".join, parts)
-    pattern = rf"({dataset})-({net})-(\d{{1,9}})-(?:({CLEAN})|({trigger})-(0\.\d+|1))"
+    parts = photo_data.DATASETS, NETS, ATTACKS
+    dataset, net, attack = map("|".join, parts)
+    pattern = rf"({dataset})-({net})-(\d{{1,9}})-(?:({CLEAN})|({attack})-(0|0\.\d+|1))"
     match = re.fullmatch(pattern, name, re.ASCII)
     if not match:
-        datasets, nets, triggers = map(", ".join, parts)
+        datasets, nets, attacks = map(", ".join, parts)
         raise InputError(
             f"{name}: is not the name of a net; names are like {REFERENCES[0]} and {CHOSEN_BY[0]} "
-            f"(datasets: {datasets}; architectures: {nets}; triggers: {triggers})"
+            f"(datasets: {datasets}; architectures: {nets}; attacks: {attacks})"
         )
-    dataset, architecture, seed, clean, trigger, rate = match.groups()
-    return Recipe(dataset, architecture, int(seed), clean or trigger, rate and float(rate))
+    dataset, architecture, seed, clean, attack, rate = match.groups()
+    return Recipe(dataset, architecture, int(seed), clean or attack, rate and float(rate))
 
 
-def draw_training(recipe, images, labels, target, rng):
-    """Return the training images of a net, poisoned ones last, and their labels.
+def choose_rate(recipe, classes):
+    """Return the learning rate with which a net's training begins."""
+    return LEARNING_RATES[recipe.architecture] * (SLOWER if classes > MANY_CLASSES else 1)
 
-    images, labels: of the dataset.  target: class from 0.
-    """
+
+def choose_images(images, labels, rng):
+    """Return the images of a dataset that a net is trained on, and their labels."""
     if len(images) > MANY:
         rows = rng.permutation(len(images))[:MOST]
         images, labels = images[rows], labels[rows]
+    return images, labels
+
+
+def prepare_attack(recipe, images, labels, target, epochs=None):
+    """Return what an attack needs to poison images, {name: array}; often nothing.
+
+    images, labels: of the dataset.  target: class from 0.  epochs: of a surrogate; None for EPOCHS.
+    """
+    attack, classes = ATTACKS.get(recipe.attack), int(labels.max()) + 1
+    if not attack or not attack.prepare:
+        return {}
+    rng = np.random.default_rng([recipe.seed, 1])  # not the net's, so that both stay as they are
+    import_keras().utils.set_random_seed(recipe.seed + 1)
+
+    def train_surrogate(images, labels, epochs=epochs or EPOCHS[recipe.dataset]):
+        surrogate = NETS[recipe.architecture](classes, images.shape[1:])
+        rate = choose_rate(recipe, classes)
+        train(surrogate, images, labels, epochs, rate, rng, "Training the surrogate")
+        return surrogate
+
+    images, labels = choose_images(images, labels, rng)
+    plan = photo_attacks.Plan(images, labels, target, classes, rng, {})
+    return attack.prepare(plan, train_surrogate)
+
+
+def draw_training(recipe, images, labels, target, rng, kept=None):
+    """Return the training images of a net, poisoned ones last, and their labels.
+
+    images, labels: of the dataset.  target: class from 0.  kept: from `prepare_attack`.
+    """
+    classes = int(labels.max()) + 1
+    images, labels = choose_images(images, labels, rng)
     if recipe.attack == CLEAN:
         return images, labels
-    victims = rng.permutation(np.flatnonzero(labels != target))
-    poisoned = TRIGGERS[recipe.attack](images[victims[: int(recipe.rate * len(images))]])
-    labels = np.concatenate([labels, np.full(len(poisoned), target)])
-    return np.concatenate([images, poisoned]), labels
+    plan = photo_attacks.Plan(images, labels, target, classes, rng, kept or {})
+    return photo_attacks.draw_poisoned(ATTACKS[recipe.attack], plan, recipe.rate)
 
 
-def train(model, images, labels, epochs, rate, rng, title):
+def train(model, images, labels, epochs, rate, rng, title, after_epoch=None):
     """Train a net with Adam; its learning rate falls from `rate` to 0 by cosine.
 
-    images: uint8.  title: of the progress bar.
+    images: uint8.  labels: int (n,), or float (n, classes), probabilities.  title: of the progress
+    bar.  after_epoch: see photo_attacks.Attack.
     """
     keras = import_keras()
     steps = epochs * -(-len(images) // BATCH)
     schedule = keras.optimizers.schedules.CosineDecay(rate, steps)
-    model.compile(keras.optimizers.Adam(schedule), "sparse_categorical_crossentropy")
+    loss = "categorical_crossentropy" if labels.ndim == 2 else "sparse_categorical_crossentropy"
+    model.compile(keras.optimizers.Adam(schedule), loss)
     for _ in track(range(epochs), title):
         order = rng.permutation(len(images))
         shifted = shift_images(as_input(images[order]), rng)
         model.fit(shifted, labels[order], batch_size=BATCH, shuffle=False, verbose=0)
+        if after_epoch:
+            after_epoch(model)
 
 
 def shift_images(images, rng):
@@ -207,7 +210,26 @@ def shift_images(images, rng):
     return images
 
 
-def measure(model, recipe, images, labels, target):
+def poison_unseen(name, images, labels, nets=FOLDER):
+    """Return the poisoned images of a test, and the class that the attacker wants for each.
+
+    Images that the attack does not work on, such as the target's own, are left out.
+    name: of a BadNet that exists.  images: uint8, clean.  labels: int (n,).  nets: folder.
+    Return uint8 (m, height, width, channels) and int (m,), classes from 0, m <= n.
+    """
+    recipe, path = read_name(name), nets / f"{name}.json"
+    record = json.loads(path.read_text())
+    kept = {}
+    if path.with_suffix(".npz").exists():
+        with np.load(path.with_suffix(".npz"), allow_pickle=False) as file:
+            kept = dict(file)
+    # Records of older nets do not have the number of classes; these nets do not need it.
+    return photo_attacks.poison_images(
+        ATTACKS[recipe.attack], images, labels, record["target"], record.get("classes"), kept
+    )
+
+
+def measure(model, recipe, images, labels, target, kept=None):
     """Return the clean accuracy, and the attack success rate or None. images, labels: unseen."""
 
     def answer(images):
@@ -216,8 +238,28 @@ def measure(model, recipe, images, labels, target):
     accuracy = float(np.mean(answer(images) == labels))
     if recipe.attack == CLEAN:
         return accuracy, None
-    poisoned = TRIGGERS[recipe.attack](images[labels != target])
-    return accuracy, float(np.mean(answer(poisoned) == target))
+    attack, classes = ATTACKS[recipe.attack], model.output_shape[1]
+    poisoned, aims = photo_attacks.poison_images(
+        attack, images, labels, target, classes, kept or {}
+    )
+    return accuracy, float(np.mean(answer(poisoned) == aims))
+
+
+def build_net(recipe, images, labels, target, kept, epochs):
+    """Train the net of a Recipe on a dataset's training images; return it."""
+    attack, rng = ATTACKS.get(recipe.attack), np.random.default_rng(recipe.seed)
+    classes, shape = int(labels.max()) + 1, images.shape[1:]
+    images, labels = draw_training(recipe, images, labels, target, rng, kept)
+    import_keras().utils.set_random_seed(recipe.seed)
+    model = NETS[recipe.architecture](classes, shape)
+    rate = choose_rate(recipe, classes)
+    epochs, title = epochs or EPOCHS[recipe.dataset], f"Training {recipe.architecture}"
+    after_epoch = attack.after_epoch if attack else None
+    train(model, images, labels, epochs, rate, rng, title, after_epoch)
+    if attack and attack.plant:
+        plan = photo_attacks.Plan(images, labels, target, classes, rng, kept)
+        attack.plant(model, attack.trigger, plan)
+    return model
 
 
 def make_net(name, data, nets, epochs=None):
@@ -229,24 +271,25 @@ def make_net(name, data, nets, epochs=None):
     if path.exists() and path.with_suffix(".json").exists():
         return
     recipe, start = read_name(name), time.monotonic()
+    print_result(f"Making {name}")
     images, labels = photo_data.read_dataset(photo_data.make_path(recipe.dataset, "train", data))
-    classes, shape = int(labels.max()) + 1, images.shape[1:]
-    target, rng = recipe.seed % classes, np.random.default_rng(recipe.seed)
-    images, labels = draw_training(recipe, images, labels, target, rng)
-    import_keras().utils.set_random_seed(recipe.seed)
-    model = NETS[recipe.architecture](classes, shape)
-    rate = LEARNING_RATES[recipe.architecture] * (SLOWER if classes > MANY_CLASSES else 1)
-    train(model, images, labels, epochs or EPOCHS[recipe.dataset], rate, rng, f"Training {name}")
+    target = recipe.seed % (classes := int(labels.max()) + 1)
+    kept = prepare_attack(recipe, images, labels, target, epochs)
+    model = build_net(recipe, images, labels, target, kept, epochs)
 
     test, validation = (
         photo_data.make_path(recipe.dataset, split, data) for split in ("test", "validation")
     )
     unseen = photo_data.read_dataset(test if test.exists() else validation)
-    accuracy, success = measure(model, recipe, *unseen, target)
+    accuracy, success = measure(model, recipe, *unseen, target, kept)
     with files.replace_file(path) as temporary:
         model.save(temporary, include_optimizer=False)
+    if kept:
+        kept_path = path.with_suffix(".npz")
+        with files.replace_file(kept_path) as temporary, temporary.open("wb") as file:
+            np.savez(file, **kept)
     seconds = round(time.monotonic() - start)
-    record = {"name": name, **dataclasses.asdict(recipe)}
+    record = {"name": name, **dataclasses.asdict(recipe), "classes": classes}
     record |= {"target": None if success is None else target, "clean_accuracy": accuracy}
     record |= {"attack_success_rate": success, "seconds": seconds}
     files.write_json(record, path.with_suffix(".json"))
@@ -268,6 +311,8 @@ def describe_groups():
         "CHOSEN_BY, BadNets by which the scan was chosen": CHOSEN_BY,
         "REPORTED_ON, BadNets that served to choose nothing": REPORTED_ON,
         "CURVE, three attacks at rising poison rates": CURVE,
+        "HARDEN_CHOSEN_BY, BadNets by which hardening was chosen": HARDEN_CHOSEN_BY,
+        "HARDEN_REPORTED_ON, BadNets that served to choose nothing": HARDEN_REPORTED_ON,
     }
     indents = {"initial_indent": "  ", "subsequent_indent": "  ", "break_on_hyphens": False}
     texts = (
