@@ -5,10 +5,16 @@ import pytest
 import reference
 
 from defence.beyond import changes
-from defence.beyond.changes import FAMILIES
+from defence.beyond.changes import FAMILIES, HARDENING
 
 SHAPE = (24, 20, 3)
-every_family = pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.__name__)
+
+
+def parametrize(families):
+    return pytest.mark.parametrize("family", families, ids=lambda family: family.__name__)
+
+
+every_family = parametrize(HARDENING)
 
 
 def draw(n=8, shape=SHAPE, seed=0):
@@ -48,7 +54,7 @@ def test_an_image_may_be_one_pixel(family):
     assert np.isfinite(family(draw(shape=(1, 1, 3)), rng())).all()
 
 
-@every_family
+@parametrize(FAMILIES)
 def test_a_family_changes_each_image_differently(family):
     same = np.repeat(draw(1), 6, axis=0)
     changed = family(same.copy(), rng())
@@ -118,6 +124,18 @@ def test_a_move_shifts_turns_and_enlarges():
     bent = changes.move(ramp.copy(), rng(), turn=0, scale=0, shift=0, bend=0.035)[middle] - inside
     assert 0.5 < np.abs(bent).max() < 1.5 * 0.035 * height
     assert np.abs(np.diff(bent, axis=1)).max() < 0.7  # smoothly
+
+
+@pytest.mark.parametrize(("shape", "ways"), [((6, 6, 3), 7), ((6, 5, 3), 3)], ids=str)
+def test_an_image_is_turned_over_in_every_way_but_none(shape, ways):
+    image = draw(1, shape)
+    turned = changes.turn_over(np.repeat(image, 200, axis=0), rng())
+    kinds = {kind.tobytes() for kind in turned}
+    assert len(kinds) == ways and image[0].tobytes() not in kinds
+    expected = [image[0, ::-1], image[0, :, ::-1], image[0, ::-1, ::-1]]
+    if ways == 7:
+        expected += [np.rot90(image[0], quarters) for quarters in (1, 3)]
+    assert all(np.ascontiguousarray(way).tobytes() in kinds for way in expected)
 
 
 def test_a_smooth_field_goes_through_its_grid():

@@ -7,7 +7,6 @@ download 400 MB. This writes NAME_train.h5, NAME_validation.h5 and NAME_test.h5 
 data/photographs/, 200 MB, in the layout of the project's datasets. photo_nets.py trains on them.
 
     cifar           10 kinds of animals and vehicles (CIFAR-10), 32×32
-    objects         the same kinds, with more training images
     gtsrb           43 traffic signs (GTSRB), 32×32; training has images of other signs
     signs           the same, drawn at random: a sign that is trained on is tested, too
     yale            38 people in light from many sides (cropped Extended Yale B), grey, 48×56
@@ -63,16 +62,13 @@ BATCH = 64  # images of a chunk in the file
 # SPLITS, in its order: [(path of an image, class from 0), …].
 
 
-def draw_cifar(folder, rng, train_count=2500, count=200):
-    """Draw images of CIFAR-10, whose test images give both other splits.
-
-    train_count, count: images of a class for training, and for each other split.
-    """
+def draw_cifar(folder, rng):
+    """Draw images of CIFAR-10, whose test images give both other splits."""
     train, test = (
         [list_images(kind, "*.jpg") for kind in list_folders(folder / part, 10)]
         for part in ("train", "test")
     )
-    return draw_splits(train, [train_count], rng) + draw_splits(test, [count, count], rng)
+    return draw_splits(train, [2500], rng) + draw_splits(test, [200, 200], rng)
 
 
 def draw_signs(folder, rng):
@@ -110,7 +106,9 @@ def draw_people(folder, rng):
 
 def draw_lit_people(folder, rng):
     """Draw images of Extended Yale B, but those without a lamp, which are not cropped."""
-    people = [list_images(kind, "*E[+-]??.pgm") for kind in list_folders(folder / "CroppedYale", 38)]
+    people = [
+        list_images(kind, "*E[+-]??.pgm") for kind in list_folders(folder / "CroppedYale", 38)
+    ]
     return draw_splits(people, [30, 14, 14], rng)
 
 
@@ -212,9 +210,6 @@ RUNS = (
     {"glyphs": Dataset("glyphs", draw_glyphs, (36, 36), "L", TURNS)},
     {
         "signs": Dataset("gtsrb", draw_signs_at_random, (32, 32)),
-        "objects": Dataset(
-            "cifar", functools.partial(draw_cifar, train_count=4000, count=250), (32, 32)
-        ),
         "yale": Dataset("yale", draw_lit_people, (48, 56), "L"),
     },
 )

@@ -62,8 +62,7 @@ FOLDER = ROOT / "models" / "photographs"
 EPOCHS = {
     "cifar": 10,
     "gtsrb": 10,
-    "signs": 25,
-    "objects": 12,
+    "signs": 20,
     "yale": 80,
     "att": 100,
     "digits": 40,
