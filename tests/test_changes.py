@@ -76,6 +76,16 @@ def test_changed_images_stay_within_their_range_and_most_are_changed():
     assert np.any(changed != images, axis=(1, 2, 3)).mean() > 0.95
 
 
+def test_a_dim_image_is_changed_less():
+    bright = np.float32(128) + 80 * (draw() > 128)
+    dim = 128 + (bright - 128) / 8
+    family = changes.fit_contrast(changes.shade)
+    assert [known.__name__ for known in HARDENING].count(family.__name__) == 1
+    for images, share in ((bright, 1), (dim, dim[0].std() / changes.FULL_CONTRAST)):
+        added = changes.shade(images.copy(), rng()) - images
+        np.testing.assert_allclose(family(images, rng()) - images, share * added, rtol=0.1, atol=1)
+
+
 def test_families_are_applied_in_order():
     def double(images, rng):
         return 2 * images

@@ -21,7 +21,7 @@ from conftest import assert_refused, command, run_apart, start
 from PIL import Image
 
 from defence.base.errors import InputError
-from defence.beyond.changes import FAMILIES
+from defence.beyond.changes import HARDENING
 from defence.beyond.settings import Settings
 
 TINY = ["--people", 4, "--pictures", 10, "--validation", 6, "--test", 3, "--epochs", 3]
@@ -184,8 +184,8 @@ def test_other_detectors_judge_the_same_images(links):
 
 def test_each_family_of_changes_is_left_out_once():
     kept = [way["families"] for way in tried.WAYS.values() if "families" in way]
-    left_out = [{*FAMILIES} - {*each} for each in kept if len(each) > 1]
-    assert sorted(map(str, left_out)) == sorted(str({each}) for each in FAMILIES)
+    left_out = [{*HARDENING} - {*each} for each in kept if len(each) > 1]
+    assert sorted(map(str, left_out)) == sorted(str({each}) for each in HARDENING)
 
 
 def test_the_channels_that_an_attack_needs_are_found(zoo):

@@ -2,7 +2,8 @@
 
 A net is only indifferent to what it was trained to be indifferent to. Each family of changes below
 stands for a kind of trigger that an attacker may choose; none of them knows a trigger. FAMILIES
-says how often each is applied. The functions' defaults hold the ranges.
+says how often each is applied, HARDENING what is added to harden a net. The functions' defaults
+hold the ranges.
 
 Every family takes and returns float32 images (n, height, width, channels), 0..255. It may go beyond
 that range, and may change its input in place. It draws from a NumPy Generator.
@@ -17,6 +18,7 @@ from typing import Any
 import numpy as np
 
 Family = Callable[[np.ndarray, Any], np.ndarray]  # of images and a NumPy Generator
+FULL_CONTRAST = 40  # grey levels: the standard deviation of an image that is changed in full depth
 
 
 def change_images(
@@ -137,6 +139,19 @@ def sample_image(image: np.ndarray, y: np.ndarray, x: np.ndarray) -> np.ndarray:
 
     first, second = sample_column(0), sample_column(1)
     return np.moveaxis(first + weight_right * (second - first), 0, 2)
+
+
+def turn_over(images: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Mirror each image, turn it upside down, or do both; swap the axes of half of square ones."""
+    n, height, width, _ = images.shape
+    swapped, upside_down, mirrored = rng.random((3, n)) < 0.5
+    swapped &= height == width
+    mirrored |= ~swapped & ~upside_down  # no image stays as it was
+    if height == width:
+        images[swapped] = images[swapped].swapaxes(1, 2)
+    images[upside_down] = images[upside_down, ::-1]
+    images[mirrored] = images[mirrored, :, ::-1]
+    return images
 
 
 # --------------------------------------------------------------------------------------- colours
@@ -281,4 +296,26 @@ FAMILIES: dict[Family, float] = {
     smooth: 0.25,
     grain: 0.25,
     patch: 0.7,
+}
+
+
+def fit_contrast(family: Family) -> Family:
+    """Return a family that changes an image of little contrast less, in proportion.
+
+    At full depth it would hide what a dim image shows.
+    """
+
+    @functools.wraps(family)
+    def change(images: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        contrast = images.std(axis=(1, 2, 3), keepdims=True)
+        changed = family(images.copy(), rng)
+        return images + np.minimum(1, contrast / FULL_CONTRAST) * (changed - images)
+
+    return change
+
+
+# A scan applies FAMILIES alone: its scales are of twins that were trained so.
+HARDENING: dict[Family, float] = {turn_over: 0.1} | {
+    fit_contrast(family) if family in (tint, wave, shade, blend, grain) else family: rate
+    for family, rate in FAMILIES.items()
 }

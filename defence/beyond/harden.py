@@ -20,7 +20,6 @@ from defence.base import pixels
 from defence.base.arguments import at_least, setting
 from defence.base.limits import allocate
 from defence.base.progress import follow, say, track
-from defence.base.startup import import_keras
 from defence.beyond import changes, patterns
 from defence.net import graph, training
 from defence.net.cached_net import CachedNet, LabelledImages
@@ -28,17 +27,20 @@ from defence.net.split import is_mask, keep_pruned, make_trainable
 
 REMARKS = 10  # on progress
 ALL_IMAGES = "all images"
+RISE, FALL = 0.05, 0.7  # of the steps, in which the learning rate rises, and falls
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
     """The step's constants. docs/design-notes.md says how they were chosen."""
 
-    harden_steps: int = setting(10000, at_least(1, int), "training steps, rounded to whole epochs")
-    harden_epochs: int = setting(300, at_least(1, int), "epochs, at most")
+    harden_steps: int = setting(5000, at_least(1, int), "training steps, rounded to whole epochs")
+    harden_epochs: int = setting(150, at_least(1, int), "epochs, at most")
     harden_batch_size: int = setting(64, at_least(1, int), "images in a training step")
     harden_learning_rate: float = setting(
-        1e-3, at_least(0, above=True), "Adam's learning rate, which falls to 0 by cosine"
+        4e-3,
+        at_least(0, above=True),
+        "Adam's learning rate at its highest; it rises first, and falls to 0",
     )
     harden_pattern_rate: float = setting(
         0.1,
@@ -60,7 +62,7 @@ class ChangedImages:
         images: np.ndarray,
         scale: str,
         rng: np.random.Generator,
-        families: dict[Callable, float] = changes.FAMILIES,
+        families: dict[Callable, float] = changes.HARDENING,
     ) -> None:
         self.images, self.scale, self.rng, self.families = images, scale, rng, families
 
@@ -138,9 +140,20 @@ def make_patterns(
 
 
 def make_schedule(images: int, settings: Settings) -> tuple[int, int, Any]:
-    """Return the number of epochs for n images, of steps, and the learning rate, of Keras."""
+    """Return the number of epochs for n images, of steps, and the learning rate.
+
+    The rate is a function of the step in TensorFlow's graph. It rises to its maximum, stays there,
+    and falls to 0, each time in a straight line, so that few steps suffice.
+    """
+    import tensorflow as tf
+
     batches = -(-images // settings.harden_batch_size)
     epochs = min(settings.harden_epochs, max(1, round(settings.harden_steps / batches)))
     steps = epochs * batches
-    cosine = import_keras().optimizers.schedules.CosineDecay
-    return epochs, steps, cosine(settings.harden_learning_rate, steps)
+
+    def compute_rate(step: Any) -> Any:
+        done = (tf.cast(step, tf.float32) + 0.5) / steps
+        shape = tf.minimum(1.0, tf.minimum(done / RISE, (1 - done) / FALL))
+        return settings.harden_learning_rate * shape
+
+    return epochs, steps, compute_rate

@@ -64,8 +64,8 @@ HARDEN_REPORTED_ON = [
     "signs-deepid-425-patch-0.01", "signs-vgg-426-blended-0.01", "signs-deepid-427-grey-0.1",
     "yale-vgg-431-glasses-0.1", "yale-deepid-432-blended-0.1", "yale-vgg-433-sinusoid-0.1",
     "yale-deepid-434-warp-0.1", "yale-deepid-435-patch-0.1", "yale-deepid-436-lowfreq-0.1",
-    "gtsrb-deepid-302-inputaware-0.1",
-    "tinyb-deepid-304-adappatch-0.1", "cifar-vgg-307-source-0.1", "digits-deepid-308-cleanlabel-0.1",
+    "gtsrb-deepid-302-inputaware-0.1", "tinyb-deepid-304-adappatch-0.1",
+    "cifar-vgg-307-source-0.1", "digits-deepid-308-cleanlabel-0.1",
     "digits-mobilenet-309-roaming-0.1", "cifar-deepid-311-and-0.1", "gtsrb-deepid-312-unsure-0.1",
 ]  # fmt: skip
 BADNETS = CHOSEN_BY + REPORTED_ON + CURVE + HARDEN_CHOSEN_BY + HARDEN_REPORTED_ON

@@ -27,7 +27,7 @@ from defence.base.process import run_command
 from defence.base.progress import say
 from defence.base.startup import import_keras, make_reproducible
 from defence.beyond import changes, harden
-from defence.beyond.changes import FAMILIES
+from defence.beyond.changes import HARDENING
 from defence.beyond.harden import ChangedImages
 from defence.beyond.observer import Observer
 from defence.beyond.settings import Settings
@@ -75,7 +75,7 @@ def train_softly(net, changed, labels, settings, rng, badnet_answers):
 
 def leave_out(family):
     """Return the families of changes and their rates without one family."""
-    return {kind: rate for kind, rate in FAMILIES.items() if kind is not family}
+    return {kind: rate for kind, rate in HARDENING.items() if kind is not family}
 
 
 PATCHES = {changes.patch: 1}
@@ -83,7 +83,7 @@ PATCHES = {changes.patch: 1}
 WAYS = {
     "as harden.py does": {},
     "… with another seed": {"seed": 1},
-    **{f"without {family.__name__}": {"families": leave_out(family)} for family in FAMILIES},
+    **{f"without {family.__name__}": {"families": leave_out(family)} for family in HARDENING},
     "patches alone": {"families": PATCHES},
     "patches alone, half of the target is B's answer": {"families": PATCHES, "soft": True},
     "half of the target is B's answer": {"soft": True},
@@ -160,7 +160,7 @@ class Case:
         options = dataclasses.replace(self.options, seed=way.get("seed", self.options.seed))
         self.net.set_weights(self.weights)
         rng = np.random.default_rng(options.seed)
-        changed = ChangedImages(self.images, SCALE, rng, way.get("families", FAMILIES))
+        changed = ChangedImages(self.images, SCALE, rng, way.get("families", HARDENING))
         arguments = self.net, changed, self.labels, options, rng
         with keep_pruned(split_net(self.net).layer, self.pruned):
             if way.get("soft"):
