@@ -275,7 +275,7 @@ def test_the_pages_have_a_dark_scheme_a_narrow_one_and_one_for_paper():
     ("answers", "words"),
     [
         ({}, "look at the images, and give --clean ."),
-        ({"twin": 3}, "gives this answer 3 times among 32. What fools the BadNet alone was"),
+        ({"twin": 3}, "gives this answer 3 times among 32. That speaks for a planted trigger"),
         (
             {"twin": 20},
             f"It is probably a natural feature, which nobody planted : {BOTH}4. But it also",
