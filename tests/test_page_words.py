@@ -269,3 +269,24 @@ def test_the_pages_have_a_dark_scheme_a_narrow_one_and_one_for_paper():
     for query in ("(prefers-color-scheme: dark)", "(max-width: 40rem)", "print"):
         assert f"@media {query} {{" in style
     assert "thead th { white-space: normal;" in style  # a class's long name is no wide column
+
+
+@pytest.mark.parametrize(
+    ("answers", "words"),
+    [
+        ({}, "look at the images, and give --clean ."),
+        ({"twin": 3}, "gives this answer 3 times among 32. That speaks for a planted trigger"),
+        (
+            {"twin": 20},
+            f"It is probably a natural feature, which nobody planted : {BOTH}4. But it also",
+        ),
+    ],
+)
+def test_a_page_says_what_a_twin_answers(tmp_path, answers, words):
+    part = make_findings(SHAPE, 40, 20)
+    pasted = {"images": 32, "badnet": 32, "repaired": 4, "flagged": 0} | answers
+    part.evidence[0].pasted = pasted
+    page_judged.write_judged_page(tmp_path / "x.html", make_detector(SHAPE, 40), [part], None)
+    text = Page((tmp_path / "x.html").read_text(encoding="utf-8")).text
+    assert words in text
+    assert ("It works as one" in text) == (answers.get("twin", 0) < 20)

@@ -122,12 +122,13 @@ def test_targets_that_share_a_stream_are_found_by_their_common_region():
 def test_the_same_classes_are_accused_however_the_results_are_written(capsys):
     """No class stands out in one stream, and one does in the other."""
     progress.set_quiet(False)
-    detector, shared = types.SimpleNamespace(judge=judge_two_targets), make_shared_stream()
+    detector = types.SimpleNamespace(judge=judge_two_targets, class_names=None)
+    shared = make_shared_stream()
     images = np.concatenate([draw_faces(100, 1), paint_patch(draw_faces(60, 2))])
     for stream, accused in ((shared, [5, 6]), (make_stream(images, judge_two_targets), [5])):
         said = []
         for json, report in ((None, None), ("-", None), (None, "x.html")):
-            arguments = Namespace(json=json, report=report)
+            arguments = Namespace(json=json, report=report, clean=None)
             result = findings.examine(stream, detector, None, arguments)
             assert sorted(candidate.target for candidate in result.candidates) == accused
             assert len(result.evidence) == (len(accused) if json or report else 0)
@@ -149,11 +150,13 @@ def test_the_same_classes_are_accused_on_ray(monkeypatch, capsys):
     monkeypatch.setattr(verdicts, "summarise_verdicts", lambda *_: (counts, candidates))
     monkeypatch.setattr(verdicts, "read_stream", lambda *_: (stream, []))
     detector = types.SimpleNamespace(
-        judge=judge_two_targets, rule="a rule", classes=CLASSES, better_rate=None
+        **{"judge": judge_two_targets, "rule": "a rule", "classes": CLASSES},
+        **{"better_rate": None, "class_names": None},
     )
     monkeypatch.setattr(eval_defence, "load", lambda *_: (detector, None))
-    names = "images max_bytes formats output ray_address workers json report fail_on_flagged"
-    assert eval_defence.judge_on_ray(Namespace(**dict.fromkeys(names.split())), []) == 0
+    names = "images max_bytes formats output ray_address workers json report clean"
+    arguments = Namespace(fail_on_flagged=None, **dict.fromkeys(names.split()))
+    assert eval_defence.judge_on_ray(arguments, []) == 0
     said = capsys.readouterr().err
     assert [f"with class {number}: " in said for number in (5, 6, 8)] == [True, True, False]
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from defence.base.progress import say
-from defence.explain import flagged, trigger
+from defence.explain import flagged, natural, trigger
 from defence.explain.streams import UNREAD
 from defence.load.class_names import name_class
 
@@ -33,7 +33,8 @@ def examine(
     """
     answers, written = stream.answers, bool(arguments.json or arguments.report)
     candidates = flagged.find_candidates(answers.badnet, answers.flagged, stream.classes)
-    findings = trigger.find_targets(stream, candidates, detector.judge, clean, written)
+    twin = natural.make_asker(arguments, detector.class_names or class_names)
+    findings = trigger.find_targets(stream, candidates, detector.judge, clean, written, twin)
     if not findings.candidates:
         findings.suspect = flagged.find_suspect(candidates)
     say_candidates(findings.candidates, class_names, stream.path)

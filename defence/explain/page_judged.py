@@ -229,6 +229,7 @@ def describe_target(
         "fraction": format_percent(region.mean()),
         "trials": [(name, trial) for name, trial in trials.items() if trial],
         "is_trigger": evidence.is_trigger,
+        "twin": (evidence.pasted or {}).get("twin"),
         "failure": describe_failure(evidence, label, hardened),
         **images,
         "images": [
@@ -260,6 +261,12 @@ def describe_failure(
     if badnet < enough:
         return "The test does not show that it works as one", f"{fact}, too few to tell."
     both = f"{fact}, and the repaired net {repaired}"
+    if badnet - pasted.get("twin", 0) < enough:
+        return (
+            "It is probably a natural feature, which nobody planted",
+            f"{both}. But it also fools a twin of the BadNet, which clean images have taught to "
+            f"ignore triggers: that gives this answer {pasted['twin']} times.",
+        )
     if repaired < enough:
         return (
             "The test does not show that it works as one",

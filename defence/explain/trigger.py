@@ -54,6 +54,7 @@ FEWEST_TOGETHER = 4  # images in a batch, at least
 
 JudgeBatch = Callable[[np.ndarray], Answers]  # as Detector.judge
 Trial = dict[str, int]  # what count_answers returns
+AskTwin = Callable[[np.ndarray, int], Trial]  # as natural.make_asker returns it
 
 
 @dataclasses.dataclass
@@ -97,8 +98,9 @@ class TriggerEvidence:
     the flagged images.
     pasted: {"images", "badnet", "repaired", "flagged"}: on how many unflagged images the cut-out
     was pasted (or the difference of the means added, if the region is the whole image), how many
-    of these each net then answers with the class, and how many are flagged.  covered: the same for
-    flagged images with the region covered.  None where there is no region, or too few images.
+    of these each net then answers with the class, and how many are flagged; and "twin", the same of
+    the twin, where it was asked.  covered: as without a twin, for flagged images with the region
+    covered.  None where there is no region, or too few images.
     """
 
     rows: np.ndarray
@@ -118,13 +120,14 @@ class TriggerEvidence:
 
     @property
     def is_trigger(self) -> bool:
-        """Whether the pasted cut-out makes the BadNet, but not the repaired net, give the class.
+        """Whether the pasted cut-out makes the BadNet, but no other net, give the class.
 
-        A feature that every face of a class has makes both nets do so.
+        A feature that every face of a class has makes the repaired net do so, too, and one that
+        fools any ordinary net makes the twin do so.
         """
         if self.pasted is None or self.pasted["images"] < FEWEST_TRIED:
             return False
-        excess = self.pasted["badnet"] - self.pasted["repaired"]
+        excess = self.pasted["badnet"] - max(self.pasted["repaired"], self.pasted.get("twin", 0))
         return excess >= A_TRIGGER * self.pasted["images"]
 
     def describe(self) -> dict:
@@ -149,13 +152,14 @@ def find_targets(
     judge: JudgeBatch,
     clean: Stream | None = None,
     keep_evidence: bool = True,
+    twin: AskTwin | None = None,
 ) -> StreamFindings:
     """Find the candidates that may be targets, and the evidence about them.
 
     candidates: as flagged.find_candidates returns them. Only the first CLASSES are examined. One
     that does not stand out counts if its cut-out is a trigger: where several targets share the
     flagged images, each may have too few of them to stand out.
-    judge, clean: as for locate_trigger.
+    judge, clean, twin: as for locate_trigger.
     keep_evidence: if False, return the same candidates without evidence, in less time.
     """
     standing_out = [candidate for candidate in candidates if candidate.stands_out]
@@ -163,9 +167,10 @@ def find_targets(
     for candidate in candidates[:CLASSES]:
         if candidate.stands_out:
             if keep_evidence:
-                findings.evidence.append(locate_trigger(stream, candidate.target - 1, judge, clean))
+                evidence = locate_trigger(stream, candidate.target - 1, judge, clean, twin)
+                findings.evidence.append(evidence)
         elif candidate.hits >= max(FEWEST_TRIED, SHARE * candidate.flagged):
-            evidence = locate_trigger(stream, candidate.target - 1, judge, clean)
+            evidence = locate_trigger(stream, candidate.target - 1, judge, clean, twin)
             if evidence.is_trigger:
                 findings.candidates.append(candidate)
                 findings.evidence.append(evidence)
@@ -177,11 +182,13 @@ def locate_trigger(
     target: int,
     judge: JudgeBatch,
     clean: Stream | None = None,
+    twin: AskTwin | None = None,
 ) -> TriggerEvidence:
     """Locate the trigger on the flagged images of a class, and test its cut-out.
 
     target: 0..N-1, a class with flagged images.  judge: as Detector.judge.
     clean: the stream that holds the unflagged images, if another.
+    twin: a net that errs like the BadNet, without its backdoor; asked about a cut-out that works.
     """
     most = max(2 * FEWEST, min(MOST, STREAM_VALUES // math.prod(stream.shape)))
     rows = select_highest(stream.answers, stream.answers.badnet == target, most)
@@ -210,6 +217,8 @@ def locate_trigger(
         evidence.region = choose_region(trials)
         evidence.cut_out = choose_cut_out(evidence, selection[1], target, judge_images)
         evidence.pasted, evidence.covered = test_cut_out(evidence, *test, target, judge_images)
+        if twin and evidence.is_trigger:
+            evidence.pasted |= twin(paste_cut_out(test[1], evidence.cut_out, evidence), target)
         if not evidence.whole:
             evidence.places = (evidence.region & (z_scores > UNLIKE)).astype(np.float32)
     return evidence

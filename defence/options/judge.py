@@ -18,7 +18,7 @@ from defence.base.progress import set_quiet
 from defence.explain import plots
 from defence.judge import backends, onnx_file
 from defence.judge.record import VERSION
-from defence.load.datasets import DATASET_SUFFIXES
+from defence.load.datasets import DATASET_SUFFIXES, open_dataset
 from defence.load.images import IMAGE_FORMATS, MORE_FORMATS
 from defence.options.common import (
     add_labels,
@@ -60,8 +60,11 @@ def parse_eval(words: Sequence[str] | None = None) -> tuple[Namespace, list[Path
             parser.error(f"MODEL is missing{hint}")
         *arguments.images, arguments.model = arguments.images
     models = backends.find_models(arguments.model, arguments.repaired)
+    arguments.badnet = models[0]
     if not arguments.ray and (arguments.output or arguments.workers or arguments.ray_address):
         raise InputError("--output, --workers and --ray-address go with --ray")
+    if arguments.clean:
+        check_clean(arguments, models)
     if arguments.export:
         arguments.mode = EXPORT
         check_export(arguments, models)
@@ -97,9 +100,17 @@ def add_names_on_stdin(names: list[str], null: bool) -> list[str]:
     return names
 
 
+def check_clean(arguments: Namespace, models: list[Path]) -> None:
+    """Raise InputError where --clean is no dataset, or there is no BadNet to make a twin of."""
+    if len(models) == 1:
+        raise InputError("--clean goes with a MODEL that is a BadNet, not a detector's .onnx file")
+    with open_dataset(arguments.clean, arguments.max_bytes):
+        pass
+
+
 def check_export(arguments: Namespace, models: list[Path]) -> None:
     """Raise InputError where --export comes with an option that it does not use."""
-    unfit = ("images", "backend", "ray", "poisoned", *OUTPUTS, "labels")
+    unfit = ("images", "backend", "ray", "poisoned", *OUTPUTS, "labels", "clean")
     if len(models) == 1 or any(getattr(arguments, name) for name in unfit):
         raise InputError("--export goes with a MODEL alone, one that is not an .onnx file")
     files.check_writable({"--export": onnx_file.default_detector_path(models[1])}, models)
@@ -182,7 +193,8 @@ def list_read(
     arguments: Namespace, models: list[Path], datasets: Iterable[str | Path]
 ) -> Iterator[Name]:
     """Yield the files that are read besides the images: the detector's file, and list_inputs."""
-    yield from list_inputs(models, arguments.labels, datasets)
+    clean = [arguments.clean] if arguments.clean else []
+    yield from list_inputs(models, arguments.labels, [*datasets, *clean])
     if len(models) > 1:
         badnet, repaired = models
         yield onnx_file.default_detector_path(repaired)
@@ -300,6 +312,13 @@ def _add_results(group: Any) -> None:
         help="draw ROC curves, the scores and flagged images, as .png, .svg or .pdf",
     )
     add_report(group, "what was flagged, the class behind it, and the trigger")
+    add(
+        "--clean",
+        metavar="DATA",
+        help="the clean dataset of the repair. Where a cut-out works as a trigger, make a twin of "
+        "the BadNet from it, without its backdoor, in up to a minute: what fools the twin as well "
+        "is a natural feature, not a planted trigger",
+    )
     add_labels(group)
     add(
         "--export",
