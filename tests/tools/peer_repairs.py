@@ -245,7 +245,7 @@ ALLOWANCE = 0.1  # of an image's loss, at no cost
 LARGEST = 0.5  # of the last layer's weights at the start, before they get B's length
 # Theirs is 0.5, for nets with batch normalisation, and no gradient is clipped. Ours lost most of
 # their accuracy so: the random layer makes the gradient of the clean loss long at the start.
-LOSS_WEIGHT, MOST_SLOPE = 5, 1.0
+LOSS_WEIGHT, MOST_SLOPE = 20, 1.0
 
 
 def move_away(net, clean, rng, epochs=100, loss_weight=LOSS_WEIGHT):
