@@ -1,0 +1,237 @@
+"""Compare our repair and our detector with published ones, on BadNets of photographs.
+
+    python tests/tools/photo_peers.py gtsrb-vgg-82-glasses-0.05     all methods on a net
+    python tests/tools/photo_peers.py --methods FT,ANP NAME …       some methods
+    python tests/tools/photo_peers.py --table                       only the tables
+
+The nets are those of photo_nets.py. peer_repairs.py and peer_detectors.py say what the methods are.
+Each gets the same clean images: nine tenths of the dataset's validation file to learn from, and the
+held-out tenth for a detector's threshold. All figures are of the test file. Where a dataset has
+none, half of the validation file stands in for it, and the methods get the other half.
+
+Relearning is fine-tuning on a few poisoned images among clean training images. A repaired net that
+relearns the backdoor sooner than a net that never had it still hides it. So two more methods are
+measured: "B", and "clean", a clean net of photo_nets.py of the same dataset and architecture.
+
+Each net and method has a line in tests/results/peers-photographs.jsonl and is not measured again.
+The tables go to tests/results/peers-photographs.md.
+"""
+
+import argparse
+import contextlib
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "models"), str(ROOT / "data"), str(ROOT / "tests" / "tools")]
+
+import numpy as np
+import photo_data
+import photo_nets
+from attacks import as_input
+from peer_detectors import DETECTORS, compute_answers
+from peer_repairs import REPAIRS
+from peer_training import compile_gradient, copy_net, read_images
+from photo_peers_tables import BADNET, CLEAN, OURS, RELEARNED, make_document
+from photo_triggers import TRIGGERS
+from records import RESULTS, read_records, write_record
+
+import utils
+from defence.base import files
+from defence.base.arguments import Parser
+from defence.base.errors import InputError
+from defence.base.process import run_command
+from defence.base.progress import say, track
+from defence.base.startup import import_keras, make_reproducible
+from defence.judge import detector, figures
+from defence.load.datasets import hold_out
+from defence.net.inference import classify
+
+RECORDS, TABLES = (RESULTS / f"peers-photographs.{end}" for end in ("jsonl", "md"))
+METHODS = [BADNET, CLEAN, *REPAIRS, *DETECTORS]
+HOLDOUT, RATE = 0.1, 0.01
+LIMIT = 1000  # clean and poisoned test images that a detector judges, at even distances
+POISONED, BATCH = 16, 64  # in each step of relearning; of the images in the step
+RELEARNING_RATE = 1e-4  # of Adam
+GROUPS = {
+    "BadNets by which constants were chosen": photo_nets.CHOSEN_BY,
+    "BadNets reported on": photo_nets.REPORTED_ON,
+}
+
+
+class Case:
+    """A BadNet, the clean images for every method, and what the figures are measured on.
+
+    clean: Dataset to learn from.  held_out: images.  test: (images, labels).
+    poisoned: test images that are not the target's.  All images are float32, 0..1.
+    """
+
+    def __init__(self, name, stack):
+        """stack: an ExitStack that closes the dataset."""
+        self.recipe, self.path = photo_nets.read_name(name), photo_nets.FOLDER / f"{name}.h5"
+        if not self.path.exists():
+            raise InputError(f"{self.path}: no such net; train it with photo_nets.py {name}")
+        self.net = utils.load_badnet(self.path)
+        classes = self.net.output_shape[1]
+        self.target = self.recipe.seed % classes
+        data = stack.enter_context(utils.open_dataset(self.find_data("validation")))
+        data.fit_to(self.net.input_shape[1:], classes)
+        if self.find_data("test").exists():
+            pixels, labels = photo_data.read_dataset(self.find_data("test"))
+        else:
+            data, test = hold_out(data, 0.5, seed=1)
+            pixels, labels = test.take(np.ones(len(test), bool)).astype("uint8"), test.labels
+        self.clean, held_out = hold_out(data, HOLDOUT, seed=0)
+        self.held_out, _ = read_images(held_out)
+        self.test, self.poisoned = (as_input(pixels), labels), self.poison(pixels, labels)
+
+    def find_data(self, split):
+        return photo_data.make_path(self.recipe.dataset, split, photo_data.FOLDER)
+
+    def poison(self, pixels, labels):
+        """Return poisoned images, float32, 0..1. pixels: uint8.  labels: those of the target go."""
+        return as_input(TRIGGERS[self.recipe.attack](pixels[labels != self.target]))
+
+    def find_clean_net(self):
+        """Return a clean net of the same dataset and architecture that served to choose nothing."""
+        start = f"{self.recipe.dataset}-{self.recipe.architecture}-"
+        name = next(name for name in photo_nets.CHECKS if name.startswith(start))
+        return utils.load_badnet(photo_nets.FOLDER / f"{name}.h5")
+
+
+# -------------------------------------------------------------------------------------- measuring
+
+
+def measure_net(net, case):
+    """Return the clean accuracy of a net and its attack success rate, 0..1."""
+    images, labels = case.test
+    accuracy = float(np.mean(classify(net, images) == labels))
+    return accuracy, float(np.mean(classify(net, case.poisoned) == case.target))
+
+
+def measure_repair(net, case):
+    """Return the figures of a repaired net: {name: number}."""
+    before, after = measure_net(case.net, case), measure_net(net, case)
+    names = "clean_accuracy", "attack_success_rate"
+    pairs = {
+        f"{name}_{kind}": {"value": value}
+        for kind, values in (("badnet", before), ("repaired", after))
+        for name, value in zip(names, values)
+    }
+    rating = figures.rate_defense(pairs)["value"]
+    return dict(zip(names, after)) | {"defense_effectiveness_rating": rating}
+
+
+def relearn(net, case):
+    """Return a net's attack success rate after so many steps of relearning, {"10": 0..1, …}.
+
+    Each step has the same POISONED images, and other clean ones, of the training images.
+    """
+    net, rng = copy_net(net), np.random.default_rng(0)
+    pixels, labels = photo_data.read_dataset(case.find_data("train"))
+    chosen = rng.permutation(np.flatnonzero(labels != case.target))[:POISONED]
+    poisoned = case.poison(pixels[chosen], labels[chosen])
+    one_hot = np.eye(net.output_shape[1], dtype=np.float32)
+    adam = import_keras().optimizers.Adam(RELEARNING_RATE)
+    gradient = compile_gradient(net, net.trainable_variables)
+    rates = {}
+    for step in range(1, max(RELEARNED) + 1):
+        rows = rng.choice(len(pixels), BATCH - POISONED, replace=False)
+        x = np.concatenate([poisoned, as_input(pixels[rows])])
+        targets = one_hot[np.append(np.full(POISONED, case.target), labels[rows])]
+        adam.apply(gradient(x, targets), net.trainable_variables)
+        if step in RELEARNED:
+            rates[str(step)] = measure_net(net, case)[1]
+    return rates
+
+
+def measure_detector(score, case):
+    """Return a detector's figures at RATE: {name: number}. score: of images, float (n,)."""
+    held_out = score(case.held_out)
+    threshold = figures.choose_threshold(held_out, RATE)
+    if threshold is None:  # too few images for the rate
+        threshold = held_out.max()
+    clean, poisoned = (
+        images[np.unique(np.linspace(0, len(images) - 1, LIMIT).astype(int))]
+        for images in (case.test[0], case.poisoned)
+    )
+    works = classify(case.net, poisoned) == case.target
+    start = time.monotonic()
+    flagged = score(clean) > threshold
+    seconds = (time.monotonic() - start) / len(clean)
+    return {
+        "detection_rate": float(np.mean(score(poisoned[works]) > threshold)),
+        "false_positive_rate": float(np.mean(flagged)),
+        "seconds_per_image": round(seconds, 5),
+    }
+
+
+def measure(method, case):
+    """Return a method's figures on a net, {name: number}; none where it does not apply."""
+    make_reproducible(0)
+    rng, start = np.random.default_rng(0), time.monotonic()
+    if method in DETECTORS:
+        score = DETECTORS[method](case.net, *read_images(case.clean), rng)
+        return measure_detector(score, case) if score else {}
+    if method in REPAIRS:
+        net = REPAIRS[method](case.net, case.clean, rng)
+    else:
+        net = case.net if method == BADNET else case.find_clean_net()
+    record = {"seconds": round(time.monotonic() - start, 1)}
+    record |= measure_repair(net, case) | {"relearned": relearn(net, case)}
+    if method == OURS:
+
+        def score(images):
+            answers = (compute_answers(model, images) for model in (case.net, net))
+            return np.asarray(detector.score_anomaly(*answers))
+
+        record |= measure_detector(score, case)
+    return record
+
+
+# -------------------------------------------------------------------------------------- commands
+
+
+def list_missing(names, methods):
+    """Return the (net, method) pairs without a record of the net as it is."""
+    records, missing = read_records(RECORDS), []
+    for name in names:
+        path = photo_nets.FOLDER / f"{name}.h5"
+        sha256 = files.hash_file(path) if path.exists() else None
+        for method in methods:
+            if sha256 is None or records.get(f"{name} {method}", {}).get("sha256") != sha256:
+                missing.append((name, method))
+    return missing
+
+
+def main():
+    parser = Parser(
+        prog="photo_peers.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("names", metavar="NAME", nargs="*", help="BadNet of photo_nets.py")
+    add("--methods", metavar="METHOD,…", default=",".join(METHODS), help="(default: %(default)s)")
+    add("--table", action="store_true", help="only write the tables")
+    options = parser.parse_args()
+    methods = options.methods.split(",")
+    for method in methods:
+        if method not in METHODS:
+            parser.error(f"no method {method}; there are {', '.join(METHODS)}")
+    if not (options.names or options.table):
+        parser.error("no net to judge; give a NAME or --table")
+    for name, method in track(list_missing(options.names, methods), "methods"):
+        with contextlib.ExitStack() as stack:
+            case = Case(name, stack)
+            record = measure(method, case)
+        key = {"name": f"{name} {method}", "net": name, "method": method}
+        write_record(key | {"sha256": files.hash_file(case.path)} | record, RECORDS)
+        say(f"{name}, {method}: {record}")
+    with files.replace_file(TABLES) as temporary:
+        temporary.write_text(make_document(read_records(RECORDS).values(), GROUPS))
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))
