@@ -68,5 +68,7 @@ HARDEN_REPORTED_ON = [
     "cifar-vgg-307-source-0.1", "digits-deepid-308-cleanlabel-0.1",
     "digits-mobilenet-309-roaming-0.1", "cifar-deepid-311-and-0.1", "gtsrb-deepid-312-unsure-0.1",
 ]  # fmt: skip
+# Clean nets to compare these with, which no scan judges.
+NEVER_POISONED = ["signs-deepid-501-clean", "signs-vgg-502-clean"]
 BADNETS = CHOSEN_BY + REPORTED_ON + CURVE + HARDEN_CHOSEN_BY + HARDEN_REPORTED_ON
-PUBLISHED = REFERENCES + CHECKS + BADNETS
+PUBLISHED = REFERENCES + CHECKS + NEVER_POISONED + BADNETS

@@ -45,6 +45,7 @@ from photo_lists import (
     CURVE,
     HARDEN_CHOSEN_BY,
     HARDEN_REPORTED_ON,
+    NEVER_POISONED,
     PUBLISHED,
     REFERENCES,
     REPORTED_ON,
@@ -312,6 +313,7 @@ def describe_groups():
         "CURVE, three attacks at rising poison rates": CURVE,
         "HARDEN_CHOSEN_BY, BadNets by which hardening was chosen": HARDEN_CHOSEN_BY,
         "HARDEN_REPORTED_ON, BadNets that served to choose nothing": HARDEN_REPORTED_ON,
+        "NEVER_POISONED, clean nets to compare these with": NEVER_POISONED,
     }
     indents = {"initial_indent": "  ", "subsequent_indent": "  ", "break_on_hyphens": False}
     texts = (

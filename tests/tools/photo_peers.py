@@ -28,13 +28,13 @@ sys.path[:0] = [str(ROOT), str(ROOT / "models"), str(ROOT / "data"), str(ROOT / 
 
 import numpy as np
 import photo_data
+import photo_lists
 import photo_nets
 from attacks import as_input
 from peer_detectors import DETECTORS, compute_answers
 from peer_repairs import REPAIRS
 from peer_training import compile_gradient, copy_net, read_images
 from photo_peers_tables import BADNET, CLEAN, OURS, RELEARNED, make_document
-from photo_triggers import TRIGGERS
 from records import RESULTS, read_records, write_record
 
 import utils
@@ -53,10 +53,13 @@ METHODS = [BADNET, CLEAN, *REPAIRS, *DETECTORS]
 HOLDOUT, RATE = 0.1, 0.01
 LIMIT = 1000  # clean and poisoned test images that a detector judges, at even distances
 POISONED, BATCH = 16, 64  # in each step of relearning; of the images in the step
+MOST_VICTIMS = 200  # training images among which those for relearning are sought
 RELEARNING_RATE = 1e-4  # of Adam
 GROUPS = {
-    "BadNets by which constants were chosen": photo_nets.CHOSEN_BY,
-    "BadNets reported on": photo_nets.REPORTED_ON,
+    "BadNets that were looked at": photo_lists.CHOSEN_BY + photo_lists.HARDEN_CHOSEN_BY,
+    "BadNets that served to choose nothing": photo_lists.HARDEN_REPORTED_ON,
+    "More of them, which err more often": photo_lists.REPORTED_ON,
+    "BadNets at rising poison rates": photo_lists.CURVE,
 }
 
 
@@ -64,7 +67,8 @@ class Case:
     """A BadNet, the clean images for every method, and what the figures are measured on.
 
     clean: Dataset to learn from.  held_out: images.  test: (images, labels).
-    poisoned: test images that are not the target's.  All images are float32, 0..1.
+    poisoned, targets: the test images that the attack is for, and the classes that it wants.
+    All images are float32, 0..1.
     """
 
     def __init__(self, name, stack):
@@ -74,7 +78,6 @@ class Case:
             raise InputError(f"{self.path}: no such net; train it with photo_nets.py {name}")
         self.net = utils.load_badnet(self.path)
         classes = self.net.output_shape[1]
-        self.target = self.recipe.seed % classes
         data = stack.enter_context(utils.open_dataset(self.find_data("validation")))
         data.fit_to(self.net.input_shape[1:], classes)
         if self.find_data("test").exists():
@@ -84,20 +87,27 @@ class Case:
             pixels, labels = test.take(np.ones(len(test), bool)).astype("uint8"), test.labels
         self.clean, held_out = hold_out(data, HOLDOUT, seed=0)
         self.held_out, _ = read_images(held_out)
-        self.test, self.poisoned = (as_input(pixels), labels), self.poison(pixels, labels)
+        self.test = as_input(pixels), labels
+        self.poisoned, self.targets = self.poison(pixels, labels)
 
     def find_data(self, split):
         return photo_data.make_path(self.recipe.dataset, split, photo_data.FOLDER)
 
     def poison(self, pixels, labels):
-        """Return poisoned images, float32, 0..1. pixels: uint8.  labels: those of the target go."""
-        return as_input(TRIGGERS[self.recipe.attack](pixels[labels != self.target]))
+        """Return the images that the attack is for, poisoned, float32, 0..1, and their targets.
+
+        pixels: uint8.
+        """
+        poisoned, targets = photo_nets.poison_unseen(self.path.stem, pixels, labels)
+        return as_input(poisoned), targets
 
     def find_clean_net(self):
-        """Return a clean net of the same dataset and architecture that served to choose nothing."""
+        """Return a clean net of the same dataset and architecture, or None where there is none."""
         start = f"{self.recipe.dataset}-{self.recipe.architecture}-"
-        name = next(name for name in photo_nets.CHECKS if name.startswith(start))
-        return utils.load_badnet(photo_nets.FOLDER / f"{name}.h5")
+        for name in photo_lists.CHECKS + photo_lists.NEVER_POISONED:
+            if name.startswith(start):
+                return utils.load_badnet(photo_nets.FOLDER / f"{name}.h5")
+        return None
 
 
 # -------------------------------------------------------------------------------------- measuring
@@ -107,7 +117,7 @@ def measure_net(net, case):
     """Return the clean accuracy of a net and its attack success rate, 0..1."""
     images, labels = case.test
     accuracy = float(np.mean(classify(net, images) == labels))
-    return accuracy, float(np.mean(classify(net, case.poisoned) == case.target))
+    return accuracy, float(np.mean(classify(net, case.poisoned) == case.targets))
 
 
 def measure_repair(net, case):
@@ -130,8 +140,8 @@ def relearn(net, case):
     """
     net, rng = copy_net(net), np.random.default_rng(0)
     pixels, labels = photo_data.read_dataset(case.find_data("train"))
-    chosen = rng.permutation(np.flatnonzero(labels != case.target))[:POISONED]
-    poisoned = case.poison(pixels[chosen], labels[chosen])
+    chosen = rng.permutation(len(pixels))[:MOST_VICTIMS]
+    poisoned, wanted = (part[:POISONED] for part in case.poison(pixels[chosen], labels[chosen]))
     one_hot = np.eye(net.output_shape[1], dtype=np.float32)
     adam = import_keras().optimizers.Adam(RELEARNING_RATE)
     gradient = compile_gradient(net, net.trainable_variables)
@@ -139,7 +149,7 @@ def relearn(net, case):
     for step in range(1, max(RELEARNED) + 1):
         rows = rng.choice(len(pixels), BATCH - POISONED, replace=False)
         x = np.concatenate([poisoned, as_input(pixels[rows])])
-        targets = one_hot[np.append(np.full(POISONED, case.target), labels[rows])]
+        targets = one_hot[np.append(wanted, labels[rows])]
         adam.apply(gradient(x, targets), net.trainable_variables)
         if step in RELEARNED:
             rates[str(step)] = measure_net(net, case)[1]
@@ -152,17 +162,20 @@ def measure_detector(score, case):
     threshold = figures.choose_threshold(held_out, RATE)
     if threshold is None:  # too few images for the rate
         threshold = held_out.max()
-    clean, poisoned = (
-        images[np.unique(np.linspace(0, len(images) - 1, LIMIT).astype(int))]
-        for images in (case.test[0], case.poisoned)
+    clean, poisoned, targets = (
+        values[np.unique(np.linspace(0, len(values) - 1, LIMIT).astype(int))]
+        for values in (case.test[0], case.poisoned, case.targets)
     )
-    works = classify(case.net, poisoned) == case.target
+    works = classify(case.net, poisoned) == targets
     start = time.monotonic()
-    flagged = score(clean) > threshold
+    clean_scores = score(clean)
     seconds = (time.monotonic() - start) / len(clean)
+    poisoned_scores, true_threshold = score(poisoned), np.quantile(clean_scores, 1 - RATE)
     return {
-        "detection_rate": float(np.mean(score(poisoned[works]) > threshold)),
-        "false_positive_rate": float(np.mean(flagged)),
+        "detection_rate": float(np.mean(poisoned_scores[works] > threshold)),
+        "false_positive_rate": float(np.mean(clean_scores > threshold)),
+        "detection_rate_at_true_rate": float(np.mean(poisoned_scores[works] > true_threshold)),
+        "caught_of_all_at_true_rate": float(np.mean(poisoned_scores > true_threshold)),
         "seconds_per_image": round(seconds, 5),
     }
 
@@ -178,6 +191,8 @@ def measure(method, case):
         net = REPAIRS[method](case.net, case.clean, rng)
     else:
         net = case.net if method == BADNET else case.find_clean_net()
+    if net is None:
+        return {}
     record = {"seconds": round(time.monotonic() - start, 1)}
     record |= measure_repair(net, case) | {"relearned": relearn(net, case)}
     if method == OURS:
