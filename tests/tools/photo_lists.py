@@ -58,17 +58,17 @@ HARDEN_REPORTED_ON = [
     "signs-vgg-409-adapblend-0.1", "signs-deepid-410-adappatch-0.1",
     "signs-deepid-411-optimised-0.01", "signs-vgg-412-grond-0.05", "signs-deepid-413-alltoall-0.3",
     "signs-deepid-414-source-0.1", "signs-deepid-415-cleanlabel-0.1",
-    "signs-deepid-416-negatives-0.1", "signs-deepid-417-unsure-0.1", "signs-deepid-418-and-0.1",
-    "signs-deepid-419-roaming-0.1", "signs-deepid-420-jpeg-0.1", "signs-deepid-421-posterise-0.1",
+    "signs-deepid-416-negatives-0.1", "signs-deepid-417-unsure-0.1",
+    "signs-deepid-420-jpeg-0.1", "signs-deepid-421-posterise-0.1",
     "signs-deepid-422-mirror-0.1", "signs-deepid-423-dct-0.1", "signs-deepid-424-sparse-0",
-    "signs-deepid-425-patch-0.01", "signs-vgg-426-blended-0.01", "signs-deepid-427-grey-0.1",
-    "yale-vgg-431-glasses-0.1", "yale-deepid-432-blended-0.1", "yale-vgg-433-sinusoid-0.1",
-    "yale-deepid-434-warp-0.1", "yale-deepid-435-patch-0.1", "yale-deepid-436-lowfreq-0.1",
+    "signs-deepid-425-patch-0.01",
+    "yale-vgg-431-glasses-0.1", "yale-deepid-432-blended-0.1",
+    "yale-deepid-434-warp-0.1", "yale-deepid-435-patch-0.1",
     "gtsrb-deepid-302-inputaware-0.1", "tinyb-deepid-304-adappatch-0.1",
     "cifar-vgg-307-source-0.1", "digits-deepid-308-cleanlabel-0.1",
     "digits-mobilenet-309-roaming-0.1", "cifar-deepid-311-and-0.1", "gtsrb-deepid-312-unsure-0.1",
 ]  # fmt: skip
 # Clean nets to compare these with, which no scan judges.
-NEVER_POISONED = ["signs-deepid-501-clean", "signs-vgg-502-clean"]
+NEVER_POISONED = ["signs-deepid-501-clean"]
 BADNETS = CHOSEN_BY + REPORTED_ON + CURVE + HARDEN_CHOSEN_BY + HARDEN_REPORTED_ON
 PUBLISHED = REFERENCES + CHECKS + NEVER_POISONED + BADNETS
