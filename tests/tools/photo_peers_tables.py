@@ -63,7 +63,7 @@ def count_ahead(records, method, figure):
 def make_means(records):
     """Return the table of the repairs' means over the nets."""
     heads = ["method", "nets", "ACC", "ASR", "highest ASR", "DER"]
-    heads += [*(f"after {steps}" for steps in RELEARNED), "seconds", "ours ahead by DER"]
+    heads += [*(f"after {steps}" for steps in RELEARNED), "processor seconds", "ours ahead by DER"]
     rows = []
     for method in NETS:
         own = [record for (_, each), record in records.items() if each == method]
