@@ -155,6 +155,25 @@ def test_the_tables_have_means_and_count_where_ours_is_ahead():
     assert "IBD-PSC | 1" not in text and "empty" not in text and "| c |" not in text
 
 
+def test_the_summary_has_a_row_for_each_dataset():
+    def make(net, method, accuracy, success, caught=None):
+        record = {"net": net, "method": method, "clean_accuracy": accuracy}
+        record |= {"attack_success_rate": success}
+        return record | ({"detection_rate": caught, "false_positive_rate": 0.01} if caught else {})
+
+    records = [
+        *(make("signs-deepid-1-patch-0.1", *row) for row in (("B", 0.9, 1), ("report", 0.9, 0.8))),
+        make("signs-deepid-1-patch-0.1", "ours", 0.8, 0, 1),
+        make("signs-vgg-2-patch-0.1", "B", 0.7, 1),
+        make("signs-vgg-2-patch-0.1", "ours", 0.6, 0.1, 0.9),
+        make("yale-deepid-3-patch-0.1", "B", 0.9, 1),  # not hardened yet
+    ]
+    names = list(dict.fromkeys(record["net"] for record in records))
+    table = photo_peers_tables.make_summary(records, names)
+    row = "| 43 traffic signs | 2 | 80.0; 70.0 | 100.0; 80.0 | 5.0; 10.0 | 95.0; 90.0 | 1.0 |"
+    assert table.splitlines()[2:] == [row]
+
+
 def test_the_rating_is_the_fall_of_success_less_that_of_accuracy(monkeypatch):
     rates = {"B": (0.9, 1.0), "G": (0.8, 0.4)}
     monkeypatch.setattr(photo_peers, "measure_net", lambda net, case: rates[net])

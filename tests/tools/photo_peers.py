@@ -14,7 +14,7 @@ relearns the backdoor sooner than a net that never had it still hides it. So two
 measured: "B", and "clean", a clean net of photo_nets.py of the same dataset and architecture.
 
 Each net and method has a line in tests/results/peers-photographs.jsonl and is not measured again.
-The tables go to tests/results/peers-photographs.md.
+The tables go to tests/results/peers-photographs.md, and one to README.md and docs/results.md.
 """
 
 import argparse
@@ -34,8 +34,8 @@ from attacks import as_input
 from peer_detectors import DETECTORS, compute_answers
 from peer_repairs import REPAIRS
 from peer_training import compile_gradient, copy_net, read_images
-from photo_peers_tables import BADNET, CLEAN, OURS, RELEARNED, make_document
-from records import RESULTS, read_records, write_record
+from photo_peers_tables import BADNET, CLEAN, OURS, RELEARNED, make_document, make_summary
+from records import RESULTS, read_records, write_record, write_tables
 
 import utils
 from defence.base import files
@@ -48,6 +48,7 @@ from defence.judge import detector, figures
 from defence.load.datasets import hold_out
 from defence.net.inference import classify
 
+DOCUMENTS = [ROOT / "README.md", ROOT / "docs" / "results.md"]
 RECORDS, TABLES = (RESULTS / f"peers-photographs.{end}" for end in ("jsonl", "md"))
 METHODS = [BADNET, CLEAN, *REPAIRS, *DETECTORS]
 HOLDOUT, RATE = 0.1, 0.01
@@ -55,9 +56,11 @@ LIMIT = 1000  # clean and poisoned test images that a detector judges, at even d
 POISONED, BATCH = 16, 64  # in each step of relearning; of the images in the step
 MOST_VICTIMS = 200  # training images among which those for relearning are sought
 RELEARNING_RATE = 1e-4  # of Adam
+REPORTED = "BadNets that served to choose nothing"
 GROUPS = {
     "BadNets that were looked at": photo_lists.CHOSEN_BY + photo_lists.HARDEN_CHOSEN_BY,
-    "BadNets that served to choose nothing": photo_lists.HARDEN_REPORTED_ON,
+    REPORTED: photo_lists.HARDEN_REPORTED_ON,
+    "Those on which published methods were measured, too": photo_lists.COMPARED,
     "More of them, which err more often": photo_lists.REPORTED_ON,
     "BadNets at rising poison rates": photo_lists.CURVE,
 }
@@ -244,8 +247,10 @@ def main():
         key = {"name": f"{name} {method}", "net": name, "method": method}
         write_record(key | {"sha256": files.hash_file(case.path)} | record, RECORDS)
         say(f"{name}, {method}: {record}")
+    records = list(read_records(RECORDS).values())
     with files.replace_file(TABLES) as temporary:
-        temporary.write_text(make_document(read_records(RECORDS).values(), GROUPS))
+        temporary.write_text(make_document(records, GROUPS))
+    write_tables({"photographs": make_summary(records, GROUPS[REPORTED])}, DOCUMENTS)
 
 
 if __name__ == "__main__":

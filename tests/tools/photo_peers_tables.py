@@ -5,7 +5,15 @@ from peer_detectors import DETECTORS
 from peer_repairs import REPAIRS
 from records import format_table
 
-BADNET, CLEAN, OURS = "B", "clean", "ours"
+BADNET, CLEAN, REPORT, OURS = "B", "clean", "report", "ours"
+DATASETS = {
+    "signs": "43 traffic signs",
+    "yale": "38 people",
+    "gtsrb": "43 traffic signs, unseen ones",
+    "tinyb": "12 kinds of things",
+    "cifar": "10 kinds of objects",
+    "digits": "10 digits in sign language",
+}
 RELEARNED = (10, 50)  # steps
 NETS = [BADNET, CLEAN, *REPAIRS]
 JUDGES = [OURS, *DETECTORS]
@@ -130,6 +138,34 @@ def make_groups(records, groups):
         for group, names in groups.items()
     }
     return {group: part for group, part in parts.items() if part}
+
+
+def make_summary(records, names):
+    """Return a table with a row for each dataset: what repair.py leaves, and what it catches.
+
+    records: of photo_peers.py.  names: of the BadNets that count, where B and ours have a record.
+    """
+    pairs = {(record["net"], record["method"]): record for record in records}
+    names = [name for name in names if {(name, BADNET), (name, OURS)} <= pairs.keys()]
+    heads = ["images", "nets", "ACC of B; of G hardened", "ASR of B; of the report's G"]
+    heads += ["ASR of G hardened; highest", "caught; least", "clean flagged"]
+    rows = []
+    for dataset in dict.fromkeys(name.split("-")[0] for name in names):
+        nets = [name for name in names if name.split("-")[0] == dataset]
+        badnet, report, ours = (
+            [pairs[name, method] for name in nets if (name, method) in pairs]
+            for method in (BADNET, REPORT, OURS)
+        )
+        highest, least = max(r[SUCCESS] for r in ours), min(r[DETECTION] for r in ours)
+        cells = [
+            f"{average(badnet, ACCURACY)}; {average(ours, ACCURACY)}",
+            f"{average(badnet, SUCCESS)}; {average(report, SUCCESS)}",
+            f"{average(ours, SUCCESS)}; {format_rate(highest)}",
+            f"{average(ours, DETECTION)}; {format_rate(least)}",
+            average(ours, "false_positive_rate"),
+        ]
+        rows.append([f"{DATASETS.get(dataset, dataset)}", str(len(nets)), *cells])
+    return format_table(heads, ["---", *["--:"] * (len(heads) - 1)], rows)
 
 
 def make_document(records, groups):
