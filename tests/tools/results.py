@@ -9,7 +9,7 @@ results are a line of tests/results/SIZE.jsonl. A net whose line is of this file
 settings is not measured again. From the lines of both sizes, it makes
 
     tests/results/tables-SIZE.md               the tables of a size, between their markers
-    README.md                                  a small table, between its markers
+    docs/results.md                            a small table, between its markers
     tests/results/results.csv                  a row for each net and trigger, with 95 % intervals
     img/results.png                            attack success rates of B, of G, and of G hardened
 
@@ -53,7 +53,7 @@ SIZES = {
     ],
 }
 DOCUMENTS = [
-    ROOT / "README.md",
+    ROOT / "docs" / "results.md",
     *(RESULTS / f"tables-{size}.md" for size in SIZES),
 ]
 # Fraction of clean images to flag; --holdout 0.1 keeps enough images for it.
