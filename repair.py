@@ -201,8 +201,8 @@ def check_data(job: Job) -> int:
 
 def scan(job: Job) -> int:
     """Print whether the net looks backdoored, to which class (--scan). Return the exit status."""
+    memory.check_scan_fits(job.model, job.clean)  # before the minutes that large images take
     cached = cache_badnet(job)
-    memory.check_scan_fits(cached.split.net, cached.data)
     check.warn_of_problems(cached, job.class_names)
     check.refuse_unfit(cached, harden=False)
     result = finding.scan_net(cached, job.settings.seed)

@@ -4,8 +4,10 @@ import contextlib
 
 import pytest
 import test_scan
+from conftest import assert_refused, command
 
 from defence.beyond import duration, finding, scan, sought, twins
+from defence.net.cached_net import CachedNet
 
 folder, cached = test_scan.folder, test_scan.cached  # fixtures
 
@@ -35,3 +37,12 @@ def test_the_work_of_a_scan_is_counted_in_passes_of_an_image():
     changed, patches, sought_patches = 6 * 592 * 7 * 3, 24 * (2 * 30 * 32 + 3 * 300), 64 * 800
     passes = 2 * 57_600 + changed + patches + 2 * sought_patches
     assert duration.count_passes(592, 40, 57_600) == passes
+
+
+def test_a_scan_that_needs_too_much_memory_is_refused_before_it_begins(deepid_world, monkeypatch):
+    """Before the features, too: they take minutes, where images are large."""
+    monkeypatch.setattr(scan, "STEP_IMAGES", 10**7)
+    monkeypatch.setattr(CachedNet, "from_dataset", None)
+    net, data = deepid_world / "models" / "small_bd_net.h5", deepid_world / "clean.h5"
+    process = command("repair.py", net, data, "--scan")
+    assert_refused(process, "--scan 10000000: a training step would take")
