@@ -26,7 +26,7 @@ import numpy as np
 from defence.base import files
 from defence.base.errors import InputError
 from defence.base.process import exit_now, run_command
-from defence.base.progress import print_line, print_result, say
+from defence.base.progress import print_line, print_result, say, track
 from defence.explain import findings, streams
 from defence.judge import backends, onnx_file
 from defence.judge.detector import Answers, Detector, describe_answers, describe_better
@@ -46,8 +46,7 @@ ROW = ("path", "class", "badnet_class", "repaired_class", "score", "error")
 def main() -> int:
     arguments, models = options.parse_eval()
     if arguments.mode == options.EXPORT:
-        export(arguments, models)
-        return 0
+        return export(arguments, models)
     if arguments.mode == options.RAY:
         return judge_on_ray(arguments, models)
     if arguments.mode == options.DATASET:
@@ -55,14 +54,14 @@ def main() -> int:
     return judge_images(arguments, models)
 
 
-def export(arguments: Namespace, models: list[Path]) -> None:
-    """Write the detector of B and G to its file, and print the file's name."""
+def export(arguments: Namespace, models: list[Path]) -> int:
+    """Write the detector of B and G to its file, and print its name. Return the exit status."""
     path = onnx_file.default_detector_path(models[1])
     badnet, repaired = (read_model(model, arguments.max_bytes) for model in models)
     detector = backends.export_detector(badnet, repaired, path, **take_usage(arguments))
     print_result(f"Saved detector: {path}")
     say(f"the detector's file flags {detector.rule.removeprefix('flagging ')}")
-    conclude(detector, arguments)
+    return conclude(detector, arguments)
 
 
 def load(
@@ -108,9 +107,10 @@ def judge_images(arguments: Namespace, models: list[Path]) -> int:
         return judge_batch(batch, detector, class_names, prepare)
 
     size = min(BATCH, max(1, arguments.max_bytes // (16 * math.prod(detector.shape))))
-    batches = (paths[start : start + size] for start in range(0, len(paths), size))
+    batches = [paths[start : start + size] for start in range(0, len(paths), size)]
     rows, parts = [], []
-    for batch_rows, answers in map_in_parallel(judge, batches, THREADS):  # others decode
+    judged_batches = map_in_parallel(judge, batches, THREADS)  # others decode
+    for batch_rows, answers in track(judged_batches, "batches", len(batches), bar=False):
         print_verdicts(batch_rows, arguments)
         rows += batch_rows
         parts += [] if answers is None else [answers]

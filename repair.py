@@ -110,9 +110,9 @@ def retrain(cached: CachedNet, settings: Settings) -> None:
     train_epoch = training.make_trainer(
         model, [last], rate, settings.batch_size, cached.rng, option=option
     )
-    for epoch in track(range(1, settings.retrain_epochs + 1), "retrain"):
-        loss = train_epoch(x, cached.labels)
-        say(f"retrain, epoch {epoch} of {settings.retrain_epochs}: loss {loss:.4f}")
+    epochs = settings.retrain_epochs
+    for epoch, loss in training.run_epochs(train_epoch, x, cached.labels, epochs, "retrain"):
+        say(f"retrain, epoch {epoch} of {epochs}: loss {loss:.4f}")
     cached.refresh()
 
 
@@ -122,14 +122,14 @@ def fine_tune(cached: CachedNet, until: float, settings: Settings, observer: Obs
     Stop after the first round with a validation accuracy of at least `until`, 0..1.
     Source: report, section 2c.
     """
-    head, layers = cached.split.head, list(graph.list_layers(cached.split.head))
+    head, x, y = cached.split.head, cached.features, cached.labels
     rate, option = settings.learning_rate, "--learning-rate"
+    layers = list(graph.list_layers(head))
     train_epoch = training.make_trainer(
         head, layers, rate, settings.batch_size, cached.rng, option=option
     )
-    for number in range(1, settings.rounds + 1):
-        for _ in track(range(settings.epochs), f"fine-tune, round {number}"):
-            loss = train_epoch(cached.features, cached.labels)
+    for _ in range(settings.rounds):
+        *_, (_, loss) = training.run_epochs(train_epoch, x, y, settings.epochs, "fine-tune")
         cached.refresh()
         observer.on_round(cached, loss)
         if cached.accuracy() >= until:
@@ -201,8 +201,8 @@ def check_data(job: Job) -> int:
 
 def scan(job: Job) -> int:
     """Print whether the net looks backdoored, to which class (--scan). Return the exit status."""
+    memory.check_scan_fits(job.model, job.clean)  # before the minutes that large images take
     cached = cache_badnet(job)
-    memory.check_scan_fits(cached.split.net, cached.data)
     check.warn_of_problems(cached, job.class_names)
     check.refuse_unfit(cached, harden=False)
     result = finding.scan_net(cached, job.settings.seed)

@@ -1,6 +1,8 @@
 """The two commands as a user runs them: their output and their files."""
 
 import csv
+import functools
+import itertools
 import json
 import os
 import shutil
@@ -22,7 +24,7 @@ from conftest import (
 from PIL import Image
 
 import utils
-from defence.base import files
+from defence.base import files, progress
 from defence.judge import detector
 from defence.load.architecture import build_deepid
 from defence.load.datasets import hold_out
@@ -154,6 +156,17 @@ def test_many_images_keep_their_order_and_their_verdicts(repaired_world, tmp_pat
     process = command("eval_defence.py", tmp_path, B, cwd=folder)
     assert process.returncode == 2 and process.stderr.count("not a PNG or JPEG") == 100
     assert process.stdout.splitlines() == expected
+
+
+def test_a_folder_says_how_far_it_is_beside_the_verdicts(repaired_world, tmp_path, monkeypatch):
+    folder, _ = repaired_world
+    for number in range(120):
+        shutil.copy(folder / "0.png", tmp_path / f"{number}.png")
+    clock = functools.partial(next, itertools.count(0, 20))  # each look at it takes 20 seconds
+    monkeypatch.setattr(progress, "track", functools.partial(progress.track, clock=clock))
+    process = command("eval_defence.py", tmp_path, B, cwd=folder)
+    assert len(process.stdout.splitlines()) == 120
+    assert "\nbatches: 67 %, about " in process.stderr
 
 
 def test_no_file_of_a_folder_is_passed_over(repaired_world, tmp_path):

@@ -1,6 +1,7 @@
 """Nets of every kind as a detector's file, which answers like the nets or is refused."""
 
 import dataclasses
+import gc
 import json
 import re
 
@@ -8,6 +9,7 @@ import keras
 import numpy as np
 import onnx
 import pytest
+import tf2onnx
 from conftest import read_models, write_record
 from test_detector import read_serving_page
 from test_files import every_layer
@@ -90,6 +92,28 @@ def test_the_trunk_that_both_nets_share_is_in_the_file_once(tmp_path):
         operators = [node.op_type for node in onnx.load(tmp_path / "d.onnx").graph.node]
         sizes[name] = operators.count("Conv")
     assert sizes == {"shared": 1, "separate": 2}
+
+
+def test_the_copies_that_tf2onnx_makes_of_a_graph_do_not_stay(tmp_path, monkeypatch):
+    """It makes two dozen, each with all weights: gigabytes, for a net of 100 MB."""
+    graphs, set_props = [], onnx.helper.set_model_props
+
+    def count_graphs(*arguments):
+        graphs.append(sum(isinstance(o, tf2onnx.graph.Graph) for o in gc.get_objects()))
+        set_props(*arguments)
+
+    monkeypatch.setattr(onnx.helper, "set_model_props", count_graphs)
+    usual = gc.get_threshold()
+    export(make_deep_net(20), tmp_path)
+    assert graphs[0] < 8 and gc.get_threshold() == usual
+
+
+def make_deep_net(depth):
+    layers = keras.layers
+    hidden = [layers.Conv2D(3, 3, padding="same", activation="relu") for _ in range(depth)]
+    return keras.Sequential(
+        [keras.Input((9, 8, 2)), *hidden, layers.Flatten(), layers.Dense(4, activation="softmax")]
+    )
 
 
 def test_scores_that_are_nan_count_as_poisoned(tmp_path):

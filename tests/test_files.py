@@ -291,10 +291,11 @@ def test_images_are_not_read_before_their_layout_is_chosen(tmp_path):
 # --------------------------------------------------------------------------------------- images
 
 
-def test_keras_comes_silently_without_matplotlib_which_can_be_imported_later():
+def test_keras_comes_silently_without_packages_which_can_be_imported_later():
     code = (
-        "import sys, gc; from defence.base.startup import import_keras; import_keras(); "
-        "assert 'matplotlib' not in sys.modules and gc.isenabled(); import matplotlib.figure"
+        "import sys, gc; from defence.base import startup; startup.import_keras(); "
+        "assert not startup.UNWANTED & sys.modules.keys() and gc.isenabled(); "
+        "import matplotlib.figure, scipy.stats, sklearn.metrics"
     )
     process = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert (process.returncode, process.stderr) == (0, "")

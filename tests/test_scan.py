@@ -299,7 +299,7 @@ def test_a_dataset_that_lacks_most_classes_is_no_finding(cached):
 
 
 def test_a_twin_that_cannot_be_trained_is_no_finding(cached, monkeypatch):
-    def diverge(net, seed):
+    def diverge(*_):
         raise WorkError("training diverged")
 
     monkeypatch.setattr(twins, "make_twins", diverge)

@@ -5,6 +5,9 @@ array of all images' features may also go to a temporary file: `allocate` choose
 constants bound what is held at a time while images stream through a net.
 """
 
+import contextlib
+import ctypes
+import gc
 import math
 import os
 import shutil
@@ -70,3 +73,10 @@ def allocate(
         if hasattr(os, "posix_fallocate"):
             os.posix_fallocate(file.fileno(), 0, size)
         return np.memmap(file, dtype, "w+", shape=shape)
+
+
+def release_memory() -> None:
+    """Return memory that is no longer used to the system, which the C library would keep."""
+    gc.collect()
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # only glibc has the function
+        ctypes.CDLL(None).malloc_trim(0)

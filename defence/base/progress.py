@@ -15,7 +15,9 @@ from defence.base.text import escape, format_duration
 
 T = TypeVar("T")
 INTERVAL = 30  # seconds between two lines on a step
-PARTS, MEASURED = 10, 5  # of a step and seconds, at least, that tell how long the step takes
+# A step says how long it takes once PARTS of it, after the first, took MEASURED seconds, if it will
+# take LONG seconds.
+PARTS, MEASURED, LONG = 20, 1, 10
 _quiet = False
 _printed = 0.0  # when the last line was printed on stderr, by time.monotonic
 
@@ -59,10 +61,11 @@ def track(
     description: str,
     total: int | None = None,
     clock: Callable[[], float] = time.monotonic,
+    bar: bool = True,
 ) -> Iterator[T]:
     """Yield from `sequence` and show on stderr how far it is, as `follow` does."""
     total = total or operator.length_hint(sequence, 0)
-    with follow(description, total, clock=clock) as advance:
+    with follow(description, total, clock=clock, bar=bar) as advance:
         for item in sequence:
             yield item
             advance(1)
@@ -74,17 +77,20 @@ def follow(
     total: int,
     promise: str = "",
     clock: Callable[[], float] = time.monotonic,
+    times: float = 1,
+    bar: bool = True,
 ) -> Iterator[Callable[[int], None]]:
     """Show how far a step is on stderr: a progress bar on a terminal, elsewhere a line at times.
 
-    total: the step's units; 0 where that is not known.  promise, clock: as for Pace.
+    total: the step's units; 0 where that is not known.  promise, clock, times: as for Pace.
+    bar: if False, lines on a terminal too, where the command prints results meanwhile.
     Yield advance(count), to be called when `count` more units are done.
     """
     if _quiet:
         yield lambda count: None
         return
-    pace = Pace(description, total, promise, clock)
-    if not sys.stderr.isatty():
+    pace = Pace(description, total, promise, clock, times)
+    if not (bar and sys.stderr.isatty()):
 
         def advance(count: int) -> None:
             for line in (*pace.advance(count), *pace.remark()):
@@ -118,14 +124,18 @@ class Pace:
         total: int,
         promise: str = "",
         clock: Callable[[], float] = time.monotonic,
+        times: float = 1,
     ) -> None:
         """total: the step's units; 0 where that is not known.
 
         promise: a line that says, once it can be told, how long the whole step takes: at {}.
         clock: gives the time in seconds.
+        times: how often the step's time the promise is about, where it is about later steps too.
         """
         self.description, self.total, self.promise, self.clock = description, total, promise, clock
+        self.times = times
         self.done = self.calls = 0
+        self.told = False  # how long the step takes
         self.began = clock()
         # Of several short steps in a row, one says how far it is.
         self.spoke = min(self.began, _printed or self.began)
@@ -136,18 +146,25 @@ class Pace:
         self.done, self.calls = self.done + count, self.calls + 1
         if self.calls == 1:  # which may take longer, since a net is compiled
             self.first = self.clock(), self.done
-        elif self.promise and self.calls > PARTS and self.clock() - self.first[0] >= MEASURED:
-            seconds, promise = self.clock() - self.began + self.estimate_left(), self.promise
-            self.promise = ""
-            if seconds >= INTERVAL:
+        elif self.promise and self.is_clear():
+            promise, self.promise = self.promise, ""
+            seconds = self.times * (self.clock() - self.began + self.estimate_left())
+            if seconds >= LONG:
+                self.told = True
                 yield promise.format(format_duration(seconds))
 
+    def is_clear(self) -> bool:
+        """Return whether enough of the step is done to tell how long it takes."""
+        return self.calls > PARTS and self.clock() - self.first[0] >= MEASURED
+
     def remark(self) -> Iterator[str]:
-        """Yield a line on how far the step is where INTERVAL has passed since the last line."""
+        """Yield a line on how far the step is: once that is clear, and then every INTERVAL."""
         now = self.clock()
-        if now - self.spoke < INTERVAL or self.done == self.total:
+        soon = not self.told and self.total > 0 and self.is_clear()
+        soon = soon and now - self.began + self.estimate_left() >= LONG
+        if self.done == self.total or not (soon or now - self.spoke >= INTERVAL):
             return
-        self.spoke = now
+        self.spoke, self.told = now, True
         if not self.total:
             yield f"{self.description}: {self.done} done"
             return

@@ -10,6 +10,11 @@ from typing import Any
 
 from defence.base import process
 
+# Keras imports these, if they are installed, for features not used here. Without the first two it
+# takes 2.0 s and 627 MB instead of 2.5 s and 719 MB (docs/design-notes.md); without the last two,
+# 1.5 s and 541 MB of processor time and memory instead of 1.9 s and 612 MB.
+UNWANTED = {"matplotlib", "pandas", "scipy", "sklearn"}
+
 
 def import_keras() -> Any:
     """Return Keras on TensorFlow, imported without the lines that TensorFlow writes to stderr.
@@ -83,14 +88,12 @@ def hold_back_stderr() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _import_quickly() -> Iterator[None]:
-    """Run the block's imports without garbage collection and without matplotlib and pandas.
+    """Run the block's imports without garbage collection and without the packages of UNWANTED.
 
     An import makes no garbage, but millions of objects that every collection visits, also at exit.
-    Keras imports the two packages, if they are installed, for features not used here. Without them
-    it takes 2.0 s and 627 MB instead of 2.5 s and 719 MB (docs/design-notes.md).
     """
     gc.disable()
-    unwanted = {"matplotlib", "pandas"} - sys.modules.keys()
+    unwanted = UNWANTED - sys.modules.keys()
     blocked: dict[str, Any] = dict.fromkeys(unwanted)  # None makes Python refuse the import
     sys.modules.update(blocked)
     try:

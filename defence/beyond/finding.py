@@ -30,7 +30,7 @@ import numpy as np
 from defence.base.errors import WorkError
 from defence.base.progress import say
 from defence.base.text import format_count, format_percent
-from defence.beyond import scan, twins
+from defence.beyond import duration, scan, twins
 
 if TYPE_CHECKING:
     from defence.net.cached_net import CachedNet
@@ -90,7 +90,7 @@ def scan_net(net: CachedNet, seed: int) -> Finding:
         return Finding("none", reason)
     say(f"scan: train {twins.COUNT} twins, which err as the net does but lose its backdoor")
     try:
-        siblings = twins.make_twins(net, seed)
+        siblings = twins.make_twins(net, seed, duration.compare_scan(net))
     except WorkError as error:
         return Finding("none", f"no twin of the net could be trained: {error}")
     return make_finding(make_views(net, siblings, seed))

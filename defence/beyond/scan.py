@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 
 from defence.base import pixels
-from defence.base.progress import track
+from defence.base.progress import follow, track
 from defence.beyond import changes, raised, sought
 from defence.beyond.tally import tally_errors
 from defence.judge import detector
@@ -70,11 +70,10 @@ def count_errors(net: CachedNet, twins: Sequence[Any], seed: int) -> dict[str, n
     rng = np.random.default_rng([seed, 1])
     right = np.flatnonzero(net.classes == net.labels)
     classes = net.split.net.output_shape[1]
-    images = int(np.clip(IMAGES_PER_CLASS * classes, FEWEST_IMAGES, MOST_IMAGES))
-    count = min(images, len(right))
+    count, repeats = count_images(len(right), classes)
     chosen = np.zeros(len(net.labels), bool)
     chosen[right[np.arange(count) * len(right) // count]] = True
-    rows, repeats, models = np.flatnonzero(chosen), images // count, [net.split.net, *twins]
+    rows, models = np.flatnonzero(chosen), [net.split.net, *twins]
     views = {
         "changes": count_change_errors(net, models, chosen, repeats, rng),
         "patches": count_patch_errors(net, models, chosen, rng),
@@ -83,6 +82,16 @@ def count_errors(net: CachedNet, twins: Sequence[Any], seed: int) -> dict[str, n
     if net.features.shape[-1] >= raised.FEWEST_CHANNELS:
         views["quiet"] = raised.count_quiet_errors(net, rows, rng)
     return views
+
+
+def count_images(right: int, classes: int) -> tuple[int, int]:
+    """Return how many images are disturbed in each way, and how often each.
+
+    right: images that the net answers with their label.  classes: N.
+    """
+    images = int(np.clip(IMAGES_PER_CLASS * classes, FEWEST_IMAGES, MOST_IMAGES))
+    count = min(images, right)
+    return count, images // count
 
 
 def seek_patches(net: CachedNet, twins: Sequence[Any], order: np.ndarray, seed: int) -> np.ndarray:
@@ -147,12 +156,19 @@ def count_patch_errors(
     shapes = changes.draw_shapes(PATCHES, height, width, rng, AREA, ASPECT, PAIRS)
     fill_patch = make_patch_filler(models[0], *pixels.find_pixel_limits(net.scale))
     counts = np.zeros((len(models), PATCHES, 2, classes))
-    for number, shape in enumerate(track(shapes, "scan, patches", PATCHES)):
-        mask = shape[..., None].astype(np.float32)
-        images = x + mask * (fill_patch(mask, x, labels, rng) - x)
-        for index, model in enumerate(models):
-            counts[index, number] = tally_errors(labels, classify(model, images), classes)
+    with follow("scan, patches", PATCHES * count_patch_passes(len(x), len(models))) as advance:
+        for number, shape in enumerate(shapes):
+            mask = shape[..., None].astype(np.float32)
+            images = x + mask * (fill_patch(mask, x, labels, rng, advance) - x)
+            for index, model in enumerate(models):
+                counts[index, number] = tally_errors(labels, classify(model, images), classes)
+                advance(len(images))
     return counts
+
+
+def count_patch_passes(images: int, models: int) -> int:
+    """Return how many images run through a net for a patch; a gradient counts as another."""
+    return 2 * STEPS * STEP_IMAGES + models * images
 
 
 def choose_images(chosen: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -161,14 +177,13 @@ def choose_images(chosen: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return np.isin(np.arange(len(chosen)), rows)
 
 
-def make_patch_filler(
-    model: Any, min_pixel: Any, max_pixel: Any
-) -> Callable[[np.ndarray, np.ndarray, np.ndarray, np.random.Generator], np.ndarray]:
+def make_patch_filler(model: Any, min_pixel: Any, max_pixel: Any) -> Callable[..., np.ndarray]:
     """Make a function that fills a patch so that a classifier errs.
 
     model: a Keras classifier.  min_pixel, max_pixel: as pixels.find_pixel_limits returns them.
     The function takes (mask, x, labels, rng): float32 (height, width, 1), scaled images, int64
-    (n,), a Generator. It returns the filling, float32 (height, width, channels).
+    (n,), a Generator. It returns the filling, float32 (height, width, channels). It calls
+    advance(k), where that is given, as `count_patch_passes` counts.
     """
     import tensorflow as tf
 
@@ -184,7 +199,11 @@ def make_patch_filler(
         return tf.clip_by_value(filling + rate * tf.sign(gradient), min_pixel, max_pixel)
 
     def fill_patch(
-        mask: np.ndarray, x: np.ndarray, labels: np.ndarray, rng: np.random.Generator
+        mask: np.ndarray,
+        x: np.ndarray,
+        labels: np.ndarray,
+        rng: np.random.Generator,
+        advance: Callable[[int], None] = lambda count: None,
     ) -> np.ndarray:
         filling = tf.constant(rng.uniform(min_pixel, max_pixel, x.shape[1:]), tf.float32)
         for number in range(STEPS):
@@ -192,6 +211,7 @@ def make_patch_filler(
             stride = STRIDE * (max_pixel - min_pixel) * (1 - 0.8 * number / STEPS)
             rate = tf.constant(stride, tf.float32)
             filling = step(filling, mask, x[rows], labels[rows], rate)
+            advance(2 * STEP_IMAGES)
         return filling.numpy()
 
     return fill_patch

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from defence.base.limits import BATCH_VALUES
-from defence.base.progress import track
+from defence.base.progress import follow
 from defence.base.startup import import_keras
 from defence.judge import detector
 
@@ -41,9 +41,11 @@ def measure_patches(
     """
     sizes = np.full((len(models), models[0].output_shape[1]), np.nan)
     sought = np.sort(classes[:CLASSES])
-    for row, model in zip(sizes, models):
-        row[sought] = seek_patches(model, images, sought, limits, rng)
-        sought = np.sort(sought[np.argsort(sizes[0, sought], kind="stable")][:TWINS_CLASSES])
+    steps = STEPS * count_searches(len(classes), len(models))
+    with follow("scan, sought patches", steps) as advance:
+        for row, model in zip(sizes, models):
+            row[sought] = seek_patches(model, images, sought, limits, rng, advance)
+            sought = np.sort(sought[np.argsort(sizes[0, sought], kind="stable")][:TWINS_CLASSES])
     return sizes
 
 
@@ -53,14 +55,23 @@ def seek_patches(
     classes: np.ndarray,
     limits: tuple[Any, Any],
     rng: np.random.Generator,
+    advance: Callable[[int], None] = lambda count: None,
 ) -> np.ndarray:
     """Seek a patch for each class, and return their sizes in pixels: float64 (len(classes),).
 
+    advance: is called with the number of classes after each step for them.
     The size is the sum of a mask of values 0..1; all the image's pixels, where no patch works.
     """
     most = count_step_images(images[0].size) // STEP_IMAGES
     groups = np.array_split(classes, -(-len(classes) // most))
-    return np.concatenate([seek_group(model, images, group, limits, rng) for group in groups])
+    return np.concatenate(
+        [seek_group(model, images, group, limits, rng, advance) for group in groups]
+    )
+
+
+def count_searches(classes: int, models: int) -> int:
+    """Return for how many classes a patch is sought, over all models, of which B is the first."""
+    return min(classes, CLASSES) + (models - 1) * min(classes, TWINS_CLASSES)
 
 
 def count_step_images(values: int) -> int:
@@ -74,19 +85,21 @@ def seek_group(
     classes: np.ndarray,
     limits: tuple[Any, Any],
     rng: np.random.Generator,
+    advance: Callable[[int], None],
 ) -> np.ndarray:
     """Do what `seek_patches` does for so few classes that they share every step."""
     step = make_step(model, classes, limits, rng)
     cost = np.full(len(classes), FIRST_COST, np.float32)
     smallest = np.full(len(classes), float(np.prod(images.shape[1:3])))
     success = np.zeros(len(classes))
-    for _ in track(range(STEPS), "scan, sought patches"):
+    for _ in range(STEPS):
         x = images[rng.integers(0, len(images), STEP_IMAGES)]
         hits, size = (values.numpy() for values in step(x, cost))
         success = MEMORY * success + (1 - MEMORY) * hits
         works = success >= SUCCESS
         smallest = np.where(works, np.minimum(smallest, size), smallest)
         cost = np.where(works, cost * COST_STEP, cost / COST_STEP).astype(np.float32)
+        advance(len(classes))
     return smallest
 
 

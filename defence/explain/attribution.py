@@ -8,10 +8,12 @@ is enough for the answer.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
+
+from defence.base.progress import follow
 
 if TYPE_CHECKING:
     from defence.judge.detector import Answers
@@ -41,21 +43,30 @@ def compute_attribution_map(
     sizes = [make_windows(height, width, side) for side in sides]
     windows, carriers = np.concatenate(sizes), unflagged[:CARRIERS]
     parts_of_windows = [find_parts(window) for window in windows]
-    maps = []
-    for image, score in zip(flagged, judge(flagged).score):
-        pasted = (
-            np.where(window[..., None], image, carrier)
-            for carrier in carriers
-            for window in windows
-        )
-        covered = (cover_parts(image, parts) for parts in parts_of_windows)
-        answers = judge(itertools.chain(pasted, covered))
-        *pasted_hits, covered_hits = np.split(answers.badnet == target, len(carriers) + 1)
-        enough = np.mean(pasted_hits, axis=0) if len(carriers) else np.zeros(len(windows))
-        remaining = np.where(covered_hits, answers.score[-len(windows) :], 0)
-        needed = np.clip(1 - remaining / max(score, 1e-9), 0, 1)
-        maps.append(np.maximum(average_windows(enough, sizes), average_windows(needed, sizes)))
+    maps, count = [], len(windows) * (len(carriers) + 1)  # images that are judged for each
+    with follow("examine flagged images", count * len(flagged)) as advance:
+        for image, score in zip(flagged, judge(flagged).score):
+            pasted = (
+                np.where(window[..., None], image, carrier)
+                for carrier in carriers
+                for window in windows
+            )
+            covered = (cover_parts(image, parts) for parts in parts_of_windows)
+            answers = judge(_count_images(itertools.chain(pasted, covered), advance))
+            *pasted_hits, covered_hits = np.split(answers.badnet == target, len(carriers) + 1)
+            enough = np.mean(pasted_hits, axis=0) if len(carriers) else np.zeros(len(windows))
+            remaining = np.where(covered_hits, answers.score[-len(windows) :], 0)
+            needed = np.clip(1 - remaining / max(score, 1e-9), 0, 1)
+            maps.append(np.maximum(average_windows(enough, sizes), average_windows(needed, sizes)))
     return np.asarray(maps, np.float32)
+
+
+def _count_images(
+    images: Iterable[np.ndarray], advance: Callable[[int], None]
+) -> Iterator[np.ndarray]:
+    for image in images:
+        yield image
+        advance(1)
 
 
 def make_windows(height: int, width: int, side: float) -> np.ndarray:

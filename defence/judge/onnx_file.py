@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import gc
 import importlib.util
 import logging
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +19,7 @@ import numpy as np
 from defence.base import pixels
 from defence.base.errors import InputError
 from defence.base.files import read_file, replace_file
-from defence.base.limits import BATCH_VALUES, DEFAULT_MAX_BYTES, OUTPUT_VALUES
+from defence.base.limits import BATCH_VALUES, DEFAULT_MAX_BYTES, OUTPUT_VALUES, release_memory
 from defence.base.startup import count_processors, import_onnxruntime
 from defence.base.text import first_line
 from defence.judge import detector, exports
@@ -126,7 +128,8 @@ def write_detector(
     problem = f"{path}: cannot be made from these nets"
     with replace_file(path) as beside:
         try:
-            contents = _convert_to_onnx(function, metadata)
+            with _collect_often():
+                contents = _convert_to_onnx(function, metadata)
             beside.write_bytes(contents)
             file = read_detector(beside, max_bytes)
             outputs = file.run(noise.astype(np.float32))
@@ -167,6 +170,24 @@ def _add_verdict(model: Any, classes: int, threshold: str) -> Any:
         }
 
     return run
+
+
+@contextlib.contextmanager
+def _collect_often() -> Iterator[None]:
+    """Collect the block's garbage soon, and visit no older object for it.
+
+    tf2onnx copies the whole graph, with its weights, before each of two dozen optimisations. The
+    graphs refer to themselves, so a copy stays until it is collected, usually at the end.
+    """
+    usual = gc.get_threshold()
+    release_memory()
+    gc.freeze()
+    gc.set_threshold(usual[0], 2, 1)
+    try:
+        yield
+    finally:
+        gc.set_threshold(*usual)
+        release_memory()
 
 
 def _convert_to_onnx(run: Any, metadata: dict[str, str]) -> bytes:

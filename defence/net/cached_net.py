@@ -157,7 +157,7 @@ def choose_scale(
     needed |= {name: max(needed[name], least) for name in other_scales if name != pixels.DEFAULT}
 
     hits, run_count, own_hits = dict.fromkeys(other_scales, 0), 0, 0
-    for x, rows in clean.spread_batches():
+    for x, rows in track(clean.spread_batches(), "other pixels", clean.batch_count):
         run_count += len(rows)
         own_hits += int(np.sum(right[rows]))
         for name in other_scales:

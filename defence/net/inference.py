@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from defence.base.limits import BATCH_VALUES, OUTPUT_VALUES, Name, allocate
+from defence.base.progress import follow
 from defence.base.startup import import_keras
 from defence.net.graph import adds_maps, list_output_sizes
 
@@ -111,7 +112,9 @@ def run_model(model: Any, inputs: np.ndarray, path: Name, max_bytes: int) -> np.
     """
     shape, count = (len(inputs), *model.output_shape[1:]), 0
     outputs = allocate(shape, np.float32, path, LAST_INPUTS, max_bytes)
-    for part in predict(model, inputs):
-        outputs[count : count + len(part)] = part
-        count += len(part)
+    with follow(LAST_INPUTS, len(inputs)) as advance:
+        for part in predict(model, inputs):
+            outputs[count : count + len(part)] = part
+            count += len(part)
+            advance(len(part))
     return outputs

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from defence.base.errors import WorkError
 from defence.base.limits import BATCH_VALUES
+from defence.base.progress import follow
 from defence.base.startup import import_keras
 from defence.net import graph
 from defence.net.inference import map_in_parallel
@@ -64,6 +65,18 @@ def make_trainer(
         return loss
 
     return train_epoch
+
+
+def run_epochs(
+    train_epoch: Callable[..., float], x: np.ndarray, y: np.ndarray, epochs: int, title: str
+) -> Iterator[tuple[int, float]]:
+    """Train for some epochs and show how far that is. Yield the number and the loss of each.
+
+    train_epoch, x, y: as for make_trainer.  title: for the progress line.
+    """
+    with follow(title, epochs * len(x)) as advance:
+        for epoch in range(1, epochs + 1):
+            yield epoch, train_epoch(x, y, advance)
 
 
 def _compile_steps(
