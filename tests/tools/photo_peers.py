@@ -34,7 +34,7 @@ from attacks import as_input
 from peer_detectors import DETECTORS, compute_answers
 from peer_repairs import REPAIRS
 from peer_training import compile_gradient, copy_net, read_images
-from photo_peers_tables import BADNET, CLEAN, OURS, RELEARNED, make_document, make_summary
+from photo_peers_tables import BADNET, CLEAN, PAIRED, RELEARNED, make_document, make_summary
 from records import RESULTS, read_records, write_record, write_tables
 
 import utils
@@ -198,7 +198,7 @@ def measure(method, case):
         return {}
     record = {"seconds": round(time.process_time() - start, 1)}
     record |= measure_repair(net, case) | {"relearned": relearn(net, case)}
-    if method == OURS:
+    if method in PAIRED:
 
         def score(images):
             answers = (compute_answers(model, images) for model in (case.net, net))

@@ -16,7 +16,8 @@ DATASETS = {
 }
 RELEARNED = (10, 50)  # steps
 NETS = [BADNET, CLEAN, *REPAIRS]
-JUDGES = [OURS, *DETECTORS]
+PAIRED = [OURS, "slowly", REPORT]  # whose repaired net judges images together with B
+JUDGES = [*PAIRED, *DETECTORS]
 ACCURACY, SUCCESS = "clean_accuracy", "attack_success_rate"
 RATING, DETECTION = "defense_effectiveness_rating", "detection_rate"
 NONE = "–"
