@@ -119,7 +119,7 @@ def test_a_failed_hardening_says_what_is_left_to_do():
     )
     record = make_record((1.0, 0.75), hardened=True, harden_steps=100)
     line = outcome.describe_next(record, ["repair.py"], NETS)
-    assert "leave --harden-steps out, which takes 10000 steps, not 100" in line
+    assert "leave --harden-steps out, which takes 5000 steps, not 100" in line
 
 
 def test_the_last_line_of_a_repair_is_the_next_command(deepid_world, tmp_path):
