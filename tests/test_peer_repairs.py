@@ -132,6 +132,7 @@ RECORDS = [
     {"net": "b", "method": "FT", "clean_accuracy": 0.9, "attack_success_rate": 0.1},
     {"net": "a", "method": "STRIP", "detection_rate": 0.25, "false_positive_rate": 0.02},
     {"net": "b", "method": "IBD-PSC"},
+    {"net": "b", "method": "clean"},
     {"net": "c", "method": "FT", "clean_accuracy": 0.0, "attack_success_rate": 0.0},
 ]
 RATINGS = {("a", "B"): 0.5, ("a", "FT"): 0.7, ("a", "ours"): 1.0, ("b", "FT"): 0.95}

@@ -77,6 +77,7 @@ def make_means(records):
     rows = []
     for method in NETS:
         own = [record for (_, each), record in records.items() if each == method]
+        own = [record for record in own if SUCCESS in record]
         if not own:
             continue
         highest = format_rate(max(record[SUCCESS] for record in own))
