@@ -152,7 +152,7 @@ def test_the_tables_have_means_and_count_where_ours_is_ahead():
     assert "| FT | 2 | 85.0 | 30.0 | 50.0 | 82.5 | 50.0 | 75.0 | 3 | 1 of 1 |" in text
     assert "| ours | 1 | 90.0 | 0.0 | 0.0 | 100.0 | 50.0 | 75.0 | 3 | – |" in text
     assert "| STRIP | 1 | 25.0 | 25.0 | 2.0 | 1 of 1 |" in text
-    assert "| b | – | 90.0 / 10.0 | – |" in text
+    assert "| b | – | – | 90.0 / 10.0 | – |" in text
     assert "IBD-PSC | 1" not in text and "empty" not in text and "| c |" not in text
 
 
