@@ -17,6 +17,7 @@ SHORT = {
     "FT": {"epochs": 1},
     "report": {"retrain_epochs": 1, "rounds": 1, "epochs": 1},
     "ours": {"retrain_epochs": 1, "rounds": 1, "epochs": 1, "harden_steps": 1},
+    "slowly": {"retrain_epochs": 1, "rounds": 1, "epochs": 1, "harden_steps": 1},
     "ANP": {"steps": 2},
     "I-BAU": {"rounds": 1},
     "FT-SAM": {"epochs": 1},

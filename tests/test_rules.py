@@ -176,7 +176,7 @@ def test_fine_tuning_stops_after_the_first_round_that_is_good_enough(
     cached.refresh = lambda: setattr(cached, "now", accuracies[len(epochs) // 3 - 1])
 
     def make_trainer(*_, **__):
-        return lambda x, y: epochs.append((x, y)) or len(epochs)  # its loss
+        return lambda x, y, advance: epochs.append((x, y)) or len(epochs)  # its loss
 
     monkeypatch.setattr(training, "make_trainer", make_trainer)
     observer = types.SimpleNamespace(on_round=lambda net, loss: rounds.append((net.now, loss)))
@@ -318,7 +318,7 @@ class FakeNetAndData:
     right: {scale: the number of right answers in each batch}.
     """
 
-    path, max_bytes = "data.h5", 2**30
+    path, max_bytes, batch_count = "data.h5", 2**30, 4
 
     def __init__(self, right, monkeypatch):
         self.labels, self.answers = np.arange(160), {}

@@ -70,17 +70,15 @@ def harden_net(net, clean, rng, **settings):
     return cached.split.net
 
 
-def harden_slowly(net, clean, rng):
+def harden_slowly(net, clean, rng, **settings):
     """Do what `harden_net` does, in twice the steps at a fourth of the learning rate."""
     usual = harden.Settings()
-    return harden_net(
-        net,
-        clean,
-        rng,
-        harden_steps=2 * usual.harden_steps,
-        harden_epochs=2 * usual.harden_epochs,
-        harden_learning_rate=usual.harden_learning_rate / 4,
-    )
+    slow = {
+        "harden_steps": 2 * usual.harden_steps,
+        "harden_epochs": 2 * usual.harden_epochs,
+        "harden_learning_rate": usual.harden_learning_rate / 4,
+    }
+    return harden_net(net, clean, rng, **slow | settings)
 
 
 # ------------------------------------------------------------------------------------------- ANP

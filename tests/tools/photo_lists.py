@@ -66,13 +66,11 @@ HARDEN_REPORTED_ON = [
     "yale-deepid-434-warp-0.1", "yale-deepid-435-patch-0.1",
     "gtsrb-deepid-302-inputaware-0.1", "tinyb-deepid-304-adappatch-0.1",
     "cifar-vgg-307-source-0.1", "digits-deepid-308-cleanlabel-0.1",
-    "digits-mobilenet-309-roaming-0.1", "cifar-deepid-311-and-0.1", "gtsrb-deepid-312-unsure-0.1",
+    "digits-mobilenet-309-roaming-0.1",
 ]  # fmt: skip
 # Those on which published methods are measured, too.
 COMPARED = [
-    "signs-deepid-401-patch-0.1", "signs-vgg-402-blended-0.1", "signs-vgg-405-lowfreq-0.1",
-    "signs-deepid-407-inputaware-0.1", "signs-deepid-410-adappatch-0.1",
-    "signs-deepid-417-unsure-0.1",
+    "signs-deepid-401-patch-0.1", "signs-deepid-410-adappatch-0.1", "signs-deepid-417-unsure-0.1",
 ]  # fmt: skip
 # Clean nets to compare these with, which no scan judges.
 NEVER_POISONED = ["signs-deepid-501-clean"]
