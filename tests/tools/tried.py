@@ -65,11 +65,13 @@ def train_softly(net, changed, labels, settings, rng, badnet_answers):
     size, n = settings.harden_batch_size, len(changed)
     epochs, _, rate = harden.make_schedule(n, settings)
     net.trainable = True
-    net.compile(import_keras().optimizers.Adam(rate), "categorical_crossentropy")
+    adam, steps = import_keras().optimizers.Adam(), itertools.count()
+    net.compile(adam, "categorical_crossentropy")
     for _ in range(epochs):
         order = rng.permutation(n)
         for start in range(0, n, size):
             rows = order[start : start + size]
+            adam.learning_rate = float(rate(next(steps)))
             net.train_on_batch(changed[rows], goals[rows])
 
 
