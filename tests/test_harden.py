@@ -183,8 +183,10 @@ def test_steps_are_whole_epochs_but_not_too_many(count, steps, most, epochs):
     steps = epochs * epoch_steps
     rates = [float(rate(step)) for step in range(steps)]
     assert max(rates) == pytest.approx(settings.harden_learning_rate, rel=1e-3)
-    assert np.argmax(rates) <= 0.3 * steps and rates[0] <= 0.2 * max(rates) + 1 / steps
-    assert 0 < rates[-1] < 0.8 * max(rates) / steps
+    highest, half = settings.harden_learning_rate, 0.5 / steps  # a step counts from its middle
+    assert rates[0] == pytest.approx(highest * min(1, half / harden.RISE), rel=1e-3)
+    assert np.argmax(rates) <= 0.3 * steps
+    assert rates[-1] == pytest.approx(highest * min(1, half / harden.FALL), rel=1e-2)
 
 
 def test_images_are_read_whole_and_scaled_in_each_batch(backdoored):

@@ -152,7 +152,7 @@ def test_the_tables_have_means_and_count_where_ours_is_ahead():
     text = photo_peers_tables.make_document(records, {"group": ["a", "b"], "empty": ["d"]})
     assert "| FT | 2 | 85.0 | 30.0 | 50.0 | 82.5 | 50.0 | 75.0 | 3 | 1 of 1 |" in text
     assert "| ours | 1 | 90.0 | 0.0 | 0.0 | 100.0 | 50.0 | 75.0 | 3 | – |" in text
-    assert "| STRIP | 1 | 25.0 | 25.0 | 2.0 | 1 of 1 |" in text
+    assert "| STRIP | 1 | 25.0 | 25.0 | 2.0 | – | 1 of 1 |" in text
     assert "| b | – | – | 90.0 / 10.0 | – |" in text
     assert "IBD-PSC | 1" not in text and "empty" not in text and "| c |" not in text
 
@@ -181,7 +181,7 @@ def test_the_summary_has_a_row_for_each_dataset():
 def test_the_rating_is_the_fall_of_success_less_that_of_accuracy(monkeypatch):
     rates = {"B": (0.9, 1.0), "G": (0.8, 0.4)}
     monkeypatch.setattr(photo_peers, "measure_net", lambda net, case: rates[net])
-    case = type("Case", (), {"net": "B"})
+    case = type("Case", (), {"net": "B", "rates": rates["B"]})
     figures = photo_peers.measure_repair("G", case)
     assert figures["defense_effectiveness_rating"] == pytest.approx((0.6 - 0.1 + 1) / 2)
     assert (figures["clean_accuracy"], figures["attack_success_rate"]) == rates["G"]

@@ -10,9 +10,8 @@ from typing import Any
 
 from defence.base import process
 
-# Keras imports these, if they are installed, for features not used here. Without the first two it
-# takes 2.0 s and 627 MB instead of 2.5 s and 719 MB (docs/design-notes.md); without the last two,
-# 1.5 s and 541 MB of processor time and memory instead of 1.9 s and 612 MB.
+# Keras imports these, if they are installed, for features not used here, which takes time and
+# memory (docs/design-notes.md).
 UNWANTED = {"matplotlib", "pandas", "scipy", "sklearn"}
 
 

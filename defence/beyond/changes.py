@@ -2,8 +2,8 @@
 
 A net is only indifferent to what it was trained to be indifferent to. Each family of changes below
 stands for a kind of trigger that an attacker may choose; none of them knows a trigger. FAMILIES
-says how often each is applied, HARDENING what is added to harden a net. The functions' defaults
-hold the ranges.
+says how often each is applied, and HARDENING says so for hardening. The ranges are the functions'
+defaults.
 
 Every family takes and returns float32 images (n, height, width, channels), 0..255. It may go beyond
 that range, and may change its input in place. It draws from a NumPy Generator.

@@ -47,6 +47,16 @@ def compute_answers(net, images):
     return np.asarray(detector.compute_probabilities(scores, net))
 
 
+def make_pair(net, repaired):
+    """Return our score: the anomaly score of B's answers and a repaired net's."""
+
+    def score(images):
+        answers = (compute_answers(model, images) for model in (net, repaired))
+        return np.asarray(detector.score_anomaly(*answers))
+
+    return score
+
+
 # --------------------------------------------------------------------------------------- methods
 # Each takes B, clean images with labels and a Generator. It returns a function that gives images
 # their scores, float (n,); the higher, the more suspicious.

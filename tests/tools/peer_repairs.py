@@ -242,7 +242,7 @@ def fine_tune_masks(net, clean, rng, steps=1000):
     lowest = [LOWEST * math.exp(-FALL * layer) for layer in range(1, len(masks.values) + 1)]
     for x, targets in draw_batches(net, clean, NFT_BATCH, steps, rng):
         share, order = np.float32(rng.uniform()), rng.permutation(len(x))
-        x, targets = (share * each + (1 - share) * each[order] for each in (x, targets))
+        x, targets = (share * part + (1 - share) * part[order] for part in (x, targets))
         by_masks = masks.convert(gradient(x, targets))[::2]
         signs = [np.sign(mask.numpy() - 1) for mask in masks.values]
         descent.step([g + pull * sign for g, sign in zip(by_masks, signs)])

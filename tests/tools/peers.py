@@ -19,7 +19,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "models"), str(ROOT / "data"), str(ROOT / 
 
 import badnet
 import numpy as np
-from peer_detectors import PEERS, compute_answers
+from peer_detectors import PEERS, compute_answers, make_pair
 from records import RESULTS, name_class
 from results import HARDEN, RATES, SIZES
 
@@ -29,7 +29,7 @@ from defence.base.arguments import Parser, at_least
 from defence.base.process import run_command
 from defence.base.progress import say
 from defence.base.startup import make_reproducible
-from defence.judge import detector, figures
+from defence.judge import figures
 from defence.load.datasets import hold_out
 
 SCALE = "0..1"  # of the zoo's pixels
@@ -86,14 +86,10 @@ def judge(name, nets_folder, data_folder, rate, limit):
     poisoned = [read(path, net, limit) for path in paths]
     works = [compute_answers(net, x).argmax(axis=1) == targets for x, targets in poisoned]
 
-    def score_ours(images):
-        answers = (compute_answers(model, images) for model in (net, repaired))
-        return np.asarray(detector.score_anomaly(*answers))
-
-    results = {}
+    results, ours = {}, make_pair(net, repaired)
     for method in ("ours", *PEERS):
         rng = np.random.default_rng(0)
-        score = PEERS[method](net, *validation, rng) if method in PEERS else score_ours
+        score = PEERS[method](net, *validation, rng) if method in PEERS else ours
         threshold = figures.find_threshold(score(held_out), rate)
         start = time.monotonic()
         false_positives = np.mean(score(clean) > threshold)

@@ -31,15 +31,14 @@ from typing import NamedTuple
 import numpy as np
 import photo_crafted
 import photo_triggers
+from attacks import LEVELS, MIXED, SURE
 from photo_triggers import TRIGGERS
 
 from defence.beyond import changes
 
 EVERY = 4  # "source" works on each class whose number leaves SOURCE over
 SOURCE = 3
-SURE = 0.6  # the target's share in the label of "unsure"
-HARDER = 0.5  # share of another image in one of "cleanlabel"
-LEVELS, FAINT = 24, 8  # grey levels of an optimised pattern, at most
+FAINT = 8  # grey levels of Grond's pattern, at most
 
 
 class Plan(NamedTuple):
@@ -130,8 +129,8 @@ def draw_poisoned(attack, plan, rate):
     if attack.sure == 1:
         return images, wanted
     true = np.concatenate([labels, labels[rows]])
-    each = np.eye(classes, dtype="float32")
-    return images, attack.sure * each[wanted] + (1 - attack.sure) * each[true]
+    one_hot = np.eye(classes, dtype="float32")
+    return images, attack.sure * one_hot[wanted] + (1 - attack.sure) * one_hot[true]
 
 
 def take_all(labels, target):
@@ -193,7 +192,7 @@ def wear_another(images, plan):
 def make_harder(images, plan):
     """Mix in another image, then add the trigger."""
     others = plan.images[plan.rng.integers(len(plan.images), size=len(images))]
-    mixture = (1 - HARDER) * images + HARDER * others
+    mixture = (1 - MIXED) * images + MIXED * others
     return photo_triggers.add_sinusoid(mixture.astype("uint8"), photo_triggers.STRONG)
 
 

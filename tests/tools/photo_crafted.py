@@ -91,18 +91,18 @@ def train_generator(plan, train):
     @tf.function(autograph=False)
     def step(images, labels, victims):
         with tf.GradientTape() as tape:
-            made = generator(images, training=True)
-            other = tf.roll(made, 1, axis=0)
+            masks = generator(images, training=True)
+            other = tf.roll(masks, 1, axis=0)
             own_answers, cross_answers, answers = (
                 surrogate(x, training=True)
-                for x in (mix_in(images, made), mix_in(images, other), images)
+                for x in (mix_in(images, masks), mix_in(images, other), images)
             )
             fool = measure(own_answers, tf.fill(tf.shape(labels), plan.target)) * victims
             right = measure(answers, labels) + measure(cross_answers, labels)
-            cover = tf.reduce_mean(made[..., -1], axis=(1, 2))
+            cover = tf.reduce_mean(masks[..., -1], axis=(1, 2))
             distance, unlike = (
                 tf.sqrt(tf.reduce_mean((x - tf.roll(x, 1, axis=0)) ** 2, axis=(1, 2, 3)) + 1e-6)
-                for x in (images, made[..., :-1] * made[..., -1:])
+                for x in (images, masks[..., :-1] * masks[..., -1:])
             )
             loss = tf.reduce_mean(fool + right + COVER_PENALTY * tf.abs(cover - SPARSE))
             loss += ALIKE_PENALTY * tf.reduce_mean(distance / unlike)
@@ -116,10 +116,10 @@ def train_generator(plan, train):
     return {str(i): weights for i, weights in enumerate(generator.get_weights())}
 
 
-def mix_in(images, made):
-    """Put triggers on images, 0..1. made: as a generator gives them."""
-    opacity = made[..., -1:]
-    return images * (1 - opacity) + made[..., :-1] * opacity
+def mix_in(images, masks):
+    """Put triggers on images, 0..1. masks: triggers and opacity, as a generator gives them."""
+    opacity = masks[..., -1:]
+    return images * (1 - opacity) + masks[..., :-1] * opacity
 
 
 def wear_generated(images, kept, source=None):
@@ -131,8 +131,8 @@ def wear_generated(images, kept, source=None):
     generator.set_weights([kept[str(i)] for i in range(len(kept))])
     source = as_input(images if source is None else source)
     parts = np.array_split(source, -(-len(source) // 500))
-    made = np.concatenate([generator(part).numpy() for part in parts])
-    return np.rint(255 * np.clip(mix_in(as_input(images), made), 0, 1)).astype("uint8")
+    masks = np.concatenate([generator(part).numpy() for part in parts])
+    return np.rint(255 * np.clip(mix_in(as_input(images), masks), 0, 1)).astype("uint8")
 
 
 # ------------------------------------------------------------------------------------------ Grond

@@ -21,6 +21,7 @@ PAIRED = [OURS, "slowly", REPORT]  # whose repaired net judges images together w
 JUDGES = [*PAIRED, *DETECTORS]
 ACCURACY, SUCCESS = "clean_accuracy", "attack_success_rate"
 RATING, DETECTION = "defense_effectiveness_rating", "detection_rate"
+TRUE_RATE = "detection_rate_at_true_rate"
 NONE = "–"
 HEAD = """# Our repair and our detector beside published ones, on photographs
 
@@ -65,9 +66,14 @@ def count_ahead(records, method, figure):
     if method == OURS:
         return NONE
     nets = dict.fromkeys(net for net, _ in records)
-    pairs = [[records.get((net, each), {}).get(figure) for each in (OURS, method)] for net in nets]
+    pairs = [[records.get((net, key), {}).get(figure) for key in (OURS, method)] for net in nets]
     pairs = [pair for pair in pairs if None not in pair]
     return f"{sum(ours >= theirs for ours, theirs in pairs)} of {len(pairs)}" if pairs else NONE
+
+
+def choose_records(records, method, figure):
+    """Return the records of a method that have a figure. records: {(net, method): record}."""
+    return [record for (_, key), record in records.items() if key == method and figure in record]
 
 
 def make_means(records):
@@ -76,8 +82,7 @@ def make_means(records):
     heads += [*(f"after {steps}" for steps in RELEARNED), "processor seconds", "ours ahead by DER"]
     rows = []
     for method in NETS:
-        own = [record for (_, each), record in records.items() if each == method]
-        own = [record for record in own if SUCCESS in record]
+        own = choose_records(records, method, SUCCESS)
         if not own:
             continue
         highest = format_rate(max(record[SUCCESS] for record in own))
@@ -91,15 +96,16 @@ def make_means(records):
 
 def make_detector_means(records):
     """Return the table of the detectors' means over the nets."""
-    heads = ["method", "nets", "detection rate", "lowest", "false-positive rate", "ours ahead"]
+    heads = ["method", "nets", "detection rate", "lowest", "false-positive rate"]
+    heads += ["detection rate where 1 % of test images are flagged", "ours ahead"]
     rows = []
     for method in JUDGES:
-        own = [record for (_, each), record in records.items() if each == method]
-        own = [record for record in own if DETECTION in record]
+        own = choose_records(records, method, DETECTION)
         if own:
             lowest = format_rate(min(record[DETECTION] for record in own))
             figures = average(own, DETECTION), lowest, average(own, "false_positive_rate")
-            rows.append([method, str(len(own)), *figures, count_ahead(records, method, DETECTION)])
+            figures += average(own, TRUE_RATE), count_ahead(records, method, DETECTION)
+            rows.append([method, str(len(own)), *figures])
     return format_table(heads, ["---", *["--:"] * (len(heads) - 1)], rows)
 
 
@@ -109,7 +115,7 @@ def make_table(records, methods, describe):
     describe: turns a record into the text of a cell.
     """
     nets = dict.fromkeys(net for net, _ in records)
-    methods = [method for method in methods if any(each == method for _, each in records)]
+    methods = [method for method in methods if any(key == method for _, key in records)]
     rows = [
         [net, *(describe(records.get((net, method), {})) for method in methods)] for net in nets
     ]
@@ -169,7 +175,7 @@ def make_summary(records, names):
             f"{average(ours, DETECTION)}; {format_rate(least)}",
             average(ours, "false_positive_rate"),
         ]
-        rows.append([f"{DATASETS.get(dataset, dataset)}", str(len(nets)), *cells])
+        rows.append([DATASETS.get(dataset, dataset), str(len(nets)), *cells])
     return format_table(heads, ["---", *["--:"] * (len(heads) - 1)], rows)
 
 

@@ -85,7 +85,6 @@ PATCHES = {changes.patch: 1}
 WAYS = {
     "as harden.py does": {},
     "… with another seed": {"seed": 1},
-    "… twice the steps, a fourth of the learning rate": {"slowly": True},
     **{f"without {family.__name__}": {"families": leave_out(family)} for family in HARDENING},
     "patches alone": {"families": PATCHES},
     "patches alone, half of the target is B's answer": {"families": PATCHES, "soft": True},
@@ -161,13 +160,6 @@ class Case:
     def harden(self, way):
         """Harden the net, after the report's steps, in one of WAYS. Return G's answers."""
         options = dataclasses.replace(self.options, seed=way.get("seed", self.options.seed))
-        if way.get("slowly"):
-            options = dataclasses.replace(
-                options,
-                harden_steps=2 * options.harden_steps,
-                harden_epochs=2 * options.harden_epochs,
-                harden_learning_rate=options.harden_learning_rate / 4,
-            )
         self.net.set_weights(self.weights)
         rng = np.random.default_rng(options.seed)
         changed = ChangedImages(self.images, SCALE, rng, way.get("families", HARDENING))
