@@ -145,6 +145,27 @@ def judge(badnet, repaired, x):
     return [model.predict(x, verbose=0).argmax(axis=1) for model in (badnet, repaired)]
 
 
+def score(badnet, repaired, x):
+    """Return the anomaly score of images by B and a hardened G whose outputs are softmaxes.
+
+    x: float32 (n, height, width, channels).  Return float64 (n,).
+    """
+    scores = []
+    for image in x:
+        right = np.concatenate([image[:, :1], image], axis=1)[:, :-1]
+        left = np.concatenate([image, image[:, -1:]], axis=1)[:, 1:]
+        b, *views = (
+            model.predict(part[None], verbose=0)[0].astype(np.float64)
+            for model, part in (
+                (badnet, image), (repaired, image), (repaired, right), (repaired, left)
+            )
+        )  # fmt: skip
+        g = np.prod([np.maximum(view, 1e-12) for view in views], axis=0) ** (1 / 3)
+        b, g = (np.maximum(answer, 1e-12) for answer in (b, g / g.sum()))
+        scores.append(1.2 * np.sum(b * np.log(b / g)) + np.sum(g * np.log(g / b)))
+    return np.array(scores)
+
+
 def load_data(path):
     with h5py.File(path) as data:
         images = data["data"][:].transpose(0, 2, 3, 1).astype("float32") / 255

@@ -17,7 +17,6 @@ SHORT = {
     "FT": {"epochs": 1},
     "report": {"retrain_epochs": 1, "rounds": 1, "epochs": 1},
     "ours": {"retrain_epochs": 1, "rounds": 1, "epochs": 1, "harden_steps": 1},
-    "slowly": {"retrain_epochs": 1, "rounds": 1, "epochs": 1, "harden_steps": 1},
     "ANP": {"steps": 2},
     "I-BAU": {"rounds": 1},
     "FT-SAM": {"epochs": 1},
@@ -189,5 +188,24 @@ def test_the_rating_is_the_fall_of_success_less_that_of_accuracy(monkeypatch):
 
 def test_wrong_calls_are_refused_in_a_line():
     tool = "tests/tools/photo_peers.py"
-    assert_refused(command(tool), "no net to judge; give a NAME or --table")
+    assert_refused(command(tool), "no net to judge; give a NAME, --all or --table")
     assert_refused(command(tool, "x", "--methods", "FT,NAD"), "no method NAD; there are B, clean")
+
+
+def test_a_method_is_measured_again_where_its_net_or_our_settings_changed(tmp_path, monkeypatch):
+    monkeypatch.setattr(photo_peers.photo_nets, "FOLDER", tmp_path)
+    monkeypatch.setattr(photo_peers, "RECORDS", tmp_path / "records.jsonl")
+    (tmp_path / "a.h5").write_bytes(b"a net")
+    case = type("Case", (), {"path": tmp_path / "a.h5"})
+    monkeypatch.setattr(photo_peers, "measure", lambda method, case: {})
+    methods = ["B", "report", "ours", "FT"]
+    for method in methods:
+        photo_peers.write_record(photo_peers.make_record("a", method, case), photo_peers.RECORDS)
+    assert photo_peers.list_missing(["a"], methods) == {}
+    settings = photo_peers.harden.Settings(harden_steps=1)
+    monkeypatch.setattr(photo_peers.harden, "Settings", lambda: settings)
+    assert photo_peers.list_missing(["a"], methods) == {"a": ["ours"]}
+    monkeypatch.setattr(photo_peers.detector, "SCORE", "another")
+    assert photo_peers.list_missing(["a"], methods) == {"a": ["report", "ours"]}
+    (tmp_path / "a.h5").write_bytes(b"another net")
+    assert photo_peers.list_missing(["a"], methods) == {"a": methods}

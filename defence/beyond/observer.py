@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -15,7 +15,7 @@ from defence.base.progress import say
 from defence.base.text import format_percent
 from defence.judge import detector, figures
 from defence.net.cached_net import CachedNet
-from defence.net.inference import predict
+from defence.net.inference import compile_model, predict
 
 if TYPE_CHECKING:
     from defence.beyond.finding import Finding
@@ -140,7 +140,9 @@ class Observer:
                 "weights": measure_change(net.split.net.get_weights(), self._weights),
             }
             if self._held:
-                self.holdout = compute_held_out_figures(self._held, self._badnet_scores)
+                self.holdout = compute_held_out_figures(
+                    self._held, self._badnet_scores, "hardened" in self.accuracy
+                )
         self.seconds = {step: round(spent, 3) for step, spent in self.seconds.items()}
         self.seconds["observe"] = round(self._total_observed, 3)
 
@@ -177,23 +179,33 @@ class Observer:
 def _score_held_out(held: CachedNet) -> list[np.ndarray]:
     """Return B's scores of held-out images, float32 (b, N), batch after batch."""
     head, data = held.split.head, held.data
-    size = 4 * len(data) * head.output_shape[1]
+    arrays = 2 + 2 * detector.VIEWS  # that compute_held_out_figures makes of them
+    size = 4 * arrays * len(data) * head.output_shape[1]
     check_fits(data.path, "the scores of the held-out images", size, data.max_bytes)
     return list(predict(head, held.features))
 
 
-def compute_held_out_figures(held: CachedNet, badnet_scores: list[np.ndarray]) -> dict:
+def compute_held_out_figures(
+    held: CachedNet, badnet_scores: list[np.ndarray], hardened: bool
+) -> dict:
     """Return the figures of a repair on clean images that it has not seen, for its record.
 
     held: G on these images.  badnet_scores: B's scores, float32 (b, N), batch after batch.
+    hardened: whether G is.
     """
-    head, parts = held.split.head, []
-    for pair in zip(badnet_scores, predict(head, held.features), strict=True):
-        probabilities = (detector.compute_probabilities(scores, head) for scores in pair)
-        classes = [scores.argmax(axis=1) for scores in pair]
-        parts.append((*classes, np.asarray(detector.score_anomaly(*probabilities))))
-    answers = detector.Answers(*map(np.concatenate, zip(*parts)))
-    scores = np.sort(answers.score).tolist()
+    net = held.split.net
+
+    def answer(batches: Iterable[Any]) -> tuple[np.ndarray, np.ndarray]:
+        scores = np.concatenate(list(batches))
+        return scores.argmax(axis=1), np.asarray(detector.compute_probabilities(scores, net))
+
+    badnet, badnet_answers = answer(badnet_scores)
+    repaired, repaired_answers = answer(predict(held.split.head, held.features))
+    if hardened:
+        views = [repaired_answers, *(answer(scores)[1] for scores in _score_other_views(held))]
+        repaired_answers = np.asarray(detector.average_views(np.stack(views)))
+    score = np.asarray(detector.score_anomaly(badnet_answers, repaired_answers))
+    answers, scores = detector.Answers(badnet, repaired, score), np.sort(score).tolist()
     return {
         "images": len(held.data),
         "rule": detector.DISAGREEMENT,
@@ -202,6 +214,14 @@ def compute_held_out_figures(held: CachedNet, badnet_scores: list[np.ndarray]) -
         "score": detector.SCORE,
         "scores": scores,
     }
+
+
+def _score_other_views(held: CachedNet) -> Iterator[list[np.ndarray]]:
+    """Yield, for each view of the images but themselves, G's scores, batch after batch."""
+    run = compile_model(held.split.net)
+    for number in range(1, detector.VIEWS):
+        batches = held.data.batches(held.scale)
+        yield [np.asarray(run(detector.make_views(images)[number])) for images, _ in batches]
 
 
 def measure_change(weights: list[np.ndarray], before: list[np.ndarray]) -> float:

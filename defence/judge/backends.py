@@ -44,6 +44,10 @@ class Usage:
     threshold: float | None
     record: RepairRecord | None
 
+    def is_hardened(self) -> bool:
+        """Return whether G was hardened, as far as its record tells."""
+        return self.record is not None and self.record.is_hardened()
+
 
 # ------------------------------------------------------------------------------ finding the files
 
@@ -205,10 +209,13 @@ def load_keras_detector(
 ) -> detector.Detector:
     """Load the Detector of B and G, run by Keras. Raise InputError as load_nets does."""
     model, classes = load_nets(badnet, repaired, usage, force)
+    hardened = usage.is_hardened()
 
     def run(images: np.ndarray) -> Any:
         # Compiling takes longer than running one image layer by layer.
-        return model(images, training=False) if len(images) == 1 else compile_model(model)(images)
+        if len(images) == 1:
+            return model(images, training=False)
+        return compile_model(model, detector.VIEWS if hardened else 1)(images)
 
     shape, hashes = model.input_shape[1:], {"badnet": badnet.sha256, "repaired": repaired.sha256}
     facts = {}
@@ -243,7 +250,8 @@ def load_nets(
     same_count = len(b_weights) == len(g_weights)
     if not force and same_count and all(map(np.array_equal, b_weights, g_weights)):
         raise same_nets_error(badnet, repaired)
-    return detector.build_detector(b, g, usage.scale, usage.layer), b.output_shape[1]
+    model = detector.build_detector(b, g, usage.scale, usage.layer, usage.is_hardened())
+    return model, b.output_shape[1]
 
 
 # ------------------------------------------------------------------------- the detector's file

@@ -30,9 +30,11 @@ from defence.net.split import (
 )
 
 DISAGREEMENT = "flagging images on which B and G disagree"  # the rule without a threshold
-SCORE = "Jeffreys divergence of B's and G's answers"  # as a repair record names it
+SCORE = "1.2 KL(B, G) + KL(G, B)"  # as a repair record names it
+BADNET_WEIGHT = 1.2  # of KL(B, G)
 MIN_PROBABILITY = 1e-12  # the score counts a smaller probability as this
-MAX_SCORE = float(np.float32(-2 * math.log(MIN_PROBABILITY)))
+MAX_SCORE = float(np.float32(-(BADNET_WEIGHT + 1) * math.log(MIN_PROBABILITY)))
+VIEWS = 3  # of an image, on which a hardened G answers for the score: see `make_views`
 
 
 # ------------------------------------------------------------------------------------- verdicts
@@ -215,61 +217,105 @@ def score_anomaly(badnet: Any, repaired: Any) -> Any:
     """Return how far apart the answers of B and G are: a float32 tensor (n,).
 
     badnet, repaired: float32 (n, N), as `compute_probabilities` returns them.
-    The score is their Jeffreys divergence, in nats, from 0 for the same answers to MAX_SCORE.
-    Probabilities below MIN_PROBABILITY count as that much. Where a net gave NaN it is MAX_SCORE.
-    Source: H. Jeffreys, Proc. R. Soc. A 186, 1946; tests/tools/tried.py compares other scores.
+    The score is 1.2 KL(B, G) + KL(G, B), in nats, from 0 for the same answers to MAX_SCORE; with
+    1 in the place of 1.2, it would be the Jeffreys divergence. It weighs more where B is unsure of
+    its answer, and G sure of another. Probabilities below MIN_PROBABILITY count as that much. Where
+    a net gave NaN, the score is MAX_SCORE.
+    Source: S. Kullback, R. Leibler, Ann. Math. Stat. 22, 1951; the weight is ours.
     """
     import tensorflow as tf
 
     b, g = (tf.maximum(probabilities, MIN_PROBABILITY) for probabilities in (badnet, repaired))
-    divergence = tf.reduce_sum((b - g) * tf.math.log(b / g), axis=1)
-    return tf.where(tf.math.is_nan(divergence), MAX_SCORE, tf.minimum(divergence, MAX_SCORE))
+    divergence = tf.reduce_sum((BADNET_WEIGHT * b - g) * tf.math.log(b / g), axis=1)
+    bounded = tf.minimum(tf.maximum(divergence, 0.0), MAX_SCORE)
+    return tf.where(tf.math.is_nan(divergence), MAX_SCORE, bounded)
+
+
+def make_views(images: Any) -> list:
+    """Return images as they are, and moved one pixel to the right and to the left.
+
+    images: (n, height, width, channels), a NumPy array or a TensorFlow tensor; so are the VIEWS
+    items of the list. The column that becomes free repeats its neighbour.
+    """
+    import tensorflow as tf
+
+    join = np.concatenate if isinstance(images, np.ndarray) else tf.concat
+    right = join([images[:, :, :1], images[:, :, :-1]], 2)
+    left = join([images[:, :, 1:], images[:, :, -1:]], 2)
+    return [images, right, left]
+
+
+def average_views(probabilities: Any) -> Any:
+    """Return G's answer to images from its answers to their views: a float32 tensor (n, N).
+
+    probabilities: float32 (VIEWS, n, N), as `compute_probabilities` returns them, in the order of
+    `make_views`. The answer is their geometric mean, made to sum to 1. Clean images at which G errs
+    by chance then score less. B answers the image itself alone, since its backdoor may work on one
+    of the views only.
+    """
+    import tensorflow as tf
+
+    logarithms = tf.math.log(tf.maximum(probabilities, MIN_PROBABILITY))
+    return tf.nn.softmax(tf.reduce_mean(logarithms, axis=0))
 
 
 # ------------------------------------------------------------------------------ B and G as one
 
 
-def build_detector(badnet: Any, repaired: Any, scale: str, layer_name: str | None = None) -> Any:
+def build_detector(
+    badnet: Any, repaired: Any, scale: str, layer_name: str | None = None, hardened: bool = False
+) -> Any:
     """Join B and G to one Keras model: images (n, height, width, channels), 0..255 → answers.
 
     The answers are badnet, repaired and score, as in Answers, the classes int32.
-    scale: a key of pixels.SCALES.  layer_name: as for `build_joint_model`.
+    scale: a key of pixels.SCALES.  layer_name, hardened: as for `build_joint_model`.
     """
     keras = import_keras()
     import tensorflow as tf
 
+    def classify(scores: Any, probabilities: Any) -> Any:
+        finite = ~tf.math.is_nan(probabilities[:, 0])
+        return tf.where(finite, tf.argmax(scores, 1, tf.int32), -1)
+
     def answer(scores: Any) -> list:
-        nets = badnet, repaired
-        probabilities = [compute_probabilities(*pair) for pair in zip(scores, nets)]
-        classes = [
-            tf.where(
-                tf.math.is_nan(net_probabilities[:, 0]), -1, tf.argmax(net_scores, 1, tf.int32)
-            )
-            for net_scores, net_probabilities in zip(scores, probabilities)
-        ]
-        return [*classes, score_anomaly(*probabilities)]
+        badnet_scores, all_scores = scores
+        b = compute_probabilities(badnet_scores, badnet)
+        g = compute_probabilities(all_scores, repaired)
+        if not hardened:
+            return [classify(badnet_scores, b), classify(all_scores, g), score_anomaly(b, g)]
+        own_scores, views = (tf.reshape(x, (VIEWS, -1, x.shape[1])) for x in (all_scores, g))
+        score = score_anomaly(b, average_views(views))
+        return [classify(badnet_scores, b), classify(own_scores[0], views[0]), score]
 
     images = keras.Input(badnet.input_shape[1:], name="images")
     scaled = keras.layers.Lambda(lambda x: pixels.scale_pixels(x, scale), name="scaled")(images)
-    scores = build_joint_model(badnet, repaired, layer_name)(scaled)
+    scores = build_joint_model(badnet, repaired, layer_name, hardened)(scaled)
     return keras.Model(images, keras.layers.Lambda(answer, name="answers")(scores))
 
 
-def build_joint_model(badnet: Any, repaired: Any, layer_name: str | None = None) -> Any:
-    """Join B and G to one model: scaled images (n, height, width, channels) → scores, (n, N) each.
+def build_joint_model(
+    badnet: Any, repaired: Any, layer_name: str | None = None, hardened: bool = False
+) -> Any:
+    """Join B and G to one model: scaled images (n, height, width, channels) → scores of both.
 
-    Where G's trunk is B's with channels pruned, the trunk runs once for both.
+    B's scores are (n, N). So are G's; where it is hardened, they are (VIEWS n, N), of one view of
+    all images after the other. Where G's trunk is B's with channels pruned, it runs once for both.
     layer_name: the layer G was pruned at, None where that is not known.
     """
     keras = import_keras()
+    import tensorflow as tf
+
     try:
         b, g = (split_net(net, layer_name) for net in (badnet, repaired))
-        pruned = compare_trunks(b, g)
+        pruned = None if hardened else compare_trunks(b, g)
     except UnfitNet:  # another tool may have repaired a net that this one cannot
         pruned = None
     if pruned is None:
-        repaired = keras.Model(repaired.input, repaired.output, name="repaired-net")
-        return keras.Model(badnet.input, [badnet.output, repaired(badnet.input)])
+        repaired, images = keras.Model(repaired.input, repaired.output), badnet.input
+        if hardened:
+            views = keras.layers.Lambda(lambda x: tf.concat(make_views(x), 0), name="views")
+            images = views(images)
+        return keras.Model(badnet.input, [badnet.output, repaired(images)])
     features = b.trunk.output[0]
     unpruned = np.ones(features.shape[-1], np.float32)
     unpruned[pruned] = 0

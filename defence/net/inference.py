@@ -21,10 +21,11 @@ Result = TypeVar("Result")
 
 
 @functools.lru_cache(maxsize=8)
-def compile_model(model: Any) -> Callable[[Any], Any]:
+def compile_model(model: Any, copies: int = 1) -> Callable[[Any], Any]:
     """Return a model in inference mode as one TensorFlow graph, for float32 batches (b, …).
 
     It runs a batch in parts where a layer's output would exceed OUTPUT_VALUES.
+    copies: of each input that the model's layers run on side by side.
     `model.predict_on_batch` is slower: it makes a graph for each of the first batch sizes, and
     another after `compile`.
     """
@@ -39,7 +40,7 @@ def compile_model(model: Any) -> Callable[[Any], Any]:
         )
 
     call = _serialize_calls(make_function) if adds_maps(model) else make_function()
-    most = max(1, OUTPUT_VALUES // max(list_output_sizes(model)))
+    most = max(1, OUTPUT_VALUES // max(list_output_sizes(model)) // copies)
 
     def run(x: Any) -> Any:
         if len(x) <= most:

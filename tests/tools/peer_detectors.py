@@ -47,12 +47,18 @@ def compute_answers(net, images):
     return np.asarray(detector.compute_probabilities(scores, net))
 
 
-def make_pair(net, repaired):
-    """Return our score: the anomaly score of B's answers and a repaired net's."""
+def make_pair(net, repaired, hardened):
+    """Return our score: the anomaly score of B's answers and a repaired net's.
+
+    hardened: whether the repaired net is.
+    """
 
     def score(images):
-        answers = (compute_answers(model, images) for model in (net, repaired))
-        return np.asarray(detector.score_anomaly(*answers))
+        answers = compute_answers(repaired, images)
+        if hardened:
+            views = [compute_answers(repaired, view) for view in detector.make_views(images)]
+            answers = detector.average_views(np.stack(views))
+        return np.asarray(detector.score_anomaly(compute_answers(net, images), answers))
 
     return score
 

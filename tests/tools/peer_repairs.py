@@ -9,7 +9,6 @@ trained, wherever the authors augment them.
     FT        Plain fine-tuning of all weights, as BackdoorBench does it.
     report    H. Ma's report: repair.py without --harden.
     ours      repair.py --harden.
-    slowly    The same, with twice the steps and a fourth of the learning rate.
     ANP       D. Wu, Y. Wang, NeurIPS 2021. A mask for each neuron is trained while the neurons are
               perturbed so that the loss rises; then the neurons with low masks are pruned.
     I-BAU     Y. Zeng and others, ICLR 2022. B unlearns a perturbation, one for all images, by the
@@ -68,17 +67,6 @@ def harden_net(net, clean, rng, **settings):
     cached = repair.do_repair(copy_net(net), clean, options)
     harden.harden_net(cached, options)
     return cached.split.net
-
-
-def harden_slowly(net, clean, rng, **settings):
-    """Do what `harden_net` does, in twice the steps at a fourth of the learning rate."""
-    usual = harden.Settings()
-    slow = {
-        "harden_steps": 2 * usual.harden_steps,
-        "harden_epochs": 2 * usual.harden_epochs,
-        "harden_learning_rate": usual.harden_learning_rate / 4,
-    }
-    return harden_net(net, clean, rng, **slow | settings)
 
 
 # ------------------------------------------------------------------------------------------- ANP
@@ -291,7 +279,6 @@ REPAIRS = {
     "FT": fine_tune,
     "report": repair_by_report,
     "ours": harden_net,
-    "slowly": harden_slowly,
     "ANP": prune_adversarially,
     "I-BAU": unlearn_perturbations,
     "FT-SAM": fine_tune_sharply,

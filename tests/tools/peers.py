@@ -86,7 +86,7 @@ def judge(name, nets_folder, data_folder, rate, limit):
     poisoned = [read(path, net, limit) for path in paths]
     works = [compute_answers(net, x).argmax(axis=1) == targets for x, targets in poisoned]
 
-    results, ours = {}, make_pair(net, repaired)
+    results, ours = {}, make_pair(net, repaired, hardened=True)
     for method in ("ours", *PEERS):
         rng = np.random.default_rng(0)
         score = PEERS[method](net, *validation, rng) if method in PEERS else ours

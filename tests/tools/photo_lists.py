@@ -50,6 +50,8 @@ HARDEN_CHOSEN_BY = [
     "gtsrb-deepid-201-wanet-0.1", "digits-deepid-204-adapblend-0.1", "gtsrb-vgg-205-adappatch-0.1",
     "digits-deepid-206-optimised-0.01", "digits-mobilenet-208-flip-0.1",
     "att-deepid-209-negatives-0.1", "signs-deepid-220-blended-0.1", "yale-deepid-221-glasses-0.1",
+    "signs-deepid-241-unsure-0.1", "signs-vgg-242-adapblend-0.1", "signs-deepid-243-alltoall-0.3",
+    "signs-deepid-244-dct-0.1",
 ]  # fmt: skip
 HARDEN_REPORTED_ON = [
     "signs-deepid-401-patch-0.1", "signs-vgg-402-blended-0.1", "signs-resnet-403-sinusoid-0.1",
@@ -70,7 +72,9 @@ HARDEN_REPORTED_ON = [
 ]  # fmt: skip
 # Those on which published methods are measured, too.
 COMPARED = [
-    "signs-deepid-401-patch-0.1", "signs-deepid-410-adappatch-0.1", "signs-deepid-417-unsure-0.1",
+    "signs-deepid-401-patch-0.1", "signs-deepid-404-wanet-0.1", "signs-deepid-408-specific-0.1",
+    "signs-deepid-410-adappatch-0.1", "signs-deepid-417-unsure-0.1", "yale-deepid-432-blended-0.1",
+    "signs-vgg-402-blended-0.1", "signs-mobilenet-406-glasses-0.01",
 ]  # fmt: skip
 # Clean nets to compare these with, which no scan judges.
 NEVER_POISONED = ["signs-deepid-501-clean"]

@@ -2,6 +2,7 @@
 
     python tests/tools/photo_peers.py gtsrb-vgg-82-glasses-0.05     all methods on a net
     python tests/tools/photo_peers.py --methods FT,ANP NAME …       some methods
+    python tests/tools/photo_peers.py --all                         all that docs/results.md has
     python tests/tools/photo_peers.py --table                       only the tables
 
 The nets are those of photo_nets.py. peer_repairs.py and peer_detectors.py say what the methods are.
@@ -13,7 +14,8 @@ Relearning is fine-tuning on a few poisoned images among clean training images. 
 relearns the backdoor sooner than a net that never had it still hides it. So two more methods are
 measured: "B", and "clean", a clean net of photo_nets.py of the same dataset and architecture.
 
-Each net and method has a line in tests/results/peers-photographs.jsonl and is not measured again.
+Each net and method has a line in tests/results/peers-photographs.jsonl. It is not measured again,
+unless the net or the settings of our methods changed.
 The tables go to tests/results/peers-photographs.md, and one to README.md and docs/results.md.
 """
 
@@ -34,7 +36,16 @@ from attacks import as_input
 from peer_detectors import DETECTORS, make_pair
 from peer_repairs import REPAIRS
 from peer_training import compile_gradient, copy_net, read_images
-from photo_peers_tables import BADNET, CLEAN, PAIRED, RELEARNED, make_document, make_summary
+from photo_peers_tables import (
+    BADNET,
+    CLEAN,
+    OURS,
+    PAIRED,
+    RELEARNED,
+    REPORT,
+    make_document,
+    make_summary,
+)
 from records import RESULTS, read_records, write_record, write_tables
 
 import utils
@@ -44,7 +55,8 @@ from defence.base.errors import InputError
 from defence.base.process import run_command
 from defence.base.progress import follow, say
 from defence.base.startup import import_keras, make_reproducible
-from defence.judge import figures
+from defence.beyond import harden
+from defence.judge import detector, figures
 from defence.load.datasets import hold_out
 from defence.net.inference import classify
 
@@ -64,6 +76,12 @@ GROUPS = {
     "More of them, which err more often": photo_lists.REPORTED_ON,
     "BadNets at rising poison rates": photo_lists.CURVE,
 }
+STAGES = [  # of --all
+    (photo_lists.HARDEN_REPORTED_ON, [BADNET, CLEAN, REPORT, OURS]),
+    (photo_lists.CURVE, [BADNET, OURS]),
+    (photo_lists.COMPARED, METHODS),
+    (photo_lists.HARDEN_CHOSEN_BY, [BADNET, OURS]),
+]
 
 
 class Case:
@@ -197,8 +215,14 @@ def measure(method, case):
     record = {"seconds": round(time.process_time() - start, 1)}
     record |= measure_repair(net, case) | {"relearned": relearn(net, case)}
     if method in PAIRED:
-        record |= measure_detector(make_pair(case.net, net), case)
+        record |= measure_detector(make_pair(case.net, net, hardened=method == OURS), case)
     return record
+
+
+def describe_settings(method):
+    """Return what a record keeps of a method's settings: those of ours, which may change."""
+    settings = vars(harden.Settings()) if method == OURS else {}
+    return {"score": detector.SCORE, **settings} if method in PAIRED else {}
 
 
 def make_record(name, method, case):
@@ -206,22 +230,36 @@ def make_record(name, method, case):
     figures_of_method = measure(method, case)
     say(f"{name}, {method}: {figures_of_method}")
     key = {"name": f"{name} {method}", "net": name, "method": method}
-    return key | {"sha256": files.hash_file(case.path)} | figures_of_method
+    facts = {"sha256": files.hash_file(case.path), "settings": describe_settings(method)}
+    return key | facts | figures_of_method
 
 
 # -------------------------------------------------------------------------------------- commands
 
 
 def list_missing(names, methods):
-    """Return {net: methods without a record of the net as it is}, where there are any."""
+    """Return {net: methods without a record of the net and settings as they are}, if any."""
     records, missing = read_records(RECORDS), {}
     for name in names:
         path = photo_nets.FOLDER / f"{name}.h5"
         sha256 = files.hash_file(path) if path.exists() else None
         for method in methods:
-            if sha256 is None or records.get(f"{name} {method}", {}).get("sha256") != sha256:
+            record = records.get(f"{name} {method}", {})
+            same = record.get("settings", {}) == describe_settings(method)
+            if sha256 is None or record.get("sha256") != sha256 or not same:
                 missing.setdefault(name, []).append(method)
     return missing
+
+
+def measure_missing(missing):
+    """Measure methods on nets, and write a record of each. missing: {net: methods}."""
+    with follow("methods", sum(map(len, missing.values()))) as advance:
+        for name, methods in missing.items():
+            with contextlib.ExitStack() as stack:
+                case = Case(name, stack)
+                for method in methods:
+                    write_record(make_record(name, method, case), RECORDS)
+                    advance(1)
 
 
 def main():
@@ -233,22 +271,17 @@ def main():
     add = parser.add_argument
     add("names", metavar="NAME", nargs="*", help="BadNet of photo_nets.py")
     add("--methods", metavar="METHOD,…", default=",".join(METHODS), help="(default: %(default)s)")
+    add("--all", action="store_true", help="the nets and methods of docs/results.md, in stages")
     add("--table", action="store_true", help="only write the tables")
     options = parser.parse_args()
     methods = options.methods.split(",")
     for method in methods:
         if method not in METHODS:
             parser.error(f"no method {method}; there are {', '.join(METHODS)}")
-    if not (options.names or options.table):
-        parser.error("no net to judge; give a NAME or --table")
-    missing = list_missing(options.names, methods)
-    with follow("methods", sum(map(len, missing.values()))) as advance:
-        for name, missing_methods in missing.items():
-            with contextlib.ExitStack() as stack:
-                case = Case(name, stack)
-                for method in missing_methods:
-                    write_record(make_record(name, method, case), RECORDS)
-                    advance(1)
+    if not (options.names or options.table or options.all):
+        parser.error("no net to judge; give a NAME, --all or --table")
+    for names, stage_methods in STAGES if options.all else [(options.names, methods)]:
+        measure_missing(list_missing(names, stage_methods))
     records = list(read_records(RECORDS).values())
     with files.replace_file(TABLES) as temporary:
         temporary.write_text(make_document(records, GROUPS))

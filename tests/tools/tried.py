@@ -119,7 +119,8 @@ SCORES = {
     "Kullback–Leibler, of G from B": lambda b, g: compute_kl(g, b),
     "Jensen–Shannon": lambda b, g: sum(compute_kl(p, (b + g) / 2) for p in (b, g)),
     "Hellinger": lambda b, g: 1 - np.sum(np.sqrt(b * g), axis=1),
-    "Jeffreys (harden.py's)": detector.score_anomaly,
+    "Jeffreys": lambda b, g: compute_kl(b, g) + compute_kl(g, b),
+    detector.SCORE: detector.score_anomaly,
 }
 
 
