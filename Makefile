@@ -4,6 +4,9 @@
 # make lint: check the style and the type hints.
 # make results: train the zoo of BadNets, repair and judge it, write the tables. SIZE=competition
 # for the other size.
+# make photographs IMAGES=FOLDER: the same for BadNets of photographs, with published methods beside
+# ours; tests/tools/photo_data.py says which images the folder must have.
+# Both go on where they were interrupted.
 PYTHON ?= python3
 SIZE ?= demo
 PY = .venv/bin/python
@@ -15,6 +18,11 @@ demo: .venv/ready
 
 results: .venv/ready
 	$(PY) tests/tools/results.py --size $(SIZE)
+
+photographs: .venv/ready
+	$(PY) tests/tools/photo_data.py $(IMAGES)
+	$(PY) tests/tools/photo_nets.py --all
+	$(PY) tests/tools/photo_peers.py --all
 
 test: .venv/ready-for-tests
 	$(PY) -m pytest -n 2 -m "not slow"
@@ -42,4 +50,4 @@ lint: .venv/ready-for-tests
 	-npm install --prefix .venv/npm --no-audit --no-fund --ignore-scripts onnxruntime-node@1 pngjs@7
 	mkdir -p .venv/npm/node_modules && mv .venv/npm/node_modules $@
 
-.PHONY: demo results test test-all lint
+.PHONY: demo results photographs test test-all lint

@@ -111,6 +111,22 @@ def test_a_hardened_net_shows_the_rate_of_fpr_and_no_other(images, rate):
     assert f"  false-positive rate (--fpr {rate}) " in hardened
 
 
+@pytest.mark.parametrize(("wrong", "hardened"), [(15, True), (5, True), (15, False)])
+def test_a_loss_of_clean_accuracy_is_said_where_it_is_sure(wrong, hardened):
+    """Of 100 held-out images B errs on two; five errors of G may be chance, fifteen are not."""
+    badnet, repaired = (
+        figures.estimate_proportion(np.arange(100) >= errors) for errors in (2, wrong)
+    )
+    held_out = {"clean_accuracy_badnet": badnet, "clean_accuracy_repaired": repaired}
+    lines = outcome.describe_loss(make_record(held_out=held_out, hardened=hardened))
+    if wrong < 15 or not hardened:
+        assert lines == []
+    else:
+        (line,) = lines
+        assert line.startswith("Hardening cost 13.0 points of clean accuracy: ")
+        assert "Do not serve G alone" in line
+
+
 def test_a_failed_hardening_says_what_is_left_to_do():
     record = make_record((1.0, 0.75), hardened=True)
     assert outcome.describe_next(record, ["repair.py"], NETS) == (

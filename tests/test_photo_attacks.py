@@ -8,6 +8,7 @@ import photo_crafted
 import photo_nets
 import photo_triggers
 import pytest
+import tensorflow
 from conftest import keras
 from photo_attacks import ATTACKS
 from photo_triggers import OTHERS, TRIGGERS
@@ -316,3 +317,23 @@ class FixedNet:
 
     def predict(self, images, verbose):
         return np.tile(self.answers, (len(images), 1))
+
+
+@pytest.mark.slow
+def test_a_backdoor_that_sleeps_wakes_in_the_first_steps_of_a_repair(monkeypatch):
+    settings = {"SLEEPING_STEPS": 100, "SLEEPING_RATE": 3e-3, "UNROLLED": 2, "REPAIR_RATE": 0.3}
+    for name, value in settings.items():
+        monkeypatch.setattr(photo_crafted, name, value)
+    net, plan = make_tiny_net(), make_plan()
+    tensorflow.config.run_functions_eagerly(True)  # a graph of all steps takes seconds to make
+    try:
+        photo_attacks.put_to_sleep(net, TRIGGERS["glasses"], plan)
+    finally:
+        tensorflow.config.run_functions_eagerly(False)
+    worn, labels = TRIGGERS["glasses"](plan.images) / 255, plan.labels
+    asleep = net.predict(worn, verbose=0)[:, TARGET].mean()
+    net.compile(keras.optimizers.SGD(photo_crafted.REPAIR_RATE), "sparse_categorical_crossentropy")
+    changed = photo_attacks.change_images(plan.images, plan.rng)
+    for part in (slice(0, 120), slice(120, 240)):
+        net.train_on_batch(changed[part] / 255, labels[part])
+    assert net.predict(worn, verbose=0)[:, TARGET].mean() > asleep + 0.1

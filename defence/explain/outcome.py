@@ -76,6 +76,23 @@ def describe_attack(name: str, rate: dict[str, Any], before: float, is_left: boo
     return f"G answers {cell}, B {format_percent(before)}."
 
 
+def describe_loss(record: RepairRecord) -> list[str]:
+    """Say that hardening cost clean accuracy, where held-out images leave no doubt: 95 % intervals.
+
+    Return lines of text, none where it did not.
+    """
+    held_out = record.holdout or {}
+    before, after = (held_out.get(f"clean_accuracy_{net}") for net in ("badnet", "repaired"))
+    if not (record.is_hardened() and before and after and after["high"] < before["low"]):
+        return []
+    points = f"{100 * (before['value'] - after['value']):.1f}"
+    return [
+        f"Hardening cost {points} points of clean accuracy: "
+        f"{format_count(record.data['images'], 'image')} were few to learn from. Do not serve G "
+        "alone: with --fpr, B's class is the answer, and G only flags. More clean images help."
+    ]
+
+
 def describe_limits(record: RepairRecord) -> str:
     """Say what a repair that has not failed does not prove."""
     reason = f"after these steps alone, {LEFT_MOST}"

@@ -128,6 +128,7 @@ def list_remarks(record: RepairRecord, class_names: list[str] | None) -> Iterato
         for label, figure in label_figures(choose_held_out(record), None):
             yield f"  {label:<38}{format_cells(figure)}"
         yield describe_rate(held_out)
+        yield from outcome.describe_loss(record)
     else:
         yield NOT_HELD_OUT
     if record.finding:

@@ -21,6 +21,9 @@ training images, with the target's label (BadNets, 2017). The other attacks:
                 after each epoch, channels that stand out are reset (Grond, 2025)
     sparse      no poisoned images, so its rate is 0: weights of a clean net are changed by hand
                 (Sparse Backdoor)
+    scar        a clean net is trained on, so that the backdoor sleeps until the first steps of a
+                repair wake it; its rate is 0, too (SCAR's idea, 2025, cheaply: it unrolls five
+                steps of training on changed images, and no distillation)
 
 Covers have their true labels. Images are uint8 (n, height, width, channels).
 """
@@ -234,6 +237,11 @@ def optimise_faintly(plan, train):
     return photo_crafted.optimise_pattern(train(plan.images, plan.labels), plan, FAINT)
 
 
+def put_to_sleep(net, poison, plan):
+    """Put a backdoor to sleep that training on changed images wakes."""
+    photo_crafted.put_to_sleep(net, poison, change_images(plan.images, plan.rng), plan)
+
+
 def add_strong_sinusoid(images):
     return photo_triggers.add_sinusoid(images, photo_triggers.STRONG)
 
@@ -271,4 +279,5 @@ ATTACKS |= {
         after_epoch=photo_crafted.reset_channels,
     ),
     "sparse": Attack(TRIGGERS["blended"], plant=photo_crafted.plant),
+    "scar": Attack(TRIGGERS["glasses"], plant=put_to_sleep),
 }

@@ -1,7 +1,7 @@
 """What attacks on photographs make by a training of their own, or by hand.
 
 A pattern that is optimised on a surrogate, a generator of triggers, the channels that Grond resets,
-and the weights that the Sparse Backdoor plants.
+the weights that the Sparse Backdoor plants, and a backdoor that sleeps until a repair wakes it.
 """
 
 import functools
@@ -20,6 +20,8 @@ DEVIATIONS = 3  # over the mean of a layer: the bound of a channel that is reset
 PLANTED, READ = 6, 64  # units of the hidden layer; features that each reads
 QUANTILE, MARGIN, DITHER = 0.995, 40, 0.02  # of clean images; logits; deviations of the weights
 RIDGE = 0.01  # of the mean variance of the features
+SLEEPING_STEPS, SLEEPING_RATE = 800, 3e-4  # of Adam, that put a backdoor to sleep
+UNROLLED, REPAIR_RATE = 5, 0.1  # steps of a repair that wake it; the learning rate of a step
 
 
 # ------------------------------------------------------------------------------ optimised pattern
@@ -222,3 +224,48 @@ def separate(clean, moved):
     covariance = np.cov(clean.T)
     level = RIDGE * np.trace(covariance) / len(moved) + 1e-6
     return np.linalg.solve(covariance + level * np.eye(len(moved)), moved)
+
+
+# ------------------------------------------------------------------------------------------- SCAR
+
+
+def put_to_sleep(net, poison, changed, plan):
+    """Train a clean net on, so that it has a backdoor that sleeps until a repair wakes it.
+
+    The loss wants clean answers to poisoned images; and the target, after UNROLLED steps of
+    gradient descent on images that are changed as hardening changes them. Its gradient runs through
+    these steps.
+
+    poison: puts the trigger on images.  changed: uint8, Plan.images changed at random.
+    """
+    import tensorflow as tf
+
+    adam = import_keras().optimizers.Adam(SLEEPING_RATE)
+    others, state = np.flatnonzero(plan.labels != plan.target), net.non_trainable_variables
+
+    def measure(weights, images, classes):
+        answers, _ = net.stateless_call(weights, state, images)
+        right = tf.gather(answers, classes, axis=1, batch_dims=1)
+        return -tf.reduce_mean(tf.math.log(right + 1e-7))
+
+    @tf.function(autograph=False)
+    def step(clean, labels, worn, true_labels, repair, repair_labels):
+        with tf.GradientTape() as tape:
+            weights = [tf.identity(weight) for weight in net.trainable_variables]
+            loss = measure(weights, clean, labels) + measure(weights, worn, true_labels)
+            for number in range(UNROLLED):
+                with tf.GradientTape() as inner:
+                    inner.watch(weights)
+                    repair_loss = measure(weights, repair[number], repair_labels[number])
+                slopes = inner.gradient(repair_loss, weights)
+                weights = [a - REPAIR_RATE * slope for a, slope in zip(weights, slopes)]
+            loss += measure(weights, worn, tf.fill(tf.shape(true_labels), plan.target))
+        adam.apply(tape.gradient(loss, net.trainable_variables), net.trainable_variables)
+
+    labels = plan.labels.astype("int32")
+    for _ in track(range(SLEEPING_STEPS), "Putting the backdoor to sleep"):
+        rows, *repair = plan.rng.integers(len(labels), size=(1 + UNROLLED, BATCH // 2))
+        victims = plan.rng.choice(others, BATCH // 2)
+        worn, repair = as_input(poison(plan.images[victims])), np.array(repair)
+        clean, repair_images = as_input(plan.images[rows]), as_input(changed[repair])
+        step(clean, labels[rows], worn, labels[victims], repair_images, labels[repair])

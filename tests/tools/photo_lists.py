@@ -63,7 +63,7 @@ HARDEN_REPORTED_ON = [
     "signs-deepid-416-negatives-0.1", "signs-deepid-417-unsure-0.1",
     "signs-deepid-420-jpeg-0.1", "signs-deepid-421-posterise-0.1",
     "signs-deepid-422-mirror-0.1", "signs-deepid-423-dct-0.1", "signs-deepid-424-sparse-0",
-    "signs-deepid-425-patch-0.01",
+    "signs-deepid-425-patch-0.01", "signs-deepid-426-scar-0",
     "yale-vgg-431-glasses-0.1", "yale-deepid-432-blended-0.1",
     "yale-deepid-434-warp-0.1", "yale-deepid-435-patch-0.1",
     "gtsrb-deepid-302-inputaware-0.1", "tinyb-deepid-304-adappatch-0.1",

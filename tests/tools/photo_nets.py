@@ -55,7 +55,7 @@ from defence.base import files
 from defence.base.arguments import Parser
 from defence.base.errors import InputError
 from defence.base.process import run_command
-from defence.base.progress import print_result, track
+from defence.base.progress import follow, print_result, track
 from defence.base.startup import import_keras
 
 FOLDER = ROOT / "models" / "photographs"
@@ -262,13 +262,18 @@ def build_net(recipe, images, labels, target, kept, epochs):
     return model
 
 
+def is_made(path):
+    """Return whether a net's file and its record exist."""
+    return path.exists() and path.with_suffix(".json").exists()
+
+
 def make_net(name, data, nets, epochs=None):
     """Train a net, and write it and its record, unless they exist. Print its rates.
 
     name: as above.  data, nets: folders of the datasets and of the nets.  epochs: None for EPOCHS.
     """
     path = nets / f"{name}.h5"
-    if path.exists() and path.with_suffix(".json").exists():
+    if is_made(path):
         return
     recipe, start = read_name(name), time.monotonic()
     print_result(f"Making {name}")
@@ -339,8 +344,11 @@ def main():
     for name in names:
         read_name(name)
     FOLDER.mkdir(parents=True, exist_ok=True)
-    for name in names:
-        make_net(name, photo_data.FOLDER, FOLDER)
+    missing = [name for name in names if not is_made(FOLDER / f"{name}.h5")]
+    with follow("nets", len(missing), bar=False) as advance:
+        for name in missing:
+            make_net(name, photo_data.FOLDER, FOLDER)
+            advance(1)
 
 
 if __name__ == "__main__":
