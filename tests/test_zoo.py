@@ -161,10 +161,13 @@ def test_other_ways_to_harden_are_tried(zoo, monkeypatch):
     ways = {name: tried.WAYS[name] for name in chosen} | {"once more": {}}
     monkeypatch.setattr(tried, "WAYS", ways)
     monkeypatch.setattr(tried, "NETS", NAMES[:1])
+    monkeypatch.setattr(tried, "LENGTHS", (1, 100))
     cases = [tried.Case(NAMES[0], zoo, Settings(harden_steps=1, harden_pattern_rate=0))]
     lines = list(tried.try_all(cases))
     rows = dict(line.strip("| ").split(" | ", 1) for line in lines if line)
     assert {*ways, *tried.SCORES} < set(rows)
+    once, longer = (cells for name, cells in rows.items() if " times; " in name)
+    assert once == rows["as harden.py does"] != longer
     assert all(cells.count("|") == 1 for cells in rows.values())
     assert rows["as harden.py does"] == rows["once more"] == rows[tried.detector.SCORE]
 

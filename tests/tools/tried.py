@@ -11,6 +11,7 @@ import argparse
 import dataclasses
 import itertools
 import sys
+import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -92,6 +93,9 @@ WAYS = {
 }
 
 
+LENGTHS = (0.125, 0.25, 0.5, 1, 2)  # times the steps of harden.py
+
+
 def compute_kl(p, q):
     """Return the Kullback–Leibler divergence of p from q, (n,). p, q: probabilities (n, N)."""
     least = detector.MIN_PROBABILITY
@@ -160,7 +164,13 @@ class Case:
 
     def harden(self, way):
         """Harden the net, after the report's steps, in one of WAYS. Return G's answers."""
-        options = dataclasses.replace(self.options, seed=way.get("seed", self.options.seed))
+        options, length = self.options, way.get("length", 1)
+        options = dataclasses.replace(
+            options,
+            seed=way.get("seed", options.seed),
+            harden_steps=round(length * options.harden_steps),
+            harden_epochs=round(length * options.harden_epochs),
+        )
         self.net.set_weights(self.weights)
         rng = np.random.default_rng(options.seed)
         changed = ChangedImages(self.images, SCALE, rng, way.get("families", HARDENING))
@@ -223,6 +233,11 @@ def try_all(cases):
         if way == {"seed": 1}:
             yield make_row("… the mean of both G's answers", average(hardened, answers))
     yield make_row("the mean of the report's G's and of harden.py's", average(report, hardened))
+    yield from ("", make_line("steps; processor seconds for both", *heads), rule)
+    for length in LENGTHS:
+        start = time.process_time()
+        answers = [case.harden({"length": length}) for case in cases]
+        yield make_row(f"{length:g} times; {time.process_time() - start:.0f}", answers)
     for method, answers in (("the report's steps", report), ("as harden.py does", hardened)):
         yield from ("", make_line(f"score, {method}", *heads), rule)
         for name, score in SCORES.items():
