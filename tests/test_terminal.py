@@ -178,6 +178,18 @@ def test_an_error_about_the_command_line_is_one_line(script, arguments):
     assert process.stderr[:-1].isprintable()
 
 
+def test_a_mistyped_option_gets_the_one_that_is_meant():
+    for option in ("--holdot", "--holdot=0.1"):
+        process = command("repair.py", "b.h5", "d.h5", option)
+        assert_refused(process, f"unrecognized arguments: {option}", "; did you mean --holdout?")
+    assert_refused(command("repair.py", "b.h5", "d.h5", "-7x"), "; a file of that name is ./-…")
+
+
+def test_a_model_name_that_no_file_can_have_does_not_exist():
+    process = command("eval_defence.py", "a.png", "x" * 300)
+    assert_refused(process, "no such file; models/ has the BadNets")
+
+
 def test_a_long_error_about_the_command_line_is_cut():
     process = command("repair.py", "b.h5", "d.h5", *[f"-{'x' * 200}"] * 500)
     assert_refused(process, "unrecognized arguments: -xxx", "; a file of that name is ./-…")

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import difflib
 import math
 import re
 import sys
@@ -50,10 +51,20 @@ class Parser(argparse.ArgumentParser):
                 action.help = description
 
     def error(self, message: str) -> NoReturn:
-        unrecognized = message.partition("unrecognized arguments:")[2]
-        hint = "; a file of that name is ./-…" if " -" in unrecognized else ""
-        problem = escape(message)[:MESSAGE_LENGTH] + hint
+        problem = escape(message)[:MESSAGE_LENGTH] + self._suggest(message)
         self.exit(2, f"{self.prog}: error: {problem} (see {self.prog} --help)\n")
+
+    def _suggest(self, message: str) -> str:
+        """Return what to write in the place of an option that does not exist, or nothing."""
+        unrecognized = message.partition("unrecognized arguments:")[2].split()
+        for word in unrecognized:
+            if word.startswith("-"):
+                name = word.partition("=")[0]
+                similar = difflib.get_close_matches(name, self._option_string_actions, 1)
+                return (
+                    f"; did you mean {similar[0]}?" if similar else "; a file of that name is ./-…"
+                )
+        return ""
 
 
 class _HelpAll(argparse.Action):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shlex
 from collections.abc import Sequence
 from os import PathLike
@@ -97,9 +98,10 @@ def find_badnet(model: str | PathLike) -> Path:
     is_name = path.name == str(model) and suffixes != ("",)
     for folder in (MODELS, Path()) if is_name else (Path(), MODELS):
         for suffix in suffixes:
-            if (candidate := folder / f"{path}{suffix}").exists():
+            # Path.exists raises an error where a name is too long.
+            if os.path.exists(candidate := folder / f"{path}{suffix}"):
                 return require_file(candidate)
-    if path.exists():
+    if os.path.exists(path):
         raise InputError(f"{model}: is not a BadNet; MODEL comes last, after the images")
     if path.name != str(model):
         raise InputError(f"{model}: no such file")

@@ -21,7 +21,7 @@ PLANTED, READ = 6, 64  # units of the hidden layer; features that each reads
 QUANTILE, MARGIN, DITHER = 0.995, 40, 0.02  # of clean images; logits; deviations of the weights
 RIDGE = 0.01  # of the mean variance of the features
 SLEEPING_STEPS, SLEEPING_RATE = 800, 3e-4  # of Adam, that put a backdoor to sleep
-UNROLLED, REPAIR_RATE = 5, 0.1  # steps of a repair that wake it; the learning rate of a step
+UNROLLED, REPAIR_RATE = 5, 0.02  # steps of a repair that wake it; the learning rate of a step
 
 
 # ------------------------------------------------------------------------------ optimised pattern
@@ -240,7 +240,7 @@ def put_to_sleep(net, poison, changed, plan):
     """
     import tensorflow as tf
 
-    adam = import_keras().optimizers.Adam(SLEEPING_RATE)
+    adam = import_keras().optimizers.Adam(SLEEPING_RATE, global_clipnorm=1.0)
     others, state = np.flatnonzero(plan.labels != plan.target), net.non_trainable_variables
 
     def measure(weights, images, classes):
