@@ -2,9 +2,11 @@
 
     python models/badnet.py --seed 1 --output FOLDER patterns-from-start objects-from-start
     python tests/tools/tried.py FOLDER
+    python tests/tools/tried.py FOLDER --lengths
 
 These BadNets are in no table of docs/results.md. Each is repaired once by the report's steps, and
-then hardened from there in every way. The table goes to tests/results/tried.md.
+then hardened from there in every way. The table goes to tests/results/tried.md, and that of more
+and fewer steps to tests/results/lengths.md.
 """
 
 import argparse
@@ -40,10 +42,10 @@ from defence.net.split import keep_pruned, split_net
 NETS = ("patterns-from-start", "objects-from-start")
 SCALE = "0..1"
 RATE = 0.01
-TABLE = ROOT / "tests" / "results" / "tried.md"
+TABLE, LENGTHS_TABLE = (ROOT / "tests" / "results" / f"{name}.md" for name in ("tried", "lengths"))
 HEAD = """# What was tried
 
-`python tests/tools/tried.py FOLDER --seed {seed}`
+`python tests/tools/tried.py FOLDER --seed {seed}{switch}`
 
 These trials compare ways to harden, on nets of the demo's size: 40 people, 600 validation and 400
 clean test images. [docs/results.md](../../docs/results.md) says how well hardening works.
@@ -202,46 +204,59 @@ def average(*nets_answers):
     ]
 
 
-def try_all(cases):
-    """Yield the lines of the tables, each as soon as it is computed."""
-
-    def make_line(*cells):
-        say(" | ".join(cells))
-        return f"| {' | '.join(cells)} |"
-
-    heads = [
+def list_heads():
+    """Return the heads of the columns that `make_row` fills."""
+    return [
         head
         for name in NETS
         for head in (f"{name}: G", *(trigger for trigger, _ in badnet.ZOO[name].triggers))
     ]
+
+
+def make_line(*cells):
+    say(" | ".join(cells))
+    return f"| {' | '.join(cells)} |"
+
+
+def make_row(name, cases, answers, *score):
+    """Return a line of a table. answers: of G, for each case."""
+    pairs = zip(cases, answers)
+    cells = (case.make_cells(case_answers, *score) for case, case_answers in pairs)
+    return make_line(name, *itertools.chain.from_iterable(cells))
+
+
+def try_all(cases):
+    """Yield the lines of the tables, each as soon as it is computed."""
+    heads = list_heads()
     rule = make_line("---", *["--:"] * len(heads))
     yield from (make_line("way", *heads), rule)
-
-    def make_row(name, answers, *score):
-        pairs = zip(cases, answers)
-        cells = (case.make_cells(case_answers, *score) for case, case_answers in pairs)
-        return make_line(name, *itertools.chain.from_iterable(cells))
-
-    yield make_row("B itself", [case.badnet_answers for case in cases])
+    yield make_row("B itself", cases, [case.badnet_answers for case in cases])
     report = [case.compute_answers() for case in cases]
-    yield make_row("the report's steps alone", report)
+    yield make_row("the report's steps alone", cases, report)
     for name, way in WAYS.items():
         answers = [case.harden(way) for case in cases]
-        yield make_row(name, answers)
+        yield make_row(name, cases, answers)
         if not way:
             hardened = answers
         if way == {"seed": 1}:
-            yield make_row("… the mean of both G's answers", average(hardened, answers))
-    yield make_row("the mean of the report's G's and of harden.py's", average(report, hardened))
-    yield from ("", make_line("steps; processor seconds for both", *heads), rule)
-    for length in LENGTHS:
-        start = time.process_time()
-        answers = [case.harden({"length": length}) for case in cases]
-        yield make_row(f"{length:g} times; {time.process_time() - start:.0f}", answers)
+            yield make_row("… the mean of both G's answers", cases, average(hardened, answers))
+    both = average(report, hardened)
+    yield make_row("the mean of the report's G's and of harden.py's", cases, both)
     for method, answers in (("the report's steps", report), ("as harden.py does", hardened)):
         yield from ("", make_line(f"score, {method}", *heads), rule)
         for name, score in SCORES.items():
-            yield make_row(name, answers, score)
+            yield make_row(name, cases, answers, score)
+
+
+def try_lengths(cases):
+    """Yield the lines of the table of more and fewer steps."""
+    heads = list_heads()
+    yield make_line("steps; processor seconds for both nets", *heads)
+    yield make_line("---", *["--:"] * len(heads))
+    for length in LENGTHS:
+        start = time.process_time()
+        answers = [case.harden({"length": length}) for case in cases]
+        yield make_row(f"{length:g} times; {time.process_time() - start:.0f}", cases, answers)
 
 
 def main():
@@ -254,12 +269,15 @@ def main():
         "folder", metavar="FOLDER", type=Path, help="with the nets and their datasets"
     )
     parser.add_argument("--seed", type=at_least(0, int), default=0, help="(default: 0)")
+    parser.add_argument("--lengths", action="store_true", help="only more steps, and fewer")
     options = parser.parse_args()
     make_reproducible(options.seed)
     settings = Settings(seed=options.seed, harden_pattern_rate=0)
     cases = [Case(name, options.folder, settings) for name in NETS]
-    text = HEAD.format(seed=options.seed) + "\n".join(try_all(cases))
-    with files.replace_file(TABLE) as temporary:
+    lines, path = (try_lengths, LENGTHS_TABLE) if options.lengths else (try_all, TABLE)
+    switch = " --lengths" if options.lengths else ""
+    text = HEAD.format(seed=options.seed, switch=switch) + "\n".join(lines(cases))
+    with files.replace_file(path) as temporary:
         temporary.write_text(text + "\n")
 
 
