@@ -39,6 +39,7 @@ from defence.base.errors import InputError
 from defence.base.process import run_command
 from defence.base.progress import say
 from defence.beyond.settings import Settings
+from defence.judge import detector
 from defence.net.cached_net import extract_features
 from defence.net.inference import classify, predict
 from defence.net.split import compute_masked_features, split_net
@@ -92,6 +93,7 @@ def measure(name, nets_folder, data_folder, rate):
     hardened = repair_and_judge(path, "hardened", data_folder, poisoned, HARDEN, ["--fpr", rate])
     return {
         "name": name,
+        "score": detector.SCORE,
         "net": json.loads(path.with_suffix(".json").read_text()),
         "report": report,
         "harden": hardened,
@@ -100,7 +102,7 @@ def measure(name, nets_folder, data_folder, rate):
 
 
 def is_current(record, net):
-    """Return whether a record is of this net's file, hardened with today's settings.
+    """Return whether a record is of this net's file, with today's settings and anomaly score.
 
     record: dict, or None where there is none.  net: Path.
     """
@@ -108,7 +110,9 @@ def is_current(record, net):
         return False
     repair = record["harden"]["repair"]
     settings = Settings(harden=True, holdout=float(HARDEN[-1])).to_record()
-    return repair["badnet"]["sha256"] == files.hash_file(net) and repair["settings"] == settings
+    same_score = record.get("score") == detector.SCORE
+    same_net = repair["badnet"]["sha256"] == files.hash_file(net)
+    return same_score and same_net and repair["settings"] == settings
 
 
 def repair_and_judge(path, word, data_folder, poisoned, repair_options, judging_options):
