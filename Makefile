@@ -20,7 +20,7 @@ results: .venv/ready
 	$(PY) tests/tools/results.py --size $(SIZE)
 
 photographs: .venv/ready
-	$(PY) tests/tools/photo_data.py $(IMAGES)
+	$(PY) tests/tools/photo_data.py "$(IMAGES)"
 	$(PY) tests/tools/photo_nets.py --all
 	$(PY) tests/tools/photo_peers.py --all
 

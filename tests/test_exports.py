@@ -115,3 +115,20 @@ def test_without_a_list_the_export_warns(folder, tmp_path, monkeypatch):
     process = command("eval_defence.py", "small_bd_net", "--export", cwd=folder)
     assert process.returncode == 0 and "Keras will judge" in process.stderr
     assert BY_KERAS in judge(folder).stderr
+
+
+def test_a_file_of_an_older_anomaly_score_does_not_judge(folder):
+    """It is one that this user exported, before an update."""
+    model = onnx.load(folder / FILE)
+    kept = [entry for entry in model.metadata_props if entry.key != "score"]
+    del model.metadata_props[:]
+    model.metadata_props.extend(kept)
+    contents = model.SerializeToString()
+    (folder / FILE).write_bytes(contents)
+    exports.add_export(contents)
+    old = f"{FILE}: computes an older version of the anomaly score; export the detector again"
+    process = judge(folder)
+    assert process.returncode == 0 and "until then, Keras judges" in process.stderr
+    assert old in process.stderr and f"{B} --export" in process.stderr
+    for call in ((FILE,), ("small_bd_net", "--backend", "onnx")):
+        assert_refused(judge(folder, *call), old)

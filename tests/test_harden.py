@@ -87,7 +87,7 @@ def test_hardening_removes_a_backdoor_that_the_reports_steps_leave(backdoored):
     assert record["settings"]["harden"] is True and record["settings"]["harden_steps"] == 1000
     assert {field.name for field in dataclasses.fields(harden.Settings)} < set(record["settings"])
     assert 0 < record["accuracy"]["hardened"] <= 1
-    assert record["holdout"]["score"] == detector.SCORE
+    assert record["holdout"]["score"] == detector.name_score(hardened=True)
 
     at_threshold, threshold = judge(backdoored, "--fpr", "0.05")
     assert threshold == record["holdout"]["scores"][-int(0.05 * 181)]

@@ -219,7 +219,7 @@ def test_logits_are_trained_and_scored_as_logits(name):
 def test_names_of_layers_do_not_collide_with_ours(tmp_path):
     """Keras numbers its own names from 0, and a file may use the same: add, add_1, functional …"""
     image = x = keras.Input((9, 9, 3), name="input_layer")
-    for name in ("add", "add_1", "multiply", "multiply_1", "mean", "functional", "functional_1"):
+    for name in ("add", "add_1", "multiply", "multiply_1", "views", "functional", "functional_1"):
         part_input = keras.Input(x.shape[1:])
         if name.startswith("f"):
             x = keras.Model(part_input, keras.layers.Rescaling(0.5)(part_input), name=name)(x)
@@ -238,6 +238,8 @@ def test_names_of_layers_do_not_collide_with_ours(tmp_path):
     np.testing.assert_allclose(
         detector.build_joint_model(badnet, repaired)(x)[1], repaired(x), atol=1e-6
     )
+    of_views = detector.build_joint_model(badnet, repaired, hardened=True)(x)[1]
+    np.testing.assert_allclose(of_views[: len(x)], repaired(x), atol=1e-6)
 
 
 def test_detector_of_nets_that_cannot_be_split():

@@ -9,7 +9,7 @@ import pytest
 from conftest import ROOT, B, command
 
 from defence.explain import outcome, tables
-from defence.judge import figures
+from defence.judge import detector, figures
 from defence.judge.record import RepairRecord
 
 REPORT = ("before", "pruned", "retrained", "fine_tuned")
@@ -123,7 +123,7 @@ def test_a_loss_of_clean_accuracy_is_said_where_it_is_sure(wrong, hardened):
         assert lines == []
     else:
         (line,) = lines
-        assert line.startswith("Hardening cost 13.0 points of clean accuracy: ")
+        assert line.startswith("G's clean accuracy on held-out images is 13.0 points below B's. ")
         assert "Do not serve G alone" in line
 
 
@@ -202,8 +202,9 @@ def test_an_export_says_what_the_file_flags(hardened, tmp_path):
 
 
 def test_a_record_without_usable_scores_gives_no_advice():
-    held_out = {"scores": [0.5]}
+    held_out = {"score": detector.name_score(hardened=True), "scores": [0.5]}
     assert make_record(harden=True, held_out=held_out).find_better_rate() == 0.5
     for settings, scores in (({"harden": False}, held_out), ({"harden": True}, None)):
         assert make_record(**settings, held_out=scores).find_better_rate() is None
-    assert make_record(harden=True, held_out={"scores": "x"}).find_better_rate() is None
+    for change in ({"scores": "x"}, {"score": detector.SCORE}):  # damaged; of one view
+        assert make_record(harden=True, held_out=held_out | change).find_better_rate() is None

@@ -189,6 +189,7 @@ def test_the_rating_is_the_fall_of_success_less_that_of_accuracy(monkeypatch):
 def test_wrong_calls_are_refused_in_a_line():
     tool = "tests/tools/photo_peers.py"
     assert_refused(command(tool), "no net to judge; give a NAME, --all or --table")
+    assert_refused(command(tool, "x", "--all"), "--all: takes no NAME and no --methods")
     assert_refused(command(tool, "x", "--methods", "FT,NAD"), "no method NAD; there are B, clean")
 
 
@@ -202,10 +203,27 @@ def test_a_method_is_measured_again_where_its_net_or_our_settings_changed(tmp_pa
     for method in methods:
         photo_peers.write_record(photo_peers.make_record("a", method, case), photo_peers.RECORDS)
     assert photo_peers.list_missing(["a"], methods) == {}
-    settings = photo_peers.harden.Settings(harden_steps=1)
-    monkeypatch.setattr(photo_peers.harden, "Settings", lambda: settings)
-    assert photo_peers.list_missing(["a"], methods) == {"a": ["ours"]}
+    settings = photo_peers.Settings
+    monkeypatch.setattr(photo_peers, "Settings", lambda harden: settings(harden=harden, seed=1))
+    assert photo_peers.list_missing(["a"], methods) == {"a": ["report", "ours"]}
+    monkeypatch.setattr(photo_peers, "Settings", settings)
+    assert photo_peers.list_missing(["a"], methods) == {}
     monkeypatch.setattr(photo_peers.detector, "SCORE", "another")
     assert photo_peers.list_missing(["a"], methods) == {"a": ["report", "ours"]}
     (tmp_path / "a.h5").write_bytes(b"another net")
     assert photo_peers.list_missing(["a"], methods) == {"a": methods}
+
+
+def test_a_repair_that_forgets_its_images_takes_a_lower_rate(nets, clean):
+    rates = []
+
+    @peer_repairs.slow_down
+    def repair(net, clean, rng, rate):
+        rates.append(rate)
+        repaired = copy_net(net)
+        if rate > peer_repairs.RATES[1]:
+            repaired.set_weights([0 * values for values in net.get_weights()])
+        return repaired
+
+    repair(nets[0], clean, None)
+    assert rates == list(peer_repairs.RATES[:2])

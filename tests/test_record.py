@@ -52,7 +52,7 @@ def test_the_threshold_is_the_score_that_new_images_exceed_at_the_rate(make):
     "scores", [[], [1.0, 0.5], [-1.0], [detector.MAX_SCORE + 1e-3], ["a"], [True, 2.0], "scores"]
 )
 def test_damaged_scores_are_refused(make, scores):
-    with pytest.raises(InputError, match="damaged or of another version"):
+    with pytest.raises(InputError, match="its repair record is damaged"):
         make(scores).threshold(0.9, "g.h5")
 
 

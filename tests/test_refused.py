@@ -247,12 +247,12 @@ def test_impossible_verdicts_are_refused(repaired_world, tmp_path):
     fpr = ["--fpr", "0.5", "--repaired"]
     cases = [
         ([folder / "0.png", B, *fpr, "letters.h5"], "letters.h5: its repair record is damaged"),
-        ([folder / "0.png", B, *fpr, "descending.h5"], "or of another version"),
-        ([folder / "0.png", B, *fpr, "beyond.h5"], "or of another version"),
-        ([folder / "0.png", B, *fpr, "none.h5"], "or of another version"),
-        ([folder / "0.png", B, *fpr, "no_scores.h5"], "or of another version"),
-        ([folder / "0.png", B, *fpr, "no_score.h5"], "or of another version"),
-        ([folder / "0.png", B, *fpr, "other_score.h5"], "or of another version"),
+        ([folder / "0.png", B, *fpr, "descending.h5"], "its repair record is damaged"),
+        ([folder / "0.png", B, *fpr, "beyond.h5"], "its repair record is damaged"),
+        ([folder / "0.png", B, *fpr, "none.h5"], "its repair record is damaged"),
+        ([folder / "0.png", B, *fpr, "no_scores.h5"], "its repair record is damaged"),
+        ([folder / "0.png", B, *fpr, "no_score.h5"], "of another version of the anomaly score"),
+        ([folder / "0.png", B, *fpr, "other_score.h5"], "of another version of the anomaly score"),
         (["text.png", B], "not a PNG or JPEG image"),
         (["cut.png", B], "damaged"),
         (

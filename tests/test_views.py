@@ -14,7 +14,9 @@ from defence.judge import backends, detector, onnx_file
 from defence.judge.record import parse_record
 from defence.load.architecture import make_functional
 
+SCORE = detector.name_score(hardened=True)
 FACTS = {"badnet_sha256": "", "repaired_sha256": "", "input_scale": "0..1", "threshold": "2.5"}
+FACTS |= {"classes": "4", "score": SCORE, "repair_record": "null"}
 
 
 def make_pair(shape=(9, 8, 2), change=-2):
@@ -27,17 +29,16 @@ def make_pair(shape=(9, 8, 2), change=-2):
 def export(badnet, repaired, folder):
     """Export a hardened pair. Return (DetectorFile.run, Keras's joint model)."""
     model = detector.build_detector(badnet, repaired, "0..1", hardened=True)
-    facts = FACTS | {"classes": "4", "repair_record": "null"}
-    return onnx_file.write_detector(model, facts, folder / "d.onnx").run, model
+    return onnx_file.write_detector(model, FACTS, folder / "d.onnx").run, model
 
 
 def test_a_view_is_moved_by_a_pixel_and_its_edge_repeats():
     images = np.arange(24, dtype=np.float32).reshape(1, 2, 4, 3)
-    same, right, left = detector.make_views(images)
+    same, right, left = detector.shift_images(images)
     columns = same[0, 0, :, 0].tolist()
     assert right[0, 0, :, 0].tolist() == [columns[0], *columns[:-1]]
     assert left[0, 0, :, 0].tolist() == [*columns[1:], columns[-1]]
-    views = detector.make_views(keras.ops.convert_to_tensor(images))
+    views = detector.shift_images(keras.ops.convert_to_tensor(images))
     for ours, theirs in zip(views, (same, right, left), strict=True):
         np.testing.assert_array_equal(ours, theirs)
 
@@ -75,7 +76,7 @@ def make_linear(kernel, bias=(0, 0)):
     return net
 
 
-def test_nan_in_one_view_gives_the_largest_score(tmp_path):
+def test_nan_in_one_view_flags_the_image(tmp_path):
     """In the view to the right, the bright first column is there twice, and G's sum overflows."""
     kernel = np.zeros((1, 8, 4), np.float32)
     kernel[0, :2, 0] = 2e38
@@ -84,9 +85,10 @@ def test_nan_in_one_view_gives_the_largest_score(tmp_path):
     images = np.zeros((2, 1, 8, 1), np.float32)
     images[0, 0, 0] = images[1, 0, 7] = 255
     _, repaired, score = map(np.asarray, model(images))
-    assert repaired.tolist() == [0, 0]
+    assert repaired.tolist() == [-1, 0]
     assert (score == np.float32(detector.MAX_SCORE)).tolist() == [True, False]
     assert_same_answers(run(images), model(images))
+    assert run(images)["class"].tolist() == [5, 1]
 
 
 def test_a_trigger_that_works_only_where_it_is_scores_high():
@@ -98,7 +100,7 @@ def test_a_trigger_that_works_only_where_it_is_scores_high():
     images[:, :, 1] = 255
     badnet, repaired, score = detector.build_detector(*nets, "0..1", hardened=True)(images)
     assert (badnet[0], repaired[0]) == (0, 1) and score[0] > 30
-    moved = [nets[0](view / 255).numpy().argmax() for view in detector.make_views(images)]
+    moved = [nets[0](view / 255).numpy().argmax() for view in detector.shift_images(images)]
     assert moved == [0, 1, 1]
 
 

@@ -5,17 +5,17 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from defence.base.limits import check_fits
-from defence.base.progress import say
+from defence.base.progress import say, track
 from defence.base.text import format_percent
 from defence.judge import detector, figures
 from defence.net.cached_net import CachedNet
-from defence.net.inference import compile_model, predict
+from defence.net.inference import compile_model, map_in_parallel, predict
 
 if TYPE_CHECKING:
     from defence.beyond.finding import Finding
@@ -179,7 +179,7 @@ class Observer:
 def _score_held_out(held: CachedNet) -> list[np.ndarray]:
     """Return B's scores of held-out images, float32 (b, N), batch after batch."""
     head, data = held.split.head, held.data
-    arrays = 2 + 2 * detector.VIEWS  # that compute_held_out_figures makes of them
+    arrays = 2  # B's, and G's mean answers
     size = 4 * arrays * len(data) * head.output_shape[1]
     check_fits(data.path, "the scores of the held-out images", size, data.max_bytes)
     return list(predict(head, held.features))
@@ -191,37 +191,40 @@ def compute_held_out_figures(
     """Return the figures of a repair on clean images that it has not seen, for its record.
 
     held: G on these images.  badnet_scores: B's scores, float32 (b, N), batch after batch.
-    hardened: whether G is.
+    hardened: whether G is hardened.
     """
-    net = held.split.net
-
-    def answer(batches: Iterable[Any]) -> tuple[np.ndarray, np.ndarray]:
-        scores = np.concatenate(list(batches))
-        return scores.argmax(axis=1), np.asarray(detector.compute_probabilities(scores, net))
-
-    badnet, badnet_answers = answer(badnet_scores)
-    repaired, repaired_answers = answer(predict(held.split.head, held.features))
-    if hardened:
-        views = [repaired_answers, *(answer(scores)[1] for scores in _score_other_views(held))]
-        repaired_answers = np.asarray(detector.average_views(np.stack(views)))
-    score = np.asarray(detector.score_anomaly(badnet_answers, repaired_answers))
-    answers, scores = detector.Answers(badnet, repaired, score), np.sort(score).tolist()
+    head, parts, start = held.split.head, [], 0
+    means = _answer_views(held) if hardened else None
+    for pair in zip(badnet_scores, predict(head, held.features), strict=True):
+        b, g = (detector.compute_probabilities(scores, head) for scores in pair)
+        rows = slice(start, start := start + len(pair[0]))
+        score = detector.score_anomaly(b, g if means is None else means[rows])
+        parts.append((*(scores.argmax(axis=1) for scores in pair), np.asarray(score)))
+    answers = detector.Answers(*map(np.concatenate, zip(*parts)))
+    scores = np.sort(answers.score).tolist()
     return {
         "images": len(held.data),
         "rule": detector.DISAGREEMENT,
         **figures.compute_clean_figures(answers, held.labels),
         "expected_false_positive_rate": figures.expect_false_positives(scores),
-        "score": detector.SCORE,
+        "score": detector.name_score(hardened),
         "scores": scores,
     }
 
 
-def _score_other_views(held: CachedNet) -> Iterator[list[np.ndarray]]:
-    """Yield, for each view of the images but themselves, G's scores, batch after batch."""
-    run = compile_model(held.split.net)
-    for number in range(1, detector.VIEWS):
-        batches = held.data.batches(held.scale)
-        yield [np.asarray(run(detector.make_views(images)[number])) for images, _ in batches]
+def _answer_views(held: CachedNet) -> np.ndarray:
+    """Return a hardened G's mean answers to the views of held-out images: float32 (n, N)."""
+    net, data = held.split.net, held.data
+    run = compile_model(net)
+
+    def answer(images: np.ndarray) -> np.ndarray:
+        views = [
+            detector.compute_probabilities(run(view), net) for view in detector.shift_images(images)
+        ]
+        return np.asarray(detector.average_views(np.stack(views)))
+
+    batches = map_in_parallel(answer, (images for images, _ in data.batches(held.scale)))
+    return np.concatenate(list(track(batches, "held-out images", data.batch_count)))
 
 
 def measure_change(weights: list[np.ndarray], before: list[np.ndarray]) -> float:

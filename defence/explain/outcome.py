@@ -77,9 +77,9 @@ def describe_attack(name: str, rate: dict[str, Any], before: float, is_left: boo
 
 
 def describe_loss(record: RepairRecord) -> list[str]:
-    """Say that hardening cost clean accuracy, where held-out images leave no doubt: 95 % intervals.
+    """Say that a hardened G errs more than B, where the intervals of held-out images are apart.
 
-    Return lines of text, none where it did not.
+    Return lines of text, none elsewhere.
     """
     held_out = record.holdout or {}
     before, after = (held_out.get(f"clean_accuracy_{net}") for net in ("badnet", "repaired"))
@@ -87,9 +87,8 @@ def describe_loss(record: RepairRecord) -> list[str]:
         return []
     points = f"{100 * (before['value'] - after['value']):.1f}"
     return [
-        f"Hardening cost {points} points of clean accuracy: "
-        f"{format_count(record.data['images'], 'image')} were few to learn from. Do not serve G "
-        "alone: with --fpr, B's class is the answer, and G only flags. More clean images help."
+        f"G's clean accuracy on held-out images is {points} points below B's. Do not serve G "
+        "alone: with --fpr, B's class is the answer, and G only flags. More clean images may help."
     ]
 
 

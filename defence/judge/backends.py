@@ -289,7 +289,13 @@ def find_detector_file(
             )
         say(f"{problem}, so Keras judges; {again}")
         return None
-    file = onnx_file.open_detector(contents, path, badnet.max_bytes)
+    try:
+        file = onnx_file.open_detector(contents, path, badnet.max_bytes)
+    except onnx_file.OldScore as error:
+        if backend == "onnx":
+            raise
+        say(f"{error}: {command}; until then, Keras judges")
+        return None
     return file if file.made_of[:2] == (badnet.sha256, repaired.sha256) else None
 
 
@@ -330,6 +336,7 @@ def export_detector(
         "classes": str(classes),
         "threshold": "" if usage.threshold is None else repr(usage.threshold),
         "input_scale": usage.scale,
+        "score": detector.name_score(usage.is_hardened()),
         "repair_record": usage.record.to_json() if usage.record else json.dumps(None),
     }
     file = onnx_file.write_detector(model, metadata, path, badnet.max_bytes)

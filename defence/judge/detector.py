@@ -30,11 +30,11 @@ from defence.net.split import (
 )
 
 DISAGREEMENT = "flagging images on which B and G disagree"  # the rule without a threshold
-SCORE = "1.2 KL(B, G) + KL(G, B)"  # as a repair record names it
+SCORE = "1.2 KL(B, G) + KL(G, B)"  # see `name_score`
 BADNET_WEIGHT = 1.2  # of KL(B, G)
 MIN_PROBABILITY = 1e-12  # the score counts a smaller probability as this
 MAX_SCORE = float(np.float32(-(BADNET_WEIGHT + 1) * math.log(MIN_PROBABILITY)))
-VIEWS = 3  # of an image, on which a hardened G answers for the score: see `make_views`
+VIEWS = 3  # of an image, which a hardened G answers for the score: see `shift_images`
 
 
 # ------------------------------------------------------------------------------------- verdicts
@@ -213,14 +213,22 @@ def compute_probabilities(scores: Any, model: Any) -> Any:
     return scores / tf.maximum(tf.reduce_sum(scores, axis=1, keepdims=True), 1e-30)
 
 
+def name_score(hardened: bool) -> str:
+    """Return the anomaly score's name, as records and detectors' files have it.
+
+    hardened: whether G is hardened.
+    """
+    return f"{SCORE}, G's mean of {VIEWS} views" if hardened else SCORE
+
+
 def score_anomaly(badnet: Any, repaired: Any) -> Any:
     """Return how far apart the answers of B and G are: a float32 tensor (n,).
 
-    badnet, repaired: float32 (n, N), as `compute_probabilities` returns them.
-    The score is 1.2 KL(B, G) + KL(G, B), in nats, from 0 for the same answers to MAX_SCORE; with
-    1 in the place of 1.2, it would be the Jeffreys divergence. It weighs more where B is unsure of
-    its answer, and G sure of another. Probabilities below MIN_PROBABILITY count as that much. Where
-    a net gave NaN, the score is MAX_SCORE.
+    badnet, repaired: float32 (n, N), as `compute_probabilities` or `average_views` returns them.
+    The score is 1.2 KL(B, G) + KL(G, B), in nats, from 0 for the same answers to MAX_SCORE. The
+    Jeffreys divergence has 1 in the place of 1.2; so the score is higher where B is unsure and G is
+    sure of another class. Probabilities below MIN_PROBABILITY count as that much. Where a net gave
+    NaN, the score is MAX_SCORE.
     Source: S. Kullback, R. Leibler, Ann. Math. Stat. 22, 1951; the weight is ours.
     """
     import tensorflow as tf
@@ -231,7 +239,7 @@ def score_anomaly(badnet: Any, repaired: Any) -> Any:
     return tf.where(tf.math.is_nan(divergence), MAX_SCORE, bounded)
 
 
-def make_views(images: Any) -> list:
+def shift_images(images: Any) -> list:
     """Return images as they are, and moved one pixel to the right and to the left.
 
     images: (n, height, width, channels), a NumPy array or a TensorFlow tensor; so are the VIEWS
@@ -246,12 +254,12 @@ def make_views(images: Any) -> list:
 
 
 def average_views(probabilities: Any) -> Any:
-    """Return G's answer to images from its answers to their views: a float32 tensor (n, N).
+    """Return G's mean answer to images from its answers to their views: a float32 tensor (n, N).
 
     probabilities: float32 (VIEWS, n, N), as `compute_probabilities` returns them, in the order of
-    `make_views`. The answer is their geometric mean, made to sum to 1. Clean images at which G errs
-    by chance then score less. B answers the image itself alone, since its backdoor may work on one
-    of the views only.
+    `shift_images`. The mean is geometric, and made to sum to 1. Clean images on which G errs by
+    chance then score less. B answers the image itself alone, since its backdoor may work on one of
+    the views only.
     """
     import tensorflow as tf
 
@@ -267,25 +275,31 @@ def build_detector(
 ) -> Any:
     """Join B and G to one Keras model: images (n, height, width, channels), 0..255 → answers.
 
-    The answers are badnet, repaired and score, as in Answers, the classes int32.
+    The answers are badnet, repaired and score, as in Answers, the classes int32. Where G gave NaN
+    for any view, its class is -1.
     scale: a key of pixels.SCALES.  layer_name, hardened: as for `build_joint_model`.
     """
     keras = import_keras()
     import tensorflow as tf
 
-    def classify(scores: Any, probabilities: Any) -> Any:
-        finite = ~tf.math.is_nan(probabilities[:, 0])
-        return tf.where(finite, tf.argmax(scores, 1, tf.int32), -1)
+    def classify(scores: Any, broken: Any) -> Any:
+        return tf.where(broken, -1, tf.argmax(scores, 1, tf.int32))
 
     def answer(scores: Any) -> list:
-        badnet_scores, all_scores = scores
+        badnet_scores, repaired_scores = scores
         b = compute_probabilities(badnet_scores, badnet)
-        g = compute_probabilities(all_scores, repaired)
-        if not hardened:
-            return [classify(badnet_scores, b), classify(all_scores, g), score_anomaly(b, g)]
-        own_scores, views = (tf.reshape(x, (VIEWS, -1, x.shape[1])) for x in (all_scores, g))
-        score = score_anomaly(b, average_views(views))
-        return [classify(badnet_scores, b), classify(own_scores[0], views[0]), score]
+        g = compute_probabilities(repaired_scores, repaired)
+        g_broken = tf.math.is_nan(g[:, 0])
+        if hardened:
+            shape = VIEWS, -1, g.shape[1]
+            repaired_scores = tf.reshape(repaired_scores, shape)[0]
+            g = average_views(tf.reshape(g, shape))
+            g_broken = tf.reduce_any(tf.reshape(g_broken, shape[:2]), axis=0)
+        return [
+            classify(badnet_scores, tf.math.is_nan(b[:, 0])),
+            classify(repaired_scores, g_broken),
+            score_anomaly(b, g),
+        ]
 
     images = keras.Input(badnet.input_shape[1:], name="images")
     scaled = keras.layers.Lambda(lambda x: pixels.scale_pixels(x, scale), name="scaled")(images)
@@ -298,24 +312,25 @@ def build_joint_model(
 ) -> Any:
     """Join B and G to one model: scaled images (n, height, width, channels) → scores of both.
 
-    B's scores are (n, N). So are G's; where it is hardened, they are (VIEWS n, N), of one view of
-    all images after the other. Where G's trunk is B's with channels pruned, it runs once for both.
+    B's scores are (n, N). So are those of a G that is not hardened. Where G's trunk is B's with
+    channels pruned, it runs once for both. A hardened G's scores are (VIEWS n, N), of one view of
+    all images after the other.
     layer_name: the layer G was pruned at, None where that is not known.
     """
     keras = import_keras()
     import tensorflow as tf
 
+    whole = keras.Model(repaired.input, repaired.output, name="repaired-net")
+    if hardened:
+        shift = keras.layers.Lambda(lambda x: tf.concat(shift_images(x), 0), name="views-of-images")
+        return keras.Model(badnet.input, [badnet.output, whole(shift(badnet.input))])
     try:
         b, g = (split_net(net, layer_name) for net in (badnet, repaired))
-        pruned = None if hardened else compare_trunks(b, g)
+        pruned = compare_trunks(b, g)
     except UnfitNet:  # another tool may have repaired a net that this one cannot
         pruned = None
     if pruned is None:
-        repaired, images = keras.Model(repaired.input, repaired.output), badnet.input
-        if hardened:
-            views = keras.layers.Lambda(lambda x: tf.concat(make_views(x), 0), name="views")
-            images = views(images)
-        return keras.Model(badnet.input, [badnet.output, repaired(images)])
+        return keras.Model(badnet.input, [badnet.output, whole(badnet.input)])
     features = b.trunk.output[0]
     unpruned = np.ones(features.shape[-1], np.float32)
     unpruned[pruned] = 0

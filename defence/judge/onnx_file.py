@@ -42,6 +42,10 @@ class FractionalPixels(InputError):
     """Pixels that are not whole numbers, which a detector's file does not take."""
 
 
+class OldScore(InputError):
+    """A detector's file of an older version, with another anomaly score."""
+
+
 @dataclasses.dataclass
 class DetectorFile:
     """An open detector's file.
@@ -114,7 +118,8 @@ def write_detector(
     """Write a detector as an ONNX file, check it against Keras, list it, and return it.
 
     model: from detector.build_detector.  metadata: badnet_sha256, repaired_sha256, classes,
-    threshold (empty where disagreement counts), input_scale, repair_record (JSON).
+    threshold (empty where disagreement counts), input_scale, score (its name), repair_record
+    (JSON).
     The file maps "pixels", uint8 (n, height, width, channels), to "class", int32 (n,), the verdict;
     "badnet_class" and "repaired_class", int32 (n,), 1..N, 0 where the net gave NaN; and "score",
     float32 (n,).
@@ -228,7 +233,8 @@ def open_detector(
 
     max_bytes: as for guard_onnx.check_onnx.
     threads: by default half the processors, since two batches are judged at a time.
-    Raise InputError where the file is damaged or contains what the guards do not allow.
+    Raise InputError where the file is damaged or contains what the guards do not allow, OldScore
+    where another version wrote it.
     """
     require_packages(*RUN_PACKAGES)
     graph = guard_onnx.check_onnx(contents, path, max_bytes)
@@ -280,8 +286,13 @@ def _open_session(contents: bytes, path: Path, graph: guard_onnx.CheckedGraph, t
 def read_metadata(metadata: dict[str, str], path: Path) -> dict[str, Any]:
     """Return the metadata of a detector's file as fields of DetectorFile.
 
-    Raise InputError where they are damaged.
+    Raise InputError where they are damaged, OldScore where the file computes another score.
     """
+    names = {detector.name_score(hardened) for hardened in (False, True)}
+    if "classes" in metadata and metadata.get("score") not in names:
+        raise OldScore(
+            f"{path}: computes an older version of the anomaly score; export the detector again"
+        )
     try:
         classes, text = int(metadata["classes"]), metadata["threshold"]
         threshold = float(text) if text else None

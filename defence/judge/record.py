@@ -113,7 +113,18 @@ class RepairRecord:
 
         path: of G's file, for messages.  Raise InputError where they are damaged.
         """
-        return None if self.holdout is None else _check_scores(self.holdout, path)
+        if self.holdout is None:
+            return None
+        if self.holdout.get("score") != self.name_score():
+            raise InputError(
+                f"{path}: its held-out scores are of another version of the anomaly score; repair "
+                "the BadNet again"
+            )
+        return _check_scores(self.holdout, path)
+
+    def name_score(self) -> str:
+        """Return the name of the anomaly score of B and this G."""
+        return detector.name_score(self.is_hardened())
 
     def is_hardened(self) -> bool:
         """Return whether G was hardened."""
@@ -124,8 +135,9 @@ class RepairRecord:
 
         The scores of a G that was not hardened often tell no more than disagreement does.
         """
-        scores = (self.holdout or {}).get("scores")
-        if not (self.is_hardened() and isinstance(scores, list) and scores):
+        holdout = self.holdout or {}
+        scores, same = holdout.get("scores"), holdout.get("score") == self.name_score()
+        if not (self.is_hardened() and same and isinstance(scores, list) and scores):
             return None
         return max(figures.USUAL_RATE, figures.find_lowest_rate(len(scores)))
 
@@ -160,14 +172,12 @@ def no_threshold_error(path: Path) -> InputError:
 
 def _check_scores(holdout: dict, path: Path) -> list[float]:
     scores = holdout.get("scores")
-    if holdout.get("score") == detector.SCORE and isinstance(scores, list) and scores:
+    if isinstance(scores, list) and scores:
         floats = all(isinstance(score, float) for score in scores)
         limit = detector.MAX_SCORE
         if floats and scores == sorted(scores) and 0 <= scores[0] <= scores[-1] <= limit:
             return scores
-    raise InputError(
-        f"{path}: its repair record is damaged or of another version; repair the BadNet again"
-    )
+    _refuse_damaged(path)
 
 
 def make_record(

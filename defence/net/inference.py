@@ -25,7 +25,7 @@ def compile_model(model: Any, copies: int = 1) -> Callable[[Any], Any]:
     """Return a model in inference mode as one TensorFlow graph, for float32 batches (b, …).
 
     It runs a batch in parts where a layer's output would exceed OUTPUT_VALUES.
-    copies: of each input that the model's layers run on side by side.
+    copies: how many of each input the model makes at most, to run on side by side.
     `model.predict_on_batch` is slower: it makes a graph for each of the first batch sizes, and
     another after `compile`.
     """

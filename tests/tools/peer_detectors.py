@@ -50,14 +50,15 @@ def compute_answers(net, images):
 def make_pair(net, repaired, hardened):
     """Return our score: the anomaly score of B's answers and a repaired net's.
 
-    hardened: whether the repaired net is.
+    hardened: whether the repaired net is hardened.
     """
 
     def score(images):
-        answers = compute_answers(repaired, images)
         if hardened:
-            views = [compute_answers(repaired, view) for view in detector.make_views(images)]
+            views = [compute_answers(repaired, view) for view in detector.shift_images(images)]
             answers = detector.average_views(np.stack(views))
+        else:
+            answers = compute_answers(repaired, images)
         return np.asarray(detector.score_anomaly(compute_answers(net, images), answers))
 
     return score

@@ -6,7 +6,8 @@ the authors', unless a comment says otherwise: these were chosen on photo_nets.C
 method lost most of the clean accuracy or did nothing. Images are shifted at random, as when B was
 trained, wherever the authors augment them.
 
-    FT        Plain fine-tuning of all weights, as BackdoorBench does it.
+    FT        Plain fine-tuning of all weights, as BackdoorBench does it. (FT, FT-SAM, D3: where the
+              net falls to chance, at a tenth of the learning rate.)
     report    H. Ma's report: repair.py without --harden.
     ours      repair.py --harden.
     ANP       D. Wu, Y. Wang, NeurIPS 2021. A mask for each neuron is trained while the neurons are
@@ -19,6 +20,7 @@ trained, wherever the authors augment them.
               from B's weights as far as the loss on clean images allows.
 """
 
+import functools
 import math
 
 import numpy as np
@@ -42,15 +44,37 @@ from defence.net.inference import classify
 from defence.net.split import find_last_weighted
 
 BATCH = 256  # of BackdoorBench
-RATE, DECAY = 0.01, 5e-4  # of BackdoorBench's FT and FT-SAM
+RATES, DECAY = (0.01, 1e-3, 1e-4), 5e-4  # BackdoorBench has 0.01, for FT and FT-SAM
+KEPT = 0.5  # of the accuracy on the images that a repair learns from
 
 
-def fine_tune(net, clean, rng, epochs=100):
+def slow_down(repair_net):
+    """Return a repair that takes the next one of RATES where the repaired net forgot most images.
+
+    Nets without batch normalisation may fall to chance at the first rate.
+    repair_net: it takes a learning rate by the name of `rate`.
+    """
+
+    @functools.wraps(repair_net)
+    def run(net, clean, rng, **settings):
+        images, labels = read_images(clean)
+        enough = KEPT * np.mean(classify(net, images) == labels)
+        for rate in RATES:
+            repaired = repair_net(net, clean, rng, rate=rate, **settings)
+            if np.mean(classify(repaired, images) == labels) >= enough:
+                break
+        return repaired
+
+    return run
+
+
+@slow_down
+def fine_tune(net, clean, rng, rate, epochs=100):
     """FT: momentum, weight decay, a learning rate that falls by cosine."""
     net, clean = copy_net(net), read_images(clean)
     steps = count_steps(clean, BATCH, epochs)
     weights = net.trainable_variables
-    descent, gradient = Descent(weights, RATE, steps, DECAY), compile_gradient(net, weights)
+    descent, gradient = Descent(weights, rate, steps, DECAY), compile_gradient(net, weights)
     for batch in draw_batches(net, clean, BATCH, steps, rng):
         descent.step(gradient(*batch))
     return net
@@ -193,12 +217,13 @@ RADIUS = 1.0  # BackdoorBench's is 2 or 8, for larger nets; ours lost their accu
 SMOOTHING = 0.1  # of BackdoorBench for CIFAR-10
 
 
-def fine_tune_sharply(net, clean, rng, epochs=50, radius=RADIUS, smoothing=SMOOTHING):
+@slow_down
+def fine_tune_sharply(net, clean, rng, rate, epochs=50, radius=RADIUS, smoothing=SMOOTHING):
     """FT-SAM: each gradient is computed where the weights are `radius` further uphill."""
     net, clean = copy_net(net), read_images(clean)
     steps = count_steps(clean, BATCH, epochs)
     weights, averages = net.trainable_variables, net.non_trainable_weights
-    descent, gradient = Descent(weights, RATE, steps, DECAY), compile_gradient(net, weights)
+    descent, gradient = Descent(weights, rate, steps, DECAY), compile_gradient(net, weights)
     for batch in draw_batches(net, clean, BATCH, steps, rng, smoothing):
         before = [weight.numpy() for weight in weights]
         slopes = [g.numpy() for g in gradient(*batch)]
@@ -248,7 +273,8 @@ LARGEST = 0.5  # of the last layer's weights at the start, before they get B's l
 LOSS_WEIGHT, MOST_SLOPE = 20, 1.0
 
 
-def move_away(net, clean, rng, epochs=100, loss_weight=LOSS_WEIGHT):
+@slow_down
+def move_away(net, clean, rng, rate, epochs=100, loss_weight=LOSS_WEIGHT):
     """D3: maximise the distance of the last layer from B's, of the same length."""
     net, clean = copy_net(net), read_images(clean)
     steps = count_steps(clean, BATCH, epochs)
@@ -260,7 +286,7 @@ def move_away(net, clean, rng, epochs=100, loss_weight=LOSS_WEIGHT):
         kernel.assign(values * np.linalg.norm(original) / np.linalg.norm(values))
 
     assign_of_length(rng.uniform(-LARGEST, LARGEST, original.shape))
-    descent, gradient = Descent(weights, RATE, steps), compile_gradient(net, weights, ALLOWANCE)
+    descent, gradient = Descent(weights, rate, steps), compile_gradient(net, weights, ALLOWANCE)
     for batch in draw_batches(net, clean, BATCH, steps, rng):
         gradients = [g.numpy() for g in gradient(*batch)]
         slope = math.sqrt(sum(np.sum(g**2) for g in gradients))

@@ -23,7 +23,7 @@ training images, with the target's label (BadNets, 2017). The other attacks:
                 (Sparse Backdoor)
     scar        a clean net is trained on, so that the backdoor sleeps until the first steps of a
                 repair wake it; its rate is 0, too (SCAR's idea, 2025, cheaply: it unrolls five
-                steps of training on changed images, and no distillation)
+                steps of training on changed images, and does not distil)
 
 Covers have their true labels. Images are uint8 (n, height, width, channels).
 """

@@ -2,7 +2,7 @@
 
     python tests/tools/photo_peers.py gtsrb-vgg-82-glasses-0.05     all methods on a net
     python tests/tools/photo_peers.py --methods FT,ANP NAME …       some methods
-    python tests/tools/photo_peers.py --all                         all that docs/results.md has
+    python tests/tools/photo_peers.py --all                         all nets and methods of tables
     python tests/tools/photo_peers.py --table                       only the tables
 
 The nets are those of photo_nets.py. peer_repairs.py and peer_detectors.py say what the methods are.
@@ -55,7 +55,7 @@ from defence.base.errors import InputError
 from defence.base.process import run_command
 from defence.base.progress import follow, say
 from defence.base.startup import import_keras, make_reproducible
-from defence.beyond import harden
+from defence.beyond.settings import Settings
 from defence.judge import detector, figures
 from defence.load.datasets import hold_out
 from defence.net.inference import classify
@@ -220,9 +220,11 @@ def measure(method, case):
 
 
 def describe_settings(method):
-    """Return what a record keeps of a method's settings: those of ours, which may change."""
-    settings = vars(harden.Settings()) if method == OURS else {}
-    return {"score": detector.SCORE, **settings} if method in PAIRED else {}
+    """Return what a record keeps of a method's settings: those of repair.py, which may change."""
+    if method not in PAIRED:
+        return {}
+    hardened = method == OURS
+    return {"score": detector.name_score(hardened), **Settings(harden=hardened).to_record()}
 
 
 def make_record(name, method, case):
@@ -237,6 +239,11 @@ def make_record(name, method, case):
 # -------------------------------------------------------------------------------------- commands
 
 
+def is_current(record):
+    """Return whether a record is of today's settings."""
+    return record.get("settings", {}) == describe_settings(record["method"])
+
+
 def list_missing(names, methods):
     """Return {net: methods without a record of the net and settings as they are}, if any."""
     records, missing = read_records(RECORDS), {}
@@ -244,9 +251,8 @@ def list_missing(names, methods):
         path = photo_nets.FOLDER / f"{name}.h5"
         sha256 = files.hash_file(path) if path.exists() else None
         for method in methods:
-            record = records.get(f"{name} {method}", {})
-            same = record.get("settings", {}) == describe_settings(method)
-            if sha256 is None or record.get("sha256") != sha256 or not same:
+            record = records.get(f"{name} {method}", {"method": method})
+            if not (sha256 and record.get("sha256") == sha256 and is_current(record)):
                 missing.setdefault(name, []).append(method)
     return missing
 
@@ -271,7 +277,7 @@ def main():
     add = parser.add_argument
     add("names", metavar="NAME", nargs="*", help="BadNet of photo_nets.py")
     add("--methods", metavar="METHOD,…", default=",".join(METHODS), help="(default: %(default)s)")
-    add("--all", action="store_true", help="the nets and methods of docs/results.md, in stages")
+    add("--all", action="store_true", help="all nets and methods of the tables, in stages")
     add("--table", action="store_true", help="only write the tables")
     options = parser.parse_args()
     methods = options.methods.split(",")
@@ -280,9 +286,14 @@ def main():
             parser.error(f"no method {method}; there are {', '.join(METHODS)}")
     if not (options.names or options.table or options.all):
         parser.error("no net to judge; give a NAME, --all or --table")
+    if options.all and (options.names or methods != METHODS):
+        parser.error("--all: takes no NAME and no --methods")
     for names, stage_methods in STAGES if options.all else [(options.names, methods)]:
         measure_missing(list_missing(names, stage_methods))
-    records = list(read_records(RECORDS).values())
+    all_records = read_records(RECORDS).values()
+    records = list(filter(is_current, all_records))
+    if others := len(all_records) - len(records):
+        say(f"{others} records of other settings are left out of the tables")
     with files.replace_file(TABLES) as temporary:
         temporary.write_text(make_document(records, GROUPS))
     write_tables({"photographs": make_summary(records, GROUPS[REPORTED])}, DOCUMENTS)

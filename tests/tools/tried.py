@@ -54,7 +54,7 @@ In %: clean accuracy of G; for each trigger the attack success rate on G / the d
 poisoned images that the attack works on, at the threshold of the anomaly score that flags 1 % of
 the clean test images. A row changes only the thing it names. One image is 0.25 %, and another seed
 moves the rates by some points. No image gets a pattern (`--harden-pattern-rate 0`), since no family
-of changes makes patterns.
+of changes makes patterns. G answers one view of an image.
 
 """
 
@@ -251,12 +251,12 @@ def try_all(cases):
 def try_lengths(cases):
     """Yield the lines of the table of more and fewer steps."""
     heads = list_heads()
-    yield make_line("steps; processor seconds for both nets", *heads)
+    yield make_line("times the steps; processor seconds for both BadNets", *heads)
     yield make_line("---", *["--:"] * len(heads))
     for length in LENGTHS:
         start = time.process_time()
         answers = [case.harden({"length": length}) for case in cases]
-        yield make_row(f"{length:g} times; {time.process_time() - start:.0f}", cases, answers)
+        yield make_row(f"{length:g}; {time.process_time() - start:.0f}", cases, answers)
 
 
 def main():
