@@ -265,7 +265,7 @@ def test_a_net_is_measured_again_if_its_file_or_the_settings_change(tmp_path):
         (results.files.hash_file(net), settings | {"harden_steps": 1}, False),
     ):
         repair = {"badnet": {"sha256": sha256}, "settings": used}
-        record = {"score": detector.SCORE, "harden": {"repair": repair}}
+        record = {"score": detector.name_score(hardened=True), "harden": {"repair": repair}}
         assert results.is_current(record, net) is current
         assert not results.is_current(record | {"score": "another"}, net)
 

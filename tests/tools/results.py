@@ -93,7 +93,7 @@ def measure(name, nets_folder, data_folder, rate):
     hardened = repair_and_judge(path, "hardened", data_folder, poisoned, HARDEN, ["--fpr", rate])
     return {
         "name": name,
-        "score": detector.SCORE,
+        "score": detector.name_score(hardened=True),
         "net": json.loads(path.with_suffix(".json").read_text()),
         "report": report,
         "harden": hardened,
@@ -110,7 +110,7 @@ def is_current(record, net):
         return False
     repair = record["harden"]["repair"]
     settings = Settings(harden=True, holdout=float(HARDEN[-1])).to_record()
-    same_score = record.get("score") == detector.SCORE
+    same_score = record.get("score") == detector.name_score(hardened=True)
     same_net = repair["badnet"]["sha256"] == files.hash_file(net)
     return same_score and same_net and repair["settings"] == settings
 
