@@ -74,7 +74,6 @@ HARDEN_REPORTED_ON = [
 COMPARED = [
     "signs-deepid-401-patch-0.1", "signs-deepid-404-wanet-0.1", "signs-deepid-408-specific-0.1",
     "signs-deepid-410-adappatch-0.1", "signs-deepid-417-unsure-0.1", "yale-deepid-432-blended-0.1",
-    "signs-vgg-402-blended-0.1",
 ]  # fmt: skip
 # Clean nets to compare these with, which no scan judges.
 NEVER_POISONED = ["signs-deepid-501-clean"]
