@@ -24,12 +24,12 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "models"), str(ROOT / "data"), str(ROOT / "tests" / "tools")]
 
 import numpy as np
-from peer_training import Descent, compile_gradient, copy_net, count_steps, draw_batches
+from peer_training import SCALE, Descent, compile_gradient, copy_net, count_steps, draw_batches
 
 from defence.base.startup import import_keras
 from defence.judge import detector
 from defence.net import graph
-from defence.net.inference import classify, predict
+from defence.net.inference import classify, compile_model, predict
 
 COPIES = 50  # of an image, each with another image blended in: STRIP
 FACTORS = (3, 5, 7, 9, 11)  # of pixels: SCALE-UP
@@ -48,20 +48,13 @@ def compute_answers(net, images):
 
 
 def make_pair(net, repaired, hardened):
-    """Return our score: the anomaly score of B's answers and a repaired net's.
+    """Return our score: that of the detector of B and a repaired net.
 
     hardened: whether the repaired net is hardened.
     """
-
-    def score(images):
-        if hardened:
-            views = [compute_answers(repaired, view) for view in detector.shift_images(images)]
-            answers = detector.average_views(np.stack(views))
-        else:
-            answers = compute_answers(repaired, images)
-        return np.asarray(detector.score_anomaly(compute_answers(net, images), answers))
-
-    return score
+    model = detector.build_detector(net, repaired, SCALE, hardened=hardened)
+    run = compile_model(model, detector.VIEWS)
+    return lambda images: np.asarray(run(np.float32(255) * images)[2])
 
 
 # --------------------------------------------------------------------------------------- methods
