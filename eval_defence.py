@@ -14,12 +14,12 @@ if __name__ == "__main__":
     begin(NEEDS)
 
 import contextlib
+import functools
 import math
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -27,7 +27,7 @@ from defence.base import files
 from defence.base.errors import InputError
 from defence.base.process import exit_now, run_command
 from defence.base.progress import print_line, print_result, say, track
-from defence.explain import findings, streams
+from defence.explain import findings, natural, streams
 from defence.judge import backends, onnx_file
 from defence.judge.detector import Answers, Detector, describe_answers, describe_better
 from defence.load.class_names import find_class_names
@@ -68,10 +68,12 @@ def load(
     arguments: Namespace, models: list[Path], backend: str | None, folders: list[str] | None = None
 ) -> tuple[Detector, list[str] | None]:
     """Load the detector that the options ask for, and the classes' names, or else the folders'."""
-    usage = take_usage(arguments)
-    detector = backends.load_detector(models, arguments.max_bytes, backend, **usage)
-    known, limit = detector.class_names or folders, arguments.max_bytes
-    return detector, find_class_names(models[0], arguments.labels, detector.classes, limit, known)
+    limit = arguments.max_bytes
+    detector = backends.load_detector(models, limit, backend, **take_usage(arguments))
+    known = detector.class_names or folders
+    names = find_class_names(models[0], arguments.labels, detector.classes, limit, known)
+    natural.check_clean(arguments, detector, detector.class_names or names)
+    return detector, names
 
 
 def take_usage(arguments: Namespace) -> dict:
@@ -94,14 +96,15 @@ def conclude(detector: Detector, arguments: Namespace, flagged: int = 0, unread:
 def judge_images(arguments: Namespace, models: list[Path]) -> int:
     """Print the verdicts on images, batch after batch. Return the exit status."""
     paths = arguments.images
+    read = functools.partial(read_image, max_bytes=arguments.max_bytes, formats=arguments.formats)
     if arguments.alone:
-        image = read(paths[0], arguments)  # before the nets are loaded
+        image = read(paths[0])  # before the nets are loaded
     detector, class_names = load(arguments, models, arguments.backend)
     say(detector.rule)
     detector.require_images()
 
     def prepare(path: Path) -> np.ndarray:
-        return make_input(image if arguments.alone else read(path, arguments), detector.shape)
+        return make_input(image if arguments.alone else read(path), detector.shape)
 
     def judge(batch: Sequence[Path]) -> tuple[list[dict], Answers | None]:
         return judge_batch(batch, detector, class_names, prepare)
@@ -166,10 +169,6 @@ def print_verdicts(rows: list[dict], arguments: Namespace) -> None:
             cells = [row["class"]] if arguments.alone else [row["path"], row["class"], *names]
             print_result(*cells, sep="\t")
     sys.stdout.flush()
-
-
-def read(path: Path, arguments: Namespace) -> Any:
-    return read_image(path, arguments.max_bytes, arguments.formats)
 
 
 def judge_on_ray(arguments: Namespace, models: list[Path]) -> int:

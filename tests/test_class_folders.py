@@ -188,8 +188,8 @@ def test_plots_and_pages_show_the_names():
     axes = Figure().add_subplot()
     plots._draw_wrong_answers(axes, finding, NAMES)
     assert [label.get_text() for label in axes.get_xticklabels()] == [r"6 \$Flo\x1b[31m"]
-    assert plots.label_class(0, ["a name of many letters"]) == "1 a name of man…"
-    assert plots.label_class(-1, NAMES) == "NaN" and plots.label_class(3, None) == "4"
+    assert plots.shorten_class(0, ["a name of many letters"]) == "1 a name of man…"
+    assert plots.shorten_class(-1, NAMES) == "NaN" and plots.shorten_class(3, None) == "4"
     figure, images = Figure(), np.zeros((1, 7, 6, 3), np.float32)
     grid = figure.add_gridspec(1, 1)
     row = (np.array([0]), np.array([1]))

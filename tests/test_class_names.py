@@ -58,7 +58,7 @@ def test_a_name_that_is_very_long_is_refused(tmp_path):
     assert find_class_names(tmp_path / "net.h5", file, 3, 2**30) == ["a", "b" * 1_000, "c"]
     file.write_text("a\n" + "b" * 1_001 + "\nc\n")
     with pytest.raises(InputError, match="labels.txt: line 2 has more than 1,000 characters"):
-        find_class_names(tmp_path / "net.h5", None, 3, 2**30)
+        find_class_names(tmp_path / "net.h5", file, 3, 2**30)
 
 
 @pytest.fixture(scope="module")
@@ -119,3 +119,18 @@ def test_names_are_read_before_a_dataset_is_judged(demo, tmp_path):
     data = ROOT / "data" / "demo_clean_validation_data.h5"
     process = command("eval_defence.py", data, "demo_bd_net", "--labels", "absent.txt", cwd=demo)
     assert_refused(process, "absent.txt: no such file")
+
+
+def test_a_mark_at_the_start_of_a_file_is_no_part_of_a_name(tmp_path):
+    """Windows writes one."""
+    path = write(tmp_path / "labels.txt", 2, "utf-8-sig")
+    assert find_class_names(tmp_path / "net.h5", path, 2, 10**6) == ["person 1", "person 2"]
+
+
+def test_a_file_that_nobody_named_does_not_stop_a_command(tmp_path, capsys):
+    path = tmp_path / "labels.txt"
+    path.write_bytes("Åsa\nB\n".encode("latin-1"))
+    assert find_class_names(tmp_path / "net.h5", None, 2, 10**6) is None
+    assert "labels.txt: is not text in UTF-8; not used" in capsys.readouterr().err
+    with pytest.raises(InputError, match="is not text in UTF-8"):
+        find_class_names(tmp_path / "net.h5", path, 2, 10**6)

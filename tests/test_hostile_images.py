@@ -12,6 +12,7 @@ from PIL import Image, ImageOps, PngImagePlugin
 
 import utils
 from defence.base.errors import InputError
+from defence.load import guard_image
 
 FACE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (55, 47, 3), np.uint8))
 
@@ -206,6 +207,27 @@ def test_empty_lines_in_labels_txt(tmp_path):
 
     (tmp_path / "labels.txt").write_bytes(b"\n" * 30_000_000)
     with pytest.raises(InputError, match="its names would take .* GB of memory"):
-        find_class_names(tmp_path / "net.h5", None, 6, 2**30)
+        find_class_names(tmp_path / "net.h5", tmp_path / "labels.txt", 6, 2**30)
+    assert find_class_names(tmp_path / "net.h5", None, 6, 2**30) is None
     (tmp_path / "labels.txt").write_bytes("Ann\r\nBo\nÇ\n".encode())
     assert find_class_names(tmp_path / "net.h5", None, 3, 2**30) == ["Ann", "Bo", "Ç"]
+
+
+def test_the_tags_of_a_jpeg_are_counted_before_it_is_opened(tmp_path):
+    """Pillow 12 reads all tags of a JPEG as it opens the file, from all parts that hold EXIF data.
+
+    400 tags claim the same 4 MB each.
+    """
+    tags = b"".join(struct.pack("<HHII", 700 + i, 7, 4_000_000, 8 + 4_806) for i in range(400))
+    exif = b"II*\0\x08\0\0\0" + struct.pack("<H", 400) + tags + bytes(4_000_000)
+    parts = [exif[start : start + 65_000] for start in range(0, len(exif), 65_000)]
+    segments = [
+        b"\xff\xe1" + struct.pack(">H", len(part) + 8) + b"Exif\0\0" + part for part in parts
+    ]
+    face = encode("JPEG")
+    path = tmp_path / "evil.jpg"
+    path.write_bytes(face[:2] + b"".join(segments) + face[2:])
+    with pytest.raises(InputError, match="its EXIF tags would take"):
+        guard_image.check_parts(path.read_bytes(), path)
+    with pytest.raises(InputError, match="its EXIF tags would take"):
+        utils.read_image(path)

@@ -194,7 +194,14 @@ def set_metadata(name, value):
     return change
 
 
+def texts(model):
+    """Make texts of numbers, each of which takes more memory than it counts."""
+    add_nodes(model, ("Cast", [model.graph.input[0].name], "texts"))
+    model.graph.node[-1].attribute.append(onnx.helper.make_attribute("to", onnx.TensorProto.STRING))
+
+
 HOSTILE = {
+    "texts": (texts, "makes texts of numbers"),
     "external data": (external, "another file"),
     "another domain": (of_another_domain, "operator"),
     "imported domain": (imported_domain, "not ONNX's own"),
@@ -278,3 +285,20 @@ def test_an_operator_that_fails_on_an_image_is_one_line(model, tmp_path):
     with pytest.raises(InputError, match=f"^{re.escape(str(path))}: ") as error:
         onnx_file.read_detector(path).run(draw_random((9, 8, 2))[:2])
     assert "\n" not in str(error.value)
+
+
+def test_classes_that_the_nets_do_not_have_are_refused(model, tmp_path):
+    changed = onnx.ModelProto()
+    changed.CopyFrom(model)
+    for node in changed.graph.node:
+        node.output[:] = [f"true_{x}" if x == "repaired_class" else x for x in node.output]
+        node.input[:] = [f"true_{x}" if x == "repaired_class" else x for x in node.input]
+    changed.graph.initializer.append(
+        onnx.helper.make_tensor("much", onnx.TensorProto.INT32, [], [500])
+    )
+    add_nodes(changed, ("Add", ["true_repaired_class", "much"], "repaired_class"))
+    path = tmp_path / "d.onnx"
+    path.write_bytes(changed.SerializeToString())
+    judge = onnx_file.read_detector(path).detector(None).judge
+    with pytest.raises(InputError, match=r"d\.onnx: answers with a class outside 1\.\.\d+$"):
+        judge(draw_random((9, 8, 2))[:2])

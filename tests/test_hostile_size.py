@@ -1,6 +1,7 @@
 """Hostile files that would take too much memory or time are refused."""
 
 import functools
+import itertools
 import shutil
 import struct
 import zlib
@@ -15,6 +16,7 @@ from hostile import (
     FORMATS,
     SHAPE,
     copy_net,
+    read_config,
     replace,
     replace_layer,
     set_layer_value,
@@ -121,13 +123,44 @@ def interpolate(x):
     return keras.layers.Resizing(300_000, 1, "lanczos3")(keras.layers.Reshape((1, 961, 3))(x))
 
 
-@pytest.mark.parametrize("suffix", FORMATS)
-@pytest.mark.parametrize("layers", [enlarge, dilate, separate, interpolate])
+def enlarge_inside(x):
+    """Hide the size in a nested model that takes images of any size."""
+    image = keras.Input((None, None, 3))
+    return keras.Model(image, enlarge(image))(x)
+
+
+def multiply_sides(x):
+    """Make 470 million values of three rows, by arithmetic that is no layer."""
+    sides = (961, 1, 1), (1, 961, 1), (1, 1, 961)
+    rows = [keras.layers.Reshape(side)(keras.layers.Conv2D(1, 1)(x)) for side in sides]
+    return keras.layers.MaxPooling2D(961)(rows[0] + rows[1] + rows[2])
+
+
+@pytest.mark.parametrize(
+    ("layers", "suffix"),
+    [
+        *itertools.product((enlarge, enlarge_inside, dilate, separate, interpolate), FORMATS),
+        (multiply_sides, ".keras"),  # the only format that has such arithmetic
+    ],
+)
 def test_a_layer_whose_output_is_too_large(layers, suffix, check_refused, tmp_path):
     image = keras.Input(SHAPE)
     x = keras.layers.GlobalAveragePooling2D()(keras.layers.Conv2D(2, 1)(layers(image)))
     keras.Model(image, keras.layers.Dense(CLASSES)(x)).save(tmp_path / f"evil{suffix}")
     check_refused(tmp_path / f"evil{suffix}", "the largest output of a layer would take")
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_nested_models_that_multiply_their_calls(suffix, good, check_refused, tmp_path):
+    """A model of two layers that is called 6,000 times."""
+    image, inside = keras.Input(SHAPE), keras.Input(SHAPE)
+    x = keras.layers.Flatten()(keras.Model(inside, keras.layers.ReLU()(inside), name="in")(image))
+    keras.Model(image, keras.layers.Dense(CLASSES)(x)).save(tmp_path / f"evil{suffix}")
+    config = read_config(tmp_path / f"evil{suffix}")
+    (nested,) = (part for part in config["config"]["layers"] if part["config"]["name"] == "in")
+    nested["inbound_nodes"] *= 6_000
+    write_config(tmp_path / f"evil{suffix}", config)
+    check_refused(tmp_path / f"evil{suffix}", "calls its layers 12,00", "more than 10,000")
 
 
 def double_rows(x):

@@ -1,5 +1,6 @@
 """Mistakes of users, and the messages about them."""
 
+import errno
 import os
 import shutil
 import subprocess
@@ -12,7 +13,10 @@ from conftest import ROOT, B, G, assert_refused, command, draw_images, run_apart
 from PIL import Image
 
 import utils
+from defence.base import files
+from defence.base.errors import InputError
 from defence.beyond import finding
+from defence.load.datasets import open_dataset
 from defence.net.cached_net import CachedNet
 from defence.net.split import split_net
 
@@ -182,3 +186,60 @@ def test_a_scale_of_colours_is_refused_for_a_grey_net(scale, world):
     assert_refused(command(*call, cwd=world), words)
     call = ("eval_defence.py", "clean.h5", B, "--repaired", B, "--scale", scale, "--force")
     assert_refused(command(*call, cwd=world), words)
+
+
+def test_help_about_layers_needs_no_place_to_write(deepid_world, tmp_path):
+    call = ("repair.py", deepid_world / B, deepid_world / "clean.h5", "--layer", "help")
+    process = command(*call, cwd=tmp_path)
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.startswith("conv_1 ")
+
+
+def test_a_limit_of_memory_has_a_limit(deepid_world):
+    call = ("repair.py", B, "clean.h5", "--max-memory", "1e308")
+    assert_refused(command(*call, cwd=deepid_world), "above 0 and at most 1000000")
+
+
+def test_clean_data_of_another_size_are_refused_before_anything_is_judged(repaired_world, tmp_path):
+    images, labels = draw_images(20, 5, (12, 12, 3), seed=0)
+    write_data(tmp_path / "small.h5", images, labels)
+    judge = ("eval_defence.py", "clean.h5", B, "--clean", tmp_path / "small.h5")
+    assert_refused(command(*judge, cwd=repaired_world[0]), "small.h5: images are 3×12×12")
+
+
+def test_shared_memory_is_no_device(tmp_path):
+    if not os.access("/dev/shm", os.W_OK):
+        pytest.skip("has no shared memory")
+    files.check_writable({"--json": f"/dev/shm/{os.getpid()}.json"}, [])
+    with pytest.raises(InputError, match="is not a regular file"):
+        files.check_writable({"--json": "/dev/none"}, [])
+
+
+@pytest.mark.parametrize("length", [240, 243, 246, 250])
+def test_long_names_of_nets_are_wrong_input(repaired_world, tmp_path, length):
+    """The names of G and of the detector's file are longer than B's."""
+    name = "a" * length
+    shutil.copy(repaired_world[0] / B, tmp_path / f"{name}.h5")
+    call = ("eval_defence.py", repaired_world[0] / "0.png", tmp_path / f"{name}.h5")
+    assert_refused(command(*call, cwd=tmp_path), "no repaired net")
+    shutil.copy(repaired_world[0] / B.replace(".h5", "_defence.h5"), tmp_path / "g.h5")
+    process = command(*call, "--repaired", tmp_path / "g.h5", cwd=tmp_path)
+    assert process.returncode == 0, process.stderr
+
+
+@pytest.mark.parametrize(
+    ("shape", "mend"), [((9, 1), r"take its column: \[:, 0\]"), ((9, 4), r"argmax\(axis=1\)")]
+)
+def test_labels_of_two_dimensions_come_with_the_right_mend(tmp_path, shape, mend):
+    write_data(tmp_path / "d.h5", np.zeros((9, 4, 4, 3), np.uint8), np.zeros(shape, np.int64))
+    with pytest.raises(InputError, match=mend), open_dataset(tmp_path / "d.h5"):
+        pass
+
+
+def test_a_folder_that_cannot_be_listed_is_wrong_input(tmp_path, monkeypatch):
+    def refuse(path):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    with pytest.raises(InputError, match="permission denied"), open_dataset(tmp_path):
+        pass

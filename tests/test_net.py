@@ -50,6 +50,46 @@ def test_layer_rule():
         find_map(make_functional(dense_only))
 
 
+def make_rearranged(*layers, input_shape=(12, 10, 3)):
+    """Return a net of these layers, then Flatten and Dense."""
+    ending = [keras.layers.Flatten(), keras.layers.Dense(3)]
+    return make_functional(keras.Sequential([keras.Input(input_shape), *layers, *ending]))
+
+
+def make_conv(name, order="channels_last"):
+    return keras.layers.Conv2D(4, 3, data_format=order, name=name)
+
+
+@pytest.mark.parametrize(
+    ("layers", "expected"),
+    [
+        # As converters from PyTorch flatten a map.
+        ([make_conv("c"), keras.layers.Permute((3, 1, 2))], "c"),
+        ([make_conv("c"), keras.layers.Permute((2, 1, 3))], "c"),
+        ([make_conv("c"), keras.layers.Reshape((4, 8, 10))], "c"),
+        ([make_conv("c"), keras.layers.Permute((3, 1, 2)), keras.layers.UnitNormalization()], "c"),
+        (
+            [make_conv("c"), keras.layers.Permute((3, 1, 2)), make_conv("d", "channels_first")],
+            "c",
+        ),
+        ([keras.layers.Permute((2, 1, 3)), make_conv("c")], "c"),
+        ([make_conv("c"), keras.layers.Reshape((10, 8, 4)), make_conv("d")], "d"),
+    ],
+)
+def test_only_maps_whose_channels_come_last_are_pruned(layers, expected):
+    """The axis of another map's channels would be taken for a side of the image."""
+    assert find_map(make_rearranged(*layers)).name == expected
+
+
+def test_a_net_with_channels_first_is_refused():
+    layers = make_conv("c", "channels_first"), make_conv("d", "channels_first")
+    with pytest.raises(UnfitNet, match="a convolution whose channels come last"):
+        split_net(make_rearranged(keras.layers.Permute((3, 1, 2)), *layers))
+    pool = keras.layers.MaxPooling2D(2, data_format="channels_first")
+    parts = split_net(make_rearranged(make_conv("c"), pool))
+    assert parts.trunk.output_shape[0] == (None, 10, 8, 4)  # the pooling mixes the channels
+
+
 def test_a_layer_that_is_used_twice_is_refused():
     image = keras.Input((12, 12, 3))
     relu = keras.layers.ReLU(name="shared")

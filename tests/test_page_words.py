@@ -153,9 +153,24 @@ def test_no_green_over_images_given_as_poisoned(hits, caught, hardened, tone, wo
     result = {"figures": dict(zip(names, rates)) | {"detection_rate": rates[1]}}
     shown = page_judged.describe_stream(make_calm_stream(0), detector, None, result)
     assert shown["tone"] == tone and shown["lines"][0].startswith(words)
-    assert (shown["lines"][-1] == "Repair the BadNet with repair.py --harden.") == (
-        tone == "alarm" and not hardened
-    )
+    advice = page_judged.MORE_CLEAN if hardened else "Repair the BadNet with repair.py --harden."
+    assert (shown["lines"][-1] == advice) == (tone == "alarm")
+
+
+@pytest.mark.parametrize("hardened", [True, False, None])
+@pytest.mark.parametrize("targets", [0, 1])
+def test_flagged_images_come_with_what_to_do_next(targets, hardened):
+    """A hardened net's page does not advise hardening; a page never advises it twice."""
+    part = make_findings(SHAPE, 40, 20)
+    if not targets:
+        part = trigger.StreamFindings(part.stream, [], [])
+    detector = make_detector(SHAPE, 40, 1.0, [0.0] * 1000)
+    detector = dataclasses.replace(detector, hardened=hardened)
+    lines = page_judged.describe_stream(part, detector, None, None)["lines"]
+    assert (page_judged.GATHER in lines) == (not targets)
+    assert (page_judged.SERVE in lines) == bool(targets and hardened)
+    assert sum("stop serving" in line for line in lines) == bool(targets and not hardened)
+    assert sum("repair.py --harden" in line for line in lines) == (not hardened)
 
 
 @pytest.mark.parametrize("backend", ["keras", "onnx"])

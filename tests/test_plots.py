@@ -52,3 +52,8 @@ def test_a_long_name_beside_a_row_is_wrapped_and_not_cut():
     plots._draw_flagged(figure, grid[0], name, images, np.zeros(2, int), np.ones(2, int))
     label = figure.axes[0].get_ylabel()
     assert label.replace("\n", "") == f"flagged of{name}" and max(map(len, label.split("\n"))) <= 26
+
+
+def test_a_name_that_begins_with_an_underscore_is_in_the_legend():
+    """matplotlib leaves such names out."""
+    assert plots.escape_formulas("_$x") == r" _\$x"

@@ -266,6 +266,8 @@ def test_calls_that_do_not_fit_are_refused(folder):
             (*begin, "--output", OUTPUT, "--scale", "0..1", "--force"),
             "--scale, --force: does not go with --ray",
         ),
+        ((*begin, "--output", OUTPUT, "--labelled"), "--labelled: does not go with --ray"),
+        (("--ray", os.fsdecode(b"\xff.png"), NAME, "--output", OUTPUT), "cannot be read"),
         (
             (*begin, "--output", OUTPUT, "--backend", "keras"),
             "--backend keras: does not go with --ray",
@@ -283,6 +285,9 @@ def test_calls_that_do_not_fit_are_refused(folder):
     (folder / "old" / "_detector.json").write_text('{"detector": "", "threshold": null}')
     process = command("eval_defence.py", *begin, "--output", "old", cwd=folder)
     assert_refused(process, "old: contains verdicts of an older version", "another folder")
+    (folder / "old" / "_detector.json").write_text('{"detector": ')
+    process = command("eval_defence.py", *begin, "--output", "old", cwd=folder)
+    assert_refused(process, "old/_detector.json: is damaged; choose another folder")
     assert [path.name for path in (folder / "full").iterdir()] == ["letter.txt"]
     process = command(*CALL, "--ray-address", "127.0.0.1:1", cwd=folder)
     assert_refused(process, "--ray-address 127.0.0.1:1: cannot be reached")

@@ -135,7 +135,7 @@ def add_general(parser: argparse.ArgumentParser, version: str) -> None:
         "--quiet", action="store_true", help="no remarks and no progress on stderr, only warnings"
     )
     group.add_argument("--version", action="version", version=f"%(prog)s {version}")
-    in_gb = at_least(0, above=True)
+    in_gb = at_least(0, above=True, most=10**6)
     group.add_argument(
         "--max-memory",
         dest="max_bytes",

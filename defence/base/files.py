@@ -129,7 +129,8 @@ def _check_place(option: str, path: Path) -> None:
         raise InputError(f"{path}: cannot be written: {describe_reason(error)}") from error
     if os.path.isdir(path) or not os.access(path.parent, os.W_OK | os.X_OK):
         raise InputError(f"{path}: cannot be written")
-    if path.is_relative_to("/dev") or (os.path.exists(path) and not os.path.isfile(path)):
+    device = path.is_relative_to("/dev") and not path.is_relative_to("/dev/shm")
+    if device or (os.path.exists(path) and not os.path.isfile(path)):
         raise InputError(f"{path}: is not a regular file; - stands for stdout")
 
 

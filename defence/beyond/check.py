@@ -60,7 +60,7 @@ def refuse_unfit(net: CachedNet, harden: bool) -> None:
 
     harden: whether G will be hardened, which wrong labels or missing classes would ruin.
     """
-    path, accuracy, counts = net.data.path, net.accuracy(), count_images(net)
+    path, accuracy, counts = net.data.path, net.accuracy(), count_by_class(net)
     if accuracy == 0:
         raise InputError(f"{path}: the BadNet answers none of its images with their label")
     if harden and (accuracy < MIN_HARDEN_ACCURACY or np.mean(counts > 0) < MIN_HARDEN_CLASSES):
@@ -119,7 +119,7 @@ def examine_classes(
     net: CachedNet, class_names: Sequence[str] | None = None
 ) -> Iterator[tuple[Callable, str]]:
     """Yield what the number of images of each class says, as examine_answers does. net: B on it."""
-    counts = count_images(net)
+    counts = count_by_class(net)
     empty, used = np.flatnonzero(counts == 0), counts[counts > 0]
     if len(empty):
         yield (
@@ -149,7 +149,7 @@ def examine_classes(
         )
 
 
-def count_images(net: CachedNet) -> np.ndarray:
+def count_by_class(net: CachedNet) -> np.ndarray:
     """Count the images of each class: int64 (N,)."""
     return np.bincount(net.labels, minlength=net.split.net.output_shape[1])
 
@@ -226,7 +226,7 @@ def explain_low_accuracy(net: CachedNet, accuracy: float) -> str | None:
 
 def describe_dataset(net: CachedNet) -> Iterator[str]:
     """Yield the lines that `repair.py --check` prints. net: B on the validation set."""
-    counts = count_images(net)
+    counts = count_by_class(net)
     lowest, highest = cast("Dataset", net.data).pixel_range()
     yield (
         f"{net.data.path}: {format_count(len(net.labels), 'image')}, "

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from defence.base import pixels
-from defence.base.errors import InputError
-from defence.base.progress import say
+from defence.base.errors import InputError, WorkError
+from defence.base.progress import say, warn
 from defence.base.startup import make_reproducible
 from defence.load.datasets import open_dataset
 from defence.load.models import read_model
@@ -25,8 +25,16 @@ if TYPE_CHECKING:
 
     from defence.base.limits import Name
     from defence.explain.trigger import AskTwin, Trial
+    from defence.judge.detector import Detector
 
 SEED = 0
+
+
+def check_clean(arguments: Namespace, detector: Detector, names: Sequence[str] | None) -> None:
+    """Raise InputError where --clean is no dataset for the nets, before anything is judged."""
+    if arguments.clean:
+        with open_dataset(arguments.clean, arguments.max_bytes) as data:
+            data.fit_to(detector.shape, detector.classes, names)
 
 
 def make_asker(arguments: Namespace, class_names: Sequence[str] | None) -> AskTwin | None:
@@ -35,16 +43,24 @@ def make_asker(arguments: Namespace, class_names: Sequence[str] | None) -> AskTw
     arguments: the command's; `badnet` is B's path.  class_names: of the N classes, or None.
     The function takes images, float32 (n, height, width, channels), 0..255, and a class, 0..N-1. It
     returns {"twin": how many of them the twin answers with the class}, or {} where no twin can be
-    made of the dataset, which is said on stderr. Its first call makes the twin, and raises
-    InputError where --clean is no dataset for B.
+    made, which is said on stderr: the images are judged by then, and no result may be lost.
+    Its first call makes the twin.
     """
     if not arguments.clean:
         return None
     usage = arguments.badnet, arguments.clean, arguments.max_bytes, arguments.scale
     names = tuple(class_names) if class_names else None
 
+    @functools.cache
+    def try_to_make() -> Callable[[np.ndarray], np.ndarray] | None:
+        try:
+            return make_classifier(*usage, names)
+        except (InputError, WorkError) as error:
+            warn(f"no twin can be made: {error}")
+            return None
+
     def ask(images: np.ndarray, target: int) -> Trial:
-        classify = make_classifier(*usage, names)
+        classify = try_to_make()
         return {"twin": int(np.sum(classify(np.rint(images)) == target))} if classify else {}
 
     return ask
@@ -61,7 +77,9 @@ def make_classifier(
     """Make a twin of a BadNet; return a function that gives its classes of images, 0..N-1.
 
     badnet, clean: paths, of the clean dataset too.  scale: a key of pixels.SCALES; None: the one
-    that fits best.  Return None where no twin can be made.  Raise as make_asker's function does.
+    that fits best.  Return None where no twin can be made, as the dataset cannot serve.
+    Raise InputError where --clean is no dataset for B or B has no feature map, or memory does not
+    suffice, WorkError where training diverges.
     """
     # Here, for the time that these imports take.
     from defence.beyond import finding, harden, memory, twins

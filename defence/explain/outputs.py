@@ -65,7 +65,7 @@ def print_repair(
     out = choose_stream(arguments)
     print_result(*tables.format_summary(record, seconds, class_names), file=out)
     print_result(f"Saved model: {arguments.output}", file=out)
-    if arguments.detector and export_detector(badnet, arguments):
+    if arguments.detector and try_export(badnet, arguments):
         print_result(f"Saved detector: {arguments.detector}", file=out)
     else:
         backends.discard_detector(Path(arguments.output))
@@ -80,7 +80,7 @@ def choose_stream(arguments: Namespace) -> TextIO:
     return sys.stderr if files.STDOUT in (arguments.json, arguments.sarif) else sys.stdout
 
 
-def export_detector(badnet: ModelFile, arguments: Namespace) -> bool:
+def try_export(badnet: ModelFile, arguments: Namespace) -> bool:
     """Write the detector of B and G, and return whether these nets allow it."""
     say("writing the detector's file")
     try:

@@ -22,6 +22,15 @@ NETS = {"badnet": "BadNet", "repaired": "repaired net"}
 FEW = 50  # among fewer images, less than trigger.FEWEST flagged ones say little
 MISTAKEN = "They may be poisoned, or clean and flagged by mistake."
 HARDEN = "Repair the BadNet with repair.py --harden"
+SERVE = (
+    "Look at the images below. If they carry a trigger, do not serve the BadNet alone: serve the "
+    "file that eval_defence.py --export writes, which flags such images."
+)
+GATHER = (
+    "Look at the images below, and judge more images from where they came: the page can name a "
+    "target once some ten poisoned images of it are flagged."
+)
+MORE_CLEAN = "Use neither net on images that others can choose, or repair with more clean images."
 MISSED = 0.5  # a lower detection rate of successful attacks misses the attack
 SOME = 12  # flagged images outside the examined classes that are shown, at most
 
@@ -79,6 +88,7 @@ def describe_stream(
     outside = ~np.isin(stream.answers.badnet, targets)
     unexplained = streams.select_highest(stream.answers, outside, None)
     tone, lines = describe_verdict(findings, detector, class_names)
+    lines += advise(tone, lines, findings, detector.hardened)
     if result and "detection_rate" in result["figures"] and not findings.candidates:
         tone, lines = describe_given(result["figures"], detector.hardened, tone, lines)
     return {
@@ -177,8 +187,26 @@ def describe_given(
         f"The attack is missed: the rule flags {caught['hits']:,} of the {caught['of']:,} images "
         "that the BadNet answers with the target."
     )
-    advice = [] if hardened else [f"{HARDEN}."]
-    return "alarm", [first, *lines[1:2], *advice]
+    return "alarm", [first, *lines[1:2], MORE_CLEAN if hardened else f"{HARDEN}."]
+
+
+def advise(
+    tone: str, lines: list[str], findings: StreamFindings, hardened: bool | None
+) -> Iterator[str]:
+    """Yield what to do next, which README explains: a sentence or two, or nothing.
+
+    tone, lines: as describe_verdict returns them.  hardened: as in Detector.
+    """
+    if tone == "calm" or not findings.stream.answers.flagged.any():
+        return
+    if not findings.candidates:
+        yield GATHER
+    elif hardened:
+        yield SERVE
+    else:
+        yield "Look at the images below. If they carry a trigger, stop serving the BadNet."
+    if not hardened and HARDEN not in " ".join(lines):
+        yield f"{HARDEN}, and judge these images again."
 
 
 def describe_doubt(detector: Detector) -> str | None:

@@ -48,8 +48,11 @@ def require_format(path: Name) -> None:
 
 
 def escape_formulas(name: str) -> str:
-    """Escape a file's name for matplotlib, which takes $ for the start of a formula."""
-    return escape_surrogates(name).replace("$", r"\$")
+    """Escape a file's name for matplotlib, which takes $ for the start of a formula.
+
+    It also leaves a name that begins with _ out of a legend.
+    """
+    return " " * name.startswith("_") + escape_surrogates(name).replace("$", r"\$")
 
 
 def place_legend(axes: Any) -> None:
@@ -67,7 +70,7 @@ def count_legend_lines(axes: Any) -> int:
     return sum(text.get_text().count("\n") + 1 for text in legend.get_texts())
 
 
-def label_class(label: int, class_names: Sequence[str] | None) -> str:
+def shorten_class(label: int, class_names: Sequence[str] | None) -> str:
     """Return the number of a class, from 1, and its name, short. label: 0..N-1, or -1 for NaN."""
     if label < 0:
         return "NaN"
@@ -126,7 +129,7 @@ def _draw_wrong_answers(axes: Any, finding: Finding, class_names: Sequence[str] 
     """Draw the number of wrong answers of the ATTRACTING classes, and the mean of the rest."""
     rows = sorted(finding.classes, key=lambda row: -row["count"])
     top, tail = rows[:ATTRACTING], rows[ATTRACTING:]
-    labels = [label_class(row["class"] - 1, class_names) for row in top]
+    labels = [shorten_class(row["class"] - 1, class_names) for row in top]
     colours = ["C3" if row["class"] in finding.targets else "C0" for row in top]
     axes.bar(labels, [row["count"] for row in top], color=colours)
     if tail:
@@ -302,7 +305,7 @@ def _draw_flagged(
         axes = figure.add_subplot(columns[column], xticks=[], yticks=[])
         pixels = image if image.shape[-1] == 3 else image[..., 0]
         axes.imshow(pixels / 255, cmap="gray", vmin=0, vmax=1)
-        labels = [label_class(number, class_names) for number in classes]
+        labels = [shorten_class(number, class_names) for number in classes]
         arrow, size = ("\n→ ", "xx-small") if class_names else (" → ", "small")
         axes.set_title(arrow.join(labels), fontsize=size)
         if column == 0:

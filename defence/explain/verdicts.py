@@ -100,7 +100,7 @@ def list_images(images: Sequence[Name]) -> tuple[fs.FileSystem, list[str]]:
                 keys.add(make_key(info))
             else:
                 raise InputError(f"{name}: no such file")
-        except OSError as error:
+        except (OSError, ValueError) as error:  # ValueError: a name of odd bytes
             raise InputError(f"{name}: cannot be read: {first_line(error)}") from error
     if not keys:
         raise InputError(f"{images[0]}: no file in the folder")
@@ -204,8 +204,7 @@ def open_verdicts(output: Name, facts: dict[str, Any]) -> tuple[fs.FileSystem, s
         entries = filesystem.get_file_info(fs.FileSelector(folder))
         names = [entry.base_name for entry in entries]
         if DETECTOR in names:
-            with filesystem.open_input_file(f"{folder}/{DETECTOR}") as file:
-                check_facts(json.loads(file.read()), facts, output)
+            check_facts(read_facts(filesystem, f"{folder}/{DETECTOR}"), facts, output)
         elif names:
             raise InputError(f"{output}: has other files in it; choose another folder")
         else:
@@ -215,6 +214,17 @@ def open_verdicts(output: Name, facts: dict[str, Any]) -> tuple[fs.FileSystem, s
     except (OSError, ValueError) as error:
         raise InputError(f"{output}: cannot be written: {first_line(error)}") from error
     return filesystem, folder
+
+
+def read_facts(filesystem: fs.FileSystem, path: str) -> Any:
+    """Return the facts in a folder's file. Raise InputError where they are damaged."""
+    with filesystem.open_input_file(path) as file:
+        try:
+            return json.loads(file.read())
+        except ValueError as error:
+            raise InputError(
+                f"{path}: is damaged; choose another folder for the verdicts"
+            ) from error
 
 
 def check_facts(stored: Any, facts: dict[str, Any], output: Name) -> None:

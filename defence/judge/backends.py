@@ -72,7 +72,7 @@ def find_models(model: str | PathLike, repaired: str | PathLike | None = None) -
 def find_repaired(badnet: Path) -> Path:
     """Return the path of the repaired net of a BadNet's file. Raise as find_models does."""
     default = default_repaired_path(badnet)
-    paths = [path for path in (default, badnet.with_name(default.name)) if path.exists()]
+    paths = [path for path in (default, badnet.with_name(default.name)) if os.path.exists(path)]
     if not paths:
         model_file = read_model(badnet)
         _ = model_file.declared  # raises where it is not a model
@@ -201,6 +201,9 @@ def load_detector(
         return nets_file.detector(usage.threshold)
     if backend == "onnx":
         path = onnx_file.default_detector_path(repaired.path)
+        if nets_file:
+            made_for = f"was made for pixels {nets_file.made_of[2]}, not {usage.scale}"
+            raise InputError(f"{path}: {made_for}; use --backend keras")
         again = suggest_export(badnet, repaired)
         raise InputError(f"{path}: was made from other nets; make it again with: {again}")
     return load_keras_detector(badnet, repaired, usage, force)
@@ -274,7 +277,7 @@ def find_detector_file(
     again = f"make it again with: {command}"
     try:
         onnx_file.require_packages(*onnx_file.RUN_PACKAGES)
-        if not path.exists():
+        if not os.path.exists(path):  # Path.exists raises an error where a name is too long
             raise InputError(f"{path}: no such file; make it with: {command}")
         contents = read_file(path, badnet.max_bytes)
     except InputError:

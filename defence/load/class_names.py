@@ -31,14 +31,20 @@ def find_class_names(
     model: the net's path.  path: the file of names, of --labels; None for the known names, or else
     labels.txt beside the net. Neither counts where it does not have a name for each class.
     classes: N.  known: of the folders of the dataset, or of G's record.
-    Raise InputError where a file cannot be read, or the one at `path` has another number of lines.
+    Raise InputError where the file at `path` cannot be read, or has another number of lines.
     """
     if path is None and known and len(known) == classes:
         return list(known)
     file = Path(model).with_name(FILE) if path is None else Path(path)
     if path is None and not (file.is_file() and file.stat().st_size):
         return None
-    names = read_class_names(file, max_bytes)
+    try:
+        names = read_class_names(file, max_bytes)
+    except InputError as error:
+        if path is not None:
+            raise
+        say(f"{error}; not used")  # nobody named the file, and it may belong to something else
+        return None
     if len(names) == classes:
         return names
     problem = f"{file}: has {format_count(len(names), 'name')}, but the net has {classes} classes"
@@ -57,7 +63,7 @@ def read_class_names(path: Path, max_bytes: int) -> list[str]:
         contents = path.read_bytes().replace(b"\r\n", b"\n").replace(b"\r", b"\n")
         size = COPIES * len(contents) + LINE_SIZE * contents.count(b"\n")
         check_fits(path, "its names", size, max_bytes)
-        lines = contents.decode("utf-8").split("\n")
+        lines = contents.decode("utf-8-sig").split("\n")
     except OSError as error:
         raise InputError(f"{path}: {files.describe_reason(error)}") from error
     except UnicodeDecodeError as error:

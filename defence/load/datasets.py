@@ -282,7 +282,10 @@ def read_labels(row: Any, name: str, images: int, path: Name, max_bytes: int) ->
     Raise InputError unless there is a label for each image, and each label is one of 0, 1, 2, …
     """
     if row.ndim != 1:
-        hint = "; convert one-hot labels with argmax(axis=1)" if row.ndim == 2 else ""
+        hint = ""
+        if row.ndim == 2:
+            mend = "take its column: [:, 0]" if row.shape[1] == 1 else "convert it: argmax(axis=1)"
+            hint = f"; {mend}"
         raise InputError(f"{path}: '{name}' is not a row but {describe_array(row)}{hint}")
     if len(row) != images:
         raise InputError(

@@ -122,7 +122,10 @@ def find_images(folder: Path, max_bytes: int) -> tuple[FolderImages, np.ndarray]
     Raise InputError where there are no images, one is not a regular file, or labels.txt does not
     list a subfolder.
     """
-    contents = sorted(path for path in folder.iterdir() if path.name[0] != ".")
+    try:
+        contents = sorted(path for path in folder.iterdir() if path.name[0] != ".")
+    except OSError as error:
+        raise InputError(f"{folder}: {files.describe_reason(error)}") from error
     subfolders = [path.name for path in contents if path.is_dir()]
     loose = [path for path in contents if not path.is_dir() and path.name != FILE]
     if not subfolders:

@@ -13,7 +13,7 @@ guard_hdf5.py, for an HDF5 file
     check_links        one tree, no link to another file
     check_stored       an array is as large in the file as declared; known filters only
     read_text          an attribute is one text
-    read_texts         it is text, of bounded length
+    read_texts         it is text, and not longer than JSON may be
 
 guard.py, for JSON text
     parse_json         short, no NaN
@@ -22,16 +22,17 @@ guard_model.py, for the weights of a Keras model
     read_shapes        the arrays of its weights, by check_links and check_stored
 
 guard_config.py, for the config of a Keras model
-    check_config       allowed layers and activations only, each in its place; numbers and names
-                       within bounds
+    check_config       allowed layers and activations only, each in its place; numbers, names and
+                       calls of layers within bounds
 
 guard_model.py, for the net
     limit_weights      no weight is allocated beyond --max-memory while Keras builds the net
     check_classifier   one image in, a row of class scores out
-    check_outputs      one row for one image; no layer's output for it is beyond --max-memory
-    check_prepared     the layers that prepare an image give the declared shapes for one image
+    check_outputs      one row for one image; no layer's output for it is beyond --max-memory,
+                       also, after check_finite, in a nested model or behind plain arithmetic
     check_shapes       the file's arrays have the shapes of the net's weights
     check_finite       no weight is NaN or infinite
+    check_prepared     the layers that prepare an image give the declared shapes for one image
     check_step_fits    (beyond/memory.py) no training step is beyond --max-memory
 
 guard_onnx.py, for a detector's .onnx file

@@ -69,7 +69,7 @@ ACTIVATIONS = """
     linear relu relu6 leaky_relu elu selu celu gelu silu swish mish softplus softsign softmax
     log_softmax sigmoid hard_sigmoid log_sigmoid hard_silu hard_swish hard_tanh tanh exponential
 """
-TYPES = {"float16", "bfloat16", "float32", "float64", "mixed_float16", "mixed_bfloat16"}
+TYPES = {"float16", "float32", "float64", "mixed_float16", "mixed_bfloat16"}
 NAME = re.compile(r"(?!\.*$)[\w.>-]+", re.ASCII).fullmatch  # valid as a scope of TensorFlow
 MODULE = re.compile(
     r"keras(\.src)?"
@@ -81,6 +81,11 @@ def check_config(config: Any, path: Name) -> None:
     """Raise InputError unless a model's config, at every depth, describes an image classifier."""
     _check_depth(config, path)
     _Checker(path).check_object(config, frozenset(MODELS), "", "")
+    if (count := _count_calls(config)) > CALLS:
+        raise InputError(
+            f"{path}: calls its layers {count:,} times, more than {CALLS:,}, since it calls nested "
+            "models again and again"
+        )
 
 
 def _check_depth(config: Any, path: Name) -> None:
@@ -91,6 +96,18 @@ def _check_depth(config: Any, path: Name) -> None:
         nested = [value.values() if isinstance(value, dict) else value for value in level]
         level = [part for parts in nested for part in parts if isinstance(part, dict | list)]
         depth += 1
+
+
+def _count_calls(value: dict[str, Any]) -> int:
+    """Return how often the layers of a model's object run, those of a nested model at each call."""
+    inner, total = value.get("config"), 0
+    layers = inner.get("layers") if isinstance(inner, dict) else inner
+    for layer in layers if isinstance(layers, list) else []:
+        nested = isinstance(layer, dict) and layer.get("class_name") in MODELS
+        calls = layer.get("inbound_nodes") if isinstance(layer, dict) else None
+        count = len(calls) if isinstance(calls, list) else 0
+        total += max(1, count) * (_count_calls(layer) if nested else 1)
+    return total
 
 
 def _list_allowed(key: str, owner: str) -> frozenset[str]:

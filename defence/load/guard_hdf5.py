@@ -66,6 +66,7 @@ def check_heaps(contents: bytes, path: Name) -> None:
     remaining = TEXTS
     heap = contents.find(HEAP)
     while heap >= 0:
+        remaining -= 1
         place, end = heap + 16, heap + int.from_bytes(contents[heap + 8 : heap + 16], "little")
         while place + 16 <= min(end, len(contents)):
             index, _, _, size = struct.unpack_from("<HHIQ", contents, place)
@@ -260,4 +261,6 @@ def read_texts(item: Any, name: str, path: Name) -> list[str] | None:
         raise InputError(f"{path}: the attribute '{name}' is too long")
     value = item.attrs[name]
     values = value.tolist() if isinstance(value, np.ndarray) else [value]
+    if sum(map(len, values)) > TEXT_LENGTH:  # texts of any length are in a heap
+        raise InputError(f"{path}: the attribute '{name}' is too long")
     return [value.decode() if isinstance(value, bytes) else value for value in values]

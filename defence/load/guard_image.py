@@ -17,6 +17,7 @@ PARTS = 1_000  # besides those that hold pixels
 PIXEL_PARTS = 10**6  # Pillow writes 64 KB of pixels into one, others 8 KB
 SCANS = 100  # of a JPEG; usual progressive ones have 10
 PNG, JPEG = b"\x89PNG\r\n\x1a\n", b"\xff\xd8"
+EXIF = b"Exif\0\0"  # the first bytes of a part of a JPEG that has EXIF data
 PIXELS = {b"IDAT", b"fdAT", b"fcTL"}  # parts of a PNG, the last two of its animation
 SCAN, END = 0xDA, 0xD9  # markers of a JPEG
 FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}  # markers of an image's size and channels
@@ -31,9 +32,11 @@ def check_parts(contents: bytes, path: Name, max_bytes: int = DEFAULT_MAX_BYTES)
     contents: the file's bytes.  path: for messages.  max_bytes: of memory.
     """
     list_parts = _list_png if contents.startswith(PNG) else _list_jpeg
-    beside, counts = 0, {True: 0, False: 0}
+    beside, counts, exif_parts = 0, {True: 0, False: 0}, []
     limits = {True: PIXEL_PARTS if list_parts is _list_png else SCANS, False: PARTS}
-    for has_pixels, size in list_parts(contents):
+    for has_pixels, start, size in list_parts(contents):
+        if contents.startswith(EXIF, start + 2) and list_parts is _list_jpeg:
+            exif_parts.append(contents[start + 2 + len(EXIF) : start + size])
         counts[has_pixels] += 1
         beside += 0 if has_pixels else size
         if counts[has_pixels] > limits[has_pixels]:
@@ -44,6 +47,8 @@ def check_parts(contents: bytes, path: Name, max_bytes: int = DEFAULT_MAX_BYTES)
                 f"{path}: the image has too much beside its pixels, such as EXIF data or a "
                 "profile; save it without"
             )
+    # Pillow reads the tags of a JPEG as it opens the file.
+    check_tags(b"".join(exif_parts), path, max_bytes)
 
 
 def check_tags(exif: bytes, path: Name, max_bytes: int = DEFAULT_MAX_BYTES) -> None:
@@ -58,17 +63,17 @@ def check_tags(exif: bytes, path: Name, max_bytes: int = DEFAULT_MAX_BYTES) -> N
     check_fits(path, "its EXIF tags", tags * len(exif), max_bytes)
 
 
-def _list_png(contents: bytes) -> Iterator[tuple[bool, int]]:
-    """Yield (whether it holds pixels, size) of each part of a PNG. What follows it is not read."""
+def _list_png(contents: bytes) -> Iterator[tuple[bool, int, int]]:
+    """Yield (whether it holds pixels, start, size) of each part of a PNG, until its end."""
     place, kind = len(PNG), b""
     while place + 8 <= len(contents) and kind != b"IEND":
         size, kind = struct.unpack_from(">I4s", contents, place)
-        yield kind in PIXELS, size
+        yield kind in PIXELS, place + 8, size
         place += 12 + size
 
 
-def _list_jpeg(contents: bytes) -> Iterator[tuple[bool, int]]:
-    """Yield (whether it is a scan, size) of each part of a JPEG; nothing for another file.
+def _list_jpeg(contents: bytes) -> Iterator[tuple[bool, int, int]]:
+    """Yield (whether it is a scan, start, size) of each part of a JPEG; nothing for another file.
 
     Before the first scan Pillow reads on behind an end, and reads bytes between parts one by one.
     A scan of all channels is the only one, except in a progressive JPEG: what follows is not read.
@@ -77,9 +82,10 @@ def _list_jpeg(contents: bytes) -> Iterator[tuple[bool, int]]:
     frame, channels = 0, b""
     while (marker := MARKER.search(contents, place)) and not (scans and marker[1][0] == END):
         between, kind = 0 if scans else marker.start(1) - 1 - place, marker[1][0]
-        place, size = marker.end(), 0
+        place = start = marker.end()
+        size = 0
         if between:
-            yield False, between
+            yield False, place, between
         if kind in FRAMES:
             frame, channels = kind, contents[place + 7 : place + 8]
         whole = frame not in PROGRESSIVE and channels == contents[place + 2 : place + 3]
@@ -87,8 +93,8 @@ def _list_jpeg(contents: bytes) -> Iterator[tuple[bool, int]]:
             (size,) = struct.unpack(">H", contents[place : place + 2].rjust(2, b"\0"))
             place += max(2, size)
         scans += kind == SCAN
-        yield kind == SCAN, size
+        yield kind == SCAN, start, size
         if kind == SCAN and whole:
             return
     if not scans:
-        yield False, max(0, len(contents) - place)
+        yield False, place, max(0, len(contents) - place)

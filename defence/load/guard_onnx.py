@@ -105,6 +105,9 @@ def _check_operators(onnx: Any, model: Any, path: Name) -> None:
                 f"{path}: contains the operator {node.op_type!r}, which is not among those that "
                 "this tool runs"
             )
+        to = [value.i for value in node.attribute if value.name == "to"]
+        if node.op_type == "Cast" and onnx.TensorProto.STRING in to:
+            raise InputError(f"{path}: makes texts of numbers")
     kinds = onnx.AttributeProto
     inside = (kinds.GRAPH, kinds.GRAPHS, kinds.SPARSE_TENSOR)
     if any(value.type in inside for node in graph.node for value in node.attribute):

@@ -114,11 +114,14 @@ class ModelFile:
                     model = build()
                 guard_model.check_classifier(model, path)
                 guard_model.check_outputs(model, path, max_bytes)
-                guard_model.check_prepared(model, path)
                 guard_model.check_shapes(model, shapes, path)
                 model.load_weights(weights)
                 guard_model.check_finite(model, path)
-                return architecture.make_functional(model)
+                flat = architecture.make_functional(model)
+                # Only now is each size known in a nested model and behind plain arithmetic.
+                guard_model.check_outputs(flat, path, max_bytes)
+                guard_model.check_prepared(model, path)
+                return flat
             except InputError:
                 raise
             except Exception as error:  # Keras can raise any exception

@@ -35,6 +35,7 @@ PASS_ON = {
     *("Dropout", "SpatialDropout2D", "GaussianNoise", "GaussianDropout", "AlphaDropout"),
     "Identity",
 }
+REORDER = {"Permute", "Reshape"}  # they make no map, whatever they move
 GLOBAL = {"GlobalMaxPooling2D", "GlobalAveragePooling2D"}
 WEIGHTED = {"Dense", "Conv2D", "DepthwiseConv2D", "SeparableConv2D", "Conv2DTranspose"}
 MASK = "pruned-channels"  # the name of the layer that `add_mask` inserts
@@ -116,9 +117,42 @@ def find_feature_maps(net: Any) -> list[FeatureMap]:
             if last and not last.activated:
                 last.tensor = tensor
                 last.layers.append(operation)
-        elif len(tensor.shape) == 4 and kind not in PASS_ON and place[id(tensor)] >= weighted[0]:
+        elif (
+            len(tensor.shape) == 4
+            and kind not in PASS_ON | REORDER
+            and place[id(tensor)] >= weighted[0]
+            and has_channels_last(tensor)
+        ):
             maps.append(FeatureMap(tensor, [operation]))
     return maps
+
+
+def has_channels_last(tensor: Any) -> bool:
+    """Return whether the last axis of a map holds the channels that layers with weights made.
+
+    It does unless a path back to these layers meets a layer that moves the channels to another
+    axis, or one that takes another axis for its channels.
+    """
+    waiting, visited = [tensor], set()
+    while waiting:
+        current = waiting.pop()
+        if id(current) in visited:
+            continue
+        visited.add(id(current))
+        operation, inputs = graph.find_call(current)
+        kind = get_kind(operation)
+        moved = kind in REORDER and current.shape[-1] != inputs[0].shape[-1]
+        moved |= kind == "Permute" and operation.dims[-1] != len(operation.dims)
+        if moved or works_channels_first(operation):
+            return False
+        if kind not in WEIGHTED:
+            waiting += inputs
+    return True
+
+
+def works_channels_first(operation: Any) -> bool:
+    """Return whether an operation takes the first axis of an image for its channels."""
+    return getattr(operation, "data_format", None) == "channels_first"
 
 
 def get_kind(operation: Any) -> str:
@@ -145,7 +179,7 @@ def find_map(net: Any, name: str | None = None) -> FeatureMap:
     if not maps:
         raise UnfitNet(
             "has no feature map to prune: every path from input to output would have to go through "
-            "the output of a convolution, with weights behind it"
+            "the output of a convolution whose channels come last, with weights behind it"
         )
     if name is None:
         return maps[-1]
@@ -215,6 +249,8 @@ def split_net(net: Any, name: str | None = None) -> Split:
     for tensor in waypoints[place + 1 :]:
         operation, inputs = graph.find_call(tensor)
         if inputs[0] is not features or get_kind(operation) not in PER_CHANNEL:
+            break
+        if works_channels_first(operation):
             break
         features = tensor
     # Names that no net uses, here and below: Keras counts its own names from 0, so they may clash.

@@ -18,7 +18,7 @@ from defence.base.progress import set_quiet
 from defence.explain import plots
 from defence.judge import backends, onnx_file
 from defence.judge.record import VERSION
-from defence.load.datasets import DATASET_SUFFIXES, open_dataset
+from defence.load.datasets import DATASET_SUFFIXES
 from defence.load.images import IMAGE_FORMATS, MORE_FORMATS
 from defence.options.common import (
     add_labels,
@@ -101,11 +101,9 @@ def add_names_on_stdin(names: list[str], null: bool) -> list[str]:
 
 
 def check_clean(arguments: Namespace, models: list[Path]) -> None:
-    """Raise InputError where --clean is no dataset, or there is no BadNet to make a twin of."""
+    """Raise InputError where there is no BadNet to make a twin of."""
     if len(models) == 1:
         raise InputError("--clean goes with a MODEL that is a BadNet, not a detector's .onnx file")
-    with open_dataset(arguments.clean, arguments.max_bytes):
-        pass
 
 
 def check_export(arguments: Namespace, models: list[Path]) -> None:
@@ -120,7 +118,7 @@ def check_ray(arguments: Namespace, models: list[Path]) -> None:
     """Raise InputError where --ray lacks an option or package, or comes with an unfit option."""
     if not arguments.output:
         raise InputError("--ray needs --output, the folder for the verdicts")
-    unfit = ("poisoned", "json", "csv", "plot", "scale", "force")
+    unfit = ("poisoned", "json", "csv", "plot", "scale", "force", "labelled")
     options = [f"--{name}" for name in unfit if getattr(arguments, name)]
     if options or arguments.backend == "keras":
         raise InputError(f"{', '.join(options) or '--backend keras'}: does not go with --ray")

@@ -43,7 +43,7 @@ def parse_repair() -> tuple[Namespace, ModelFile]:
     set_quiet(arguments.quiet)
     refuse_idle_options(parser, arguments)
     badnet = read_model(arguments.model, arguments.max_bytes)
-    repairs = not (arguments.check or arguments.scan)
+    repairs = not (arguments.check or arguments.scan or arguments.layer == "help")
     arguments.output = Path(arguments.output or default_repaired_path(badnet.path))
     if arguments.output.suffix != ".h5":
         raise InputError(f"{arguments.output}: the repaired net is saved as a .h5 file")
