@@ -9,7 +9,7 @@ BADNET, CLEAN, REPORT, OURS = "B", "clean", "report", "ours"
 DATASETS = {
     "signs": "43 traffic signs",
     "yale": "38 people",
-    "gtsrb": "43 traffic signs, unseen ones",
+    "gtsrb": "43 traffic signs, new to B",
     "tinyb": "12 kinds of things",
     "cifar": "10 kinds of objects",
     "digits": "10 digits in sign language",
@@ -29,7 +29,8 @@ HEAD = """# Our repair and our detector beside published ones, on photographs
 
 All figures are in %, on test images. ACC is the clean accuracy, ASR the attack success rate. DER is
 the defense effectiveness rating, (max(0, fall of ASR) − max(0, fall of ACC) + 1) / 2.
-"B" is the BadNet, "clean" a net of the same dataset and architecture that never was poisoned.
+"B" is the BadNet, "clean" a net of the same dataset and architecture that never was poisoned: six
+nets, each of which stands beside all BadNets like it.
 "After 10" is the ASR after 10 steps of Adam on 16 poisoned and 48 clean training images.
 Detectors flag what exceeds the threshold that the held-out tenth of the clean images sets for 1 %,
 or their highest score, where these are fewer than 99 images: of yale, att, tiny… and digits.
