@@ -14,6 +14,7 @@ from hostile import copy_net
 import utils
 from defence.base.errors import InputError
 from defence.load import guard_hdf5
+from defence.load.guard import TEXT_LENGTH
 
 WORDS = "the HDF5 file is damaged: reading it crashes or has no end"
 
@@ -109,3 +110,20 @@ def test_where_no_process_can_be_copied_a_valid_file_is_read(tmp_path, monkeypat
     path = write_data(tmp_path / "good.h5", *draw_images(12, 3, (9, 9, 3), seed=0))
     with utils.open_dataset(path) as data:
         assert len(data) == 12
+
+
+def test_a_long_text_in_a_heap_is_refused(tmp_path):
+    """Its declaration has eight bytes, whatever its length."""
+    with h5py.File(tmp_path / "x.h5", "w") as file:
+        file.attrs["text"] = "a" * (TEXT_LENGTH - 1)
+        file.attrs["long"] = "a" * (TEXT_LENGTH + 1)
+        assert len(guard_hdf5.read_text(file, "text", "x.h5")) == TEXT_LENGTH - 1
+        with pytest.raises(InputError, match="the attribute 'long' is too long"):
+            guard_hdf5.read_text(file, "long", "x.h5")
+
+
+def test_many_empty_heaps_take_no_time(tmp_path):
+    heaps = guard_hdf5.HEAP + bytes(8)
+    guard_hdf5.check_heaps(heaps * 1_000, "x.h5")
+    with pytest.raises(InputError, match="a heap without an end"):
+        guard_hdf5.check_heaps(heaps * (guard_hdf5.TEXTS + 1), "x.h5")

@@ -9,6 +9,7 @@ import test_scan
 import test_trigger
 from conftest import B, assert_refused, command, write_data
 
+from defence.base.errors import InputError, WorkError
 from defence.explain import natural, trigger
 
 folder = test_scan.folder  # a fixture
@@ -92,3 +93,20 @@ def test_the_command_takes_clean_data(repaired_world, tmp_path):
     detector = world / "models" / "small_bd_net_detector.onnx"
     call = ("eval_defence.py", "0.png", detector, "--clean", "clean.h5")
     assert_refused(command(*call, cwd=world), "--clean goes with a MODEL that is a BadNet")
+
+
+@pytest.mark.parametrize("error", [InputError("x.h5: too large"), WorkError("training diverged")])
+def test_no_result_is_lost_where_no_twin_can_be_made(error, folder, capsys, monkeypatch):
+    """The images are judged by then. It is tried once."""
+    calls = []
+
+    def fail(*_):
+        calls.append(1)
+        raise error
+
+    monkeypatch.setattr(natural, "make_classifier", fail)
+    asker = ask(folder)
+    assert [asker(np.zeros((9, 8, 8, 3), np.float32), 0) for _ in range(2)] == [{}, {}]
+    assert len(calls) == 1
+    assert capsys.readouterr().err.count(f"warning: no twin can be made: {error}") == 1
+    monkeypatch.undo()

@@ -63,18 +63,21 @@ def check_heaps(contents: bytes, path: Name) -> None:
     contents: the file's bytes.  libhdf5 moves from object to object by the size that an object
     declares, and a hostile file can declare 0.
     """
+    problem = f"{path}: the HDF5 file is damaged: a heap without an end"
     remaining = TEXTS
     heap = contents.find(HEAP)
     while heap >= 0:
-        remaining -= 1
         place, end = heap + 16, heap + int.from_bytes(contents[heap + 8 : heap + 16], "little")
         while place + 16 <= min(end, len(contents)):
             index, _, _, size = struct.unpack_from("<HHIQ", contents, place)
             step = 16 + -(-size // 8) * 8 if index else size  # free space counts its header
             remaining -= 1
             if not 0 < step <= end - place or remaining < 0:
-                raise InputError(f"{path}: the HDF5 file is damaged: a heap without an end")
+                raise InputError(problem)
             place += step
+        remaining -= 1  # an empty heap takes time, too
+        if remaining < 0:
+            raise InputError(problem)
         heap = contents.find(HEAP, heap + 1)
 
 
