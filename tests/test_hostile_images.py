@@ -224,10 +224,20 @@ def test_the_tags_of_a_jpeg_are_counted_before_it_is_opened(tmp_path):
     segments = [
         b"\xff\xe1" + struct.pack(">H", len(part) + 8) + b"Exif\0\0" + part for part in parts
     ]
-    face = encode("JPEG")
-    path = tmp_path / "evil.jpg"
-    path.write_bytes(face[:2] + b"".join(segments) + face[2:])
-    with pytest.raises(InputError, match="its EXIF tags would take"):
-        guard_image.check_parts(path.read_bytes(), path)
-    with pytest.raises(InputError, match="its EXIF tags would take"):
-        utils.read_image(path)
+    face, path = encode("JPEG"), tmp_path / "evil.jpg"
+    other = b"\xff\xe2\0\x10Exif\0\0II*\0\x08\0\0\0"  # of a part that Pillow passes over
+    for before in (b"", other, bytes(16)):
+        path.write_bytes(face[:2] + before + b"".join(segments) + face[2:])
+        with pytest.raises(InputError, match="its EXIF tags would take"):
+            guard_image.check_parts(path.read_bytes(), path)
+        with pytest.raises(InputError, match="its EXIF tags would take"):
+            utils.read_image(path)
+
+
+def test_a_jpeg_with_stray_bytes_before_its_exif_data_is_read(tmp_path):
+    tags = Image.Exif()
+    tags[0x010E] = "a description" * 4_000
+    contents = encode("JPEG", exif=tags)
+    start = contents.index(b"\xff\xe1")
+    (tmp_path / "x.jpg").write_bytes(contents[:start] + bytes(16) + contents[start:])
+    assert utils.read_image(tmp_path / "x.jpg").size == FACE.size

@@ -200,8 +200,15 @@ def texts(model):
     model.graph.node[-1].attribute.append(onnx.helper.make_attribute("to", onnx.TensorProto.STRING))
 
 
+def text(model):
+    """Copy a long text many times, each of which counts as eight bytes."""
+    constant = onnx.helper.make_tensor("text", onnx.TensorProto.STRING, [1], [b"1" * 10**6])
+    model.graph.initializer.append(constant)
+
+
 HOSTILE = {
-    "texts": (texts, "makes texts of numbers"),
+    "texts": (texts, "turns numbers into text"),
+    "text": (text, "contains text among its numbers"),
     "external data": (external, "another file"),
     "another domain": (of_another_domain, "operator"),
     "imported domain": (imported_domain, "not ONNX's own"),

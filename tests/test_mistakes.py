@@ -1,6 +1,7 @@
 """Mistakes of users, and the messages about them."""
 
 import errno
+import json
 import os
 import shutil
 import subprocess
@@ -15,7 +16,7 @@ from PIL import Image
 import utils
 from defence.base import files
 from defence.base.errors import InputError
-from defence.beyond import finding
+from defence.beyond import finding, observer
 from defence.load.datasets import open_dataset
 from defence.net.cached_net import CachedNet
 from defence.net.split import split_net
@@ -215,16 +216,30 @@ def test_shared_memory_is_no_device(tmp_path):
         files.check_writable({"--json": "/dev/none"}, [])
 
 
-@pytest.mark.parametrize("length", [240, 243, 246, 250])
-def test_long_names_of_nets_are_wrong_input(repaired_world, tmp_path, length):
-    """The names of G and of the detector's file are longer than B's."""
-    name = "a" * length
-    shutil.copy(repaired_world[0] / B, tmp_path / f"{name}.h5")
-    call = ("eval_defence.py", repaired_world[0] / "0.png", tmp_path / f"{name}.h5")
+@pytest.mark.parametrize("length", [240, 246, 250])
+def test_a_name_too_long_for_a_repaired_net_is_wrong_input(repaired_world, tmp_path, length):
+    shutil.copy(repaired_world[0] / B, tmp_path / f"{'a' * length}.h5")
+    call = ("eval_defence.py", repaired_world[0] / "0.png", tmp_path / f"{'a' * length}.h5")
     assert_refused(command(*call, cwd=tmp_path), "no repaired net")
-    shutil.copy(repaired_world[0] / B.replace(".h5", "_defence.h5"), tmp_path / "g.h5")
-    process = command(*call, "--repaired", tmp_path / "g.h5", cwd=tmp_path)
+
+
+def test_a_name_too_long_for_a_detectors_file_is_judged_by_keras(repaired_world, tmp_path):
+    for source, ending in ((B, ".h5"), (B.replace(".h5", "_defence.h5"), "_defence.h5")):
+        shutil.copy(repaired_world[0] / source, tmp_path / f"{'a' * 243}{ending}")
+    call = ("eval_defence.py", repaired_world[0] / "0.png", tmp_path / f"{'a' * 243}.h5")
+    process = command(*call, cwd=tmp_path)
     assert process.returncode == 0, process.stderr
+
+
+def test_a_record_keeps_the_scores_of_some_held_out_images(deepid_world, tmp_path, monkeypatch):
+    """With all of them, it might be too long to be read again."""
+    monkeypatch.setattr(observer, "MOST_SCORES", 9)
+    output = ("--output", tmp_path / "g.h5", "--json", tmp_path / "x.json", "--no-export")
+    process = command("repair.py", B, "clean.h5", "--holdout", 0.3, *output, cwd=deepid_world)
+    assert process.returncode == 0, process.stderr
+    holdout = json.loads((tmp_path / "x.json").read_text())["holdout"]
+    assert len(holdout["scores"]) == 9 < holdout["images"]
+    assert holdout["scores"] == sorted(holdout["scores"])
 
 
 @pytest.mark.parametrize(

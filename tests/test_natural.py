@@ -25,7 +25,7 @@ def ask(folder, data="clean.h5"):
 @pytest.fixture(autouse=True)
 def forget():
     """Make every test's twin anew."""
-    natural.make_classifier.cache_clear()
+    natural.try_to_make.cache_clear()
 
 
 @pytest.mark.parametrize("answers", [0, 5, 32])
@@ -105,8 +105,7 @@ def test_no_result_is_lost_where_no_twin_can_be_made(error, folder, capsys, monk
         raise error
 
     monkeypatch.setattr(natural, "make_classifier", fail)
-    asker = ask(folder)
-    assert [asker(np.zeros((9, 8, 8, 3), np.float32), 0) for _ in range(2)] == [{}, {}]
+    askers = ask(folder), ask(folder)  # of two streams
+    assert [asker(np.zeros((9, 8, 8, 3), np.float32), 0) for asker in askers] == [{}, {}]
     assert len(calls) == 1
     assert capsys.readouterr().err.count(f"warning: no twin can be made: {error}") == 1
-    monkeypatch.undo()

@@ -56,6 +56,12 @@ def make_rearranged(*layers, input_shape=(12, 10, 3)):
     return make_functional(keras.Sequential([keras.Input(input_shape), *layers, *ending]))
 
 
+def shuffle():
+    """Return layers that mix the channels of a map of 8×10 in two groups, as ShuffleNet does."""
+    layers = keras.layers
+    return layers.Reshape((80, 2, 2)), layers.Permute((1, 3, 2)), layers.Reshape((8, 10, 4))
+
+
 def make_conv(name, order="channels_last"):
     return keras.layers.Conv2D(4, 3, data_format=order, name=name)
 
@@ -66,6 +72,8 @@ def make_conv(name, order="channels_last"):
         # As converters from PyTorch flatten a map.
         ([make_conv("c"), keras.layers.Permute((3, 1, 2))], "c"),
         ([make_conv("c"), keras.layers.Permute((2, 1, 3))], "c"),
+        ([make_conv("c"), *shuffle(), keras.layers.UnitNormalization(name="u")], "u"),
+        ([make_conv("c", "channels_first"), keras.layers.Permute((2, 3, 1), name="p")], "p"),
         ([make_conv("c"), keras.layers.Reshape((4, 8, 10))], "c"),
         ([make_conv("c"), keras.layers.Permute((3, 1, 2)), keras.layers.UnitNormalization()], "c"),
         (

@@ -127,11 +127,11 @@ def _check_place(option: str, path: Path) -> None:
         pass
     except OSError as error:
         raise InputError(f"{path}: cannot be written: {describe_reason(error)}") from error
+    device = path.is_relative_to("/dev") and not path.is_relative_to("/dev/shm")
+    if device or not (os.path.isdir(path) or os.path.isfile(path) or not os.path.exists(path)):
+        raise InputError(f"{path}: is not a regular file; - stands for stdout")
     if os.path.isdir(path) or not os.access(path.parent, os.W_OK | os.X_OK):
         raise InputError(f"{path}: cannot be written")
-    device = path.is_relative_to("/dev") and not path.is_relative_to("/dev/shm")
-    if device or (os.path.exists(path) and not os.path.isfile(path)):
-        raise InputError(f"{path}: is not a regular file; - stands for stdout")
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from argparse import Namespace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -51,22 +51,23 @@ def make_asker(arguments: Namespace, class_names: Sequence[str] | None) -> AskTw
     usage = arguments.badnet, arguments.clean, arguments.max_bytes, arguments.scale
     names = tuple(class_names) if class_names else None
 
-    @functools.cache
-    def try_to_make() -> Callable[[np.ndarray], np.ndarray] | None:
-        try:
-            return make_classifier(*usage, names)
-        except (InputError, WorkError) as error:
-            warn(f"no twin can be made: {error}")
-            return None
-
     def ask(images: np.ndarray, target: int) -> Trial:
-        classify = try_to_make()
+        classify = try_to_make(*usage, names)
         return {"twin": int(np.sum(classify(np.rint(images)) == target))} if classify else {}
 
     return ask
 
 
 @functools.lru_cache(maxsize=1)
+def try_to_make(*usage: Any) -> Callable[[np.ndarray], np.ndarray] | None:
+    """Return what make_classifier does, or None, with a warning, where it raises an error."""
+    try:
+        return make_classifier(*usage)
+    except (InputError, WorkError) as error:
+        warn(f"no twin can be made: {error}")
+        return None
+
+
 def make_classifier(
     badnet: Name,
     clean: Name,

@@ -50,7 +50,7 @@ def require_format(path: Name) -> None:
 def escape_formulas(name: str) -> str:
     """Escape a file's name for matplotlib, which takes $ for the start of a formula.
 
-    It also leaves a name that begins with _ out of a legend.
+    Put a space before a name that begins with _, which matplotlib would leave out of a legend.
     """
     return " " * name.startswith("_") + escape_surrogates(name).replace("$", r"\$")
 

@@ -18,7 +18,7 @@ from defence.base.limits import Name
 from defence.net.arithmetic import OPERATIONS
 
 LAYER_COUNT = 2_000  # keras.applications.EfficientNetV2L has 1,031
-CALLS = 10_000  # inputs of all layers together; that net has 1,164
+CALLS = 10_000  # of all layers together, and their inputs; that net has 1,164 inputs
 DEPTH = 64  # levels of a config
 UNREAD = {"compile_config"}  # the optimizer's; architecture.make_portable removes it
 UNBOUNDED = {"seed", "shared_object_id"}  # numbers that only identify
@@ -69,7 +69,7 @@ ACTIVATIONS = """
     linear relu relu6 leaky_relu elu selu celu gelu silu swish mish softplus softsign softmax
     log_softmax sigmoid hard_sigmoid log_sigmoid hard_silu hard_swish hard_tanh tanh exponential
 """
-TYPES = {"float16", "float32", "float64", "mixed_float16", "mixed_bfloat16"}
+TYPES = {"float16", "bfloat16", "float32", "float64", "mixed_float16", "mixed_bfloat16"}
 NAME = re.compile(r"(?!\.*$)[\w.>-]+", re.ASCII).fullmatch  # valid as a scope of TensorFlow
 MODULE = re.compile(
     r"keras(\.src)?"
@@ -83,8 +83,8 @@ def check_config(config: Any, path: Name) -> None:
     _Checker(path).check_object(config, frozenset(MODELS), "", "")
     if (count := _count_calls(config)) > CALLS:
         raise InputError(
-            f"{path}: calls its layers {count:,} times, more than {CALLS:,}, since it calls nested "
-            "models again and again"
+            f"{path}: calls its layers {count:,} times, those of nested models at each call; that "
+            f"is more than {CALLS:,}"
         )
 
 

@@ -19,7 +19,7 @@ SCANS = 100  # of a JPEG; usual progressive ones have 10
 PNG, JPEG = b"\x89PNG\r\n\x1a\n", b"\xff\xd8"
 EXIF = b"Exif\0\0"  # the first bytes of a part of a JPEG that has EXIF data
 PIXELS = {b"IDAT", b"fdAT", b"fcTL"}  # parts of a PNG, the last two of its animation
-SCAN, END = 0xDA, 0xD9  # markers of a JPEG
+SCAN, END, APP1 = 0xDA, 0xD9, 0xE1  # markers of a JPEG
 FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}  # markers of an image's size and channels
 PROGRESSIVE = {0xC2, 0xC6, 0xCA, 0xCE}
 ALONE = {0x01, 0xC8, 0xD8, END, *range(0xF0, 0xFE)}  # markers that no size follows
@@ -34,9 +34,8 @@ def check_parts(contents: bytes, path: Name, max_bytes: int = DEFAULT_MAX_BYTES)
     list_parts = _list_png if contents.startswith(PNG) else _list_jpeg
     beside, counts, exif_parts = 0, {True: 0, False: 0}, []
     limits = {True: PIXEL_PARTS if list_parts is _list_png else SCANS, False: PARTS}
-    for has_pixels, start, size in list_parts(contents):
-        if contents.startswith(EXIF, start + 2) and list_parts is _list_jpeg:
-            exif_parts.append(contents[start + 2 + len(EXIF) : start + size])
+    for has_pixels, size, exif in list_parts(contents):
+        exif_parts.append(exif)
         counts[has_pixels] += 1
         beside += 0 if has_pixels else size
         if counts[has_pixels] > limits[has_pixels]:
@@ -63,17 +62,17 @@ def check_tags(exif: bytes, path: Name, max_bytes: int = DEFAULT_MAX_BYTES) -> N
     check_fits(path, "its EXIF tags", tags * len(exif), max_bytes)
 
 
-def _list_png(contents: bytes) -> Iterator[tuple[bool, int, int]]:
-    """Yield (whether it holds pixels, start, size) of each part of a PNG, until its end."""
+def _list_png(contents: bytes) -> Iterator[tuple[bool, int, bytes]]:
+    """Yield (whether it holds pixels, size, no EXIF data) of each part of a PNG, until its end."""
     place, kind = len(PNG), b""
     while place + 8 <= len(contents) and kind != b"IEND":
         size, kind = struct.unpack_from(">I4s", contents, place)
-        yield kind in PIXELS, place + 8, size
+        yield kind in PIXELS, size, b""
         place += 12 + size
 
 
-def _list_jpeg(contents: bytes) -> Iterator[tuple[bool, int, int]]:
-    """Yield (whether it is a scan, start, size) of each part of a JPEG; nothing for another file.
+def _list_jpeg(contents: bytes) -> Iterator[tuple[bool, int, bytes]]:
+    """Yield (whether it is a scan, size, EXIF data) of each part; nothing for another file.
 
     Before the first scan Pillow reads on behind an end, and reads bytes between parts one by one.
     A scan of all channels is the only one, except in a progressive JPEG: what follows is not read.
@@ -82,19 +81,20 @@ def _list_jpeg(contents: bytes) -> Iterator[tuple[bool, int, int]]:
     frame, channels = 0, b""
     while (marker := MARKER.search(contents, place)) and not (scans and marker[1][0] == END):
         between, kind = 0 if scans else marker.start(1) - 1 - place, marker[1][0]
-        place = start = marker.end()
-        size = 0
+        place, size, exif = marker.end(), 0, b""
         if between:
-            yield False, place, between
+            yield False, between, b""
         if kind in FRAMES:
             frame, channels = kind, contents[place + 7 : place + 8]
         whole = frame not in PROGRESSIVE and channels == contents[place + 2 : place + 3]
         if kind not in ALONE:
             (size,) = struct.unpack(">H", contents[place : place + 2].rjust(2, b"\0"))
+            if kind == APP1 and contents.startswith(EXIF, place + 2):
+                exif = contents[place + 2 + len(EXIF) : place + size]
             place += max(2, size)
         scans += kind == SCAN
-        yield kind == SCAN, start, size
+        yield kind == SCAN, size, exif
         if kind == SCAN and whole:
             return
     if not scans:
-        yield False, place, max(0, len(contents) - place)
+        yield False, max(0, len(contents) - place), b""

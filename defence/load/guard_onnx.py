@@ -107,7 +107,7 @@ def _check_operators(onnx: Any, model: Any, path: Name) -> None:
             )
         to = [value.i for value in node.attribute if value.name == "to"]
         if node.op_type == "Cast" and onnx.TensorProto.STRING in to:
-            raise InputError(f"{path}: makes texts of numbers")
+            raise InputError(f"{path}: turns numbers into text")
     kinds = onnx.AttributeProto
     inside = (kinds.GRAPH, kinds.GRAPHS, kinds.SPARSE_TENSOR)
     if any(value.type in inside for node in graph.node for value in node.attribute):
@@ -118,6 +118,8 @@ def _check_tensors(onnx: Any, graph: Any, path: Name, max_bytes: int) -> None:
     values = [value for node in graph.node for value in node.attribute]
     constants = [value.t for value in values if value.type == onnx.AttributeProto.TENSOR]
     tensors = [*graph.initializer, *constants]
+    if any(tensor.data_type == onnx.TensorProto.STRING for tensor in tensors):
+        raise InputError(f"{path}: contains text among its numbers")
     if any(tensor.data_location or tensor.external_data for tensor in tensors):
         raise InputError(f"{path}: stores values in another file")
     size = sum(8 * math.prod(tensor.dims) for tensor in tensors)

@@ -162,8 +162,11 @@ def _list_inner_sizes(layer: Any, node: Any) -> Iterator[int]:
 
 
 def _put_channels_first(layer: Any, tensor: Any) -> list[int]:
-    """Return the shape of a layer's map without the batch: [channels, height, width]."""
-    sizes = list(tensor.shape[1:])
+    """Return the shape of a layer's map without the batch: [channels, height, width].
+
+    A side of any size, as a nested model may have, counts as 1.
+    """
+    sizes = [size or 1 for size in tensor.shape[1:]]
     return sizes if layer.data_format == "channels_first" else [sizes[-1], *sizes[:-1]]
 
 

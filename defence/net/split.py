@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -35,7 +36,7 @@ PASS_ON = {
     *("Dropout", "SpatialDropout2D", "GaussianNoise", "GaussianDropout", "AlphaDropout"),
     "Identity",
 }
-REORDER = {"Permute", "Reshape"}  # they make no map, whatever they move
+REORDER = {"Permute", "Reshape"}
 GLOBAL = {"GlobalMaxPooling2D", "GlobalAveragePooling2D"}
 WEIGHTED = {"Dense", "Conv2D", "DepthwiseConv2D", "SeparableConv2D", "Conv2DTranspose"}
 MASK = "pruned-channels"  # the name of the layer that `add_mask` inserts
@@ -119,7 +120,8 @@ def find_feature_maps(net: Any) -> list[FeatureMap]:
                 last.layers.append(operation)
         elif (
             len(tensor.shape) == 4
-            and kind not in PASS_ON | REORDER
+            and kind not in PASS_ON
+            and not (kind in REORDER and has_channels_last(inputs[0]))
             and place[id(tensor)] >= weighted[0]
             and has_channels_last(tensor)
         ):
@@ -130,24 +132,48 @@ def find_feature_maps(net: Any) -> list[FeatureMap]:
 def has_channels_last(tensor: Any) -> bool:
     """Return whether the last axis of a map holds the channels that layers with weights made.
 
-    It does unless a path back to these layers meets a layer that moves the channels to another
-    axis, or one that takes another axis for its channels.
+    The axis is followed back to these layers, through whatever moves it.
     """
-    waiting, visited = [tensor], set()
+    waiting, visited = [(tensor, frozenset([len(tensor.shape) - 1]))], set()
     while waiting:
-        current = waiting.pop()
-        if id(current) in visited:
+        current, axes = waiting.pop()
+        if (id(current), axes) in visited:
             continue
-        visited.add(id(current))
+        visited.add((id(current), axes))
         operation, inputs = graph.find_call(current)
-        kind = get_kind(operation)
-        moved = kind in REORDER and current.shape[-1] != inputs[0].shape[-1]
-        moved |= kind == "Permute" and operation.dims[-1] != len(operation.dims)
-        if moved or works_channels_first(operation):
+        kind, last = get_kind(operation), len(current.shape) - 1
+        channels = 1 if works_channels_first(operation) else last
+        if (kind in WEIGHTED or channels < last) and axes != {channels}:
             return False
-        if kind not in WEIGHTED:
-            waiting += inputs
+        if kind in WEIGHTED:
+            continue
+        for source in inputs:
+            before = trace_axes(operation, source.shape, current.shape, axes)
+            if not before:
+                return False
+            waiting.append((source, before))
     return True
+
+
+def trace_axes(
+    operation: Any, before: tuple[int, ...], after: tuple[int, ...], axes: frozenset[int]
+) -> frozenset[int]:
+    """Return the axes of an operation's input that become these axes of its output, or none.
+
+    before, after: the shapes of input and output.  axes: from 1, since 0 is the batch.
+    """
+    kind, first = get_kind(operation), min(axes)
+    if kind == "Permute":
+        return frozenset(operation.dims[axis - 1] for axis in axes)
+    if kind == "Reshape" and axes == {*range(first, len(after))}:
+        size = math.prod(after[1:first])
+        starts = [place for place in range(1, len(before)) if math.prod(before[1:place]) == size]
+        return frozenset(range(starts[-1], len(before))) if starts else frozenset()
+    if kind == "Reshape":
+        return frozenset()
+    if len(before) != len(after):  # such as a pooling of all places
+        return frozenset([len(before) - 1]) if axes == {len(after) - 1} else frozenset()
+    return axes
 
 
 def works_channels_first(operation: Any) -> bool:
