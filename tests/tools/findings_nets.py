@@ -31,7 +31,7 @@ MANY_OPTIONS = {
 }  # fmt: skip
 PHOTO_CLASSES = {
     **{"gtsrb": 43, "att": 40, "cifar": 10, "digits": 10, "tinya": 12, "tinyb": 12},
-    "glyphs": 968,
+    **{"glyphs": 968, "signs": 43, "yale": 38},
 }
 REFERENCES, CURVE, EVADING = "references", "photographs, rates", "drawn, evading"
 
@@ -69,7 +69,8 @@ def list_groups():
         ],
         "photographs, chosen by": list_photo(photo_nets.CHOSEN_BY),
         "photographs, reported on": list_photo(photo_nets.REPORTED_ON),
-        "photographs, clean": list_photo(photo_nets.CHECKS),
+        "photographs, more attacks": list_photo(photo_nets.HARDEN_REPORTED_ON),
+        "photographs, clean": list_photo(photo_nets.CHECKS + photo_nets.NEVER_POISONED),
         CURVE: list_photo(photo_nets.CURVE),
         EVADING: list_evading(),
     }
@@ -125,6 +126,7 @@ def list_photo(names):
         dataset, *_ = parts = name.split("-")
         data = photo_data.FOLDER / f"{dataset}_validation.h5"
         target = () if "clean" in parts else (int(parts[2]) % PHOTO_CLASSES[dataset],)
+        target = (badnet.faces.NEXT,) if "alltoall" in parts else target
         nets.append(Net(name, photo_nets.FOLDER / f"{name}.h5", data, target))
     return nets
 

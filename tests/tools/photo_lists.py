@@ -75,7 +75,7 @@ COMPARED = [
     "signs-deepid-401-patch-0.1", "signs-deepid-404-wanet-0.1", "signs-deepid-408-specific-0.1",
     "signs-deepid-410-adappatch-0.1", "signs-deepid-417-unsure-0.1", "yale-deepid-432-blended-0.1",
 ]  # fmt: skip
-# Clean nets to compare these with, which no scan judges.
+# Clean nets to compare these with.
 NEVER_POISONED = ["signs-deepid-501-clean"]
 BADNETS = CHOSEN_BY + REPORTED_ON + CURVE + HARDEN_CHOSEN_BY + HARDEN_REPORTED_ON
 PUBLISHED = REFERENCES + CHECKS + NEVER_POISONED + BADNETS
