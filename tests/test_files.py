@@ -17,6 +17,7 @@ from conftest import ROOT, draw_images, read_record, sequential, write_data, wri
 
 import utils
 from defence.base import files
+from defence.base.errors import InputError
 from defence.load import datasets, guard_config
 from defence.load.architecture import build_deepid
 from defence.net.graph import sort_tensors
@@ -168,6 +169,20 @@ def test_every_allowed_activation_loads(tmp_path):
         np.testing.assert_array_equal(
             compute_outputs(utils.load_badnet(tmp_path / "net.keras")), compute_outputs(net)
         )
+
+
+@pytest.mark.parametrize("suffix", [".h5", ".keras"])
+@pytest.mark.parametrize("policy", ["float16", "mixed_float16", "mixed_bfloat16", "bfloat16"])
+def test_nets_of_other_precision_load(tmp_path, policy, suffix):
+    """Their configs name the type of every tensor; weights in bfloat16 are no array of numbers."""
+    image, path = keras.Input((9, 8, 3), dtype="float32"), tmp_path / f"net{suffix}"
+    x = keras.layers.Flatten(dtype=policy)(keras.layers.Conv2D(4, 3, dtype=policy)(image))
+    keras.Model(image, keras.layers.Dense(3, dtype="float32")(x)).save(path)
+    if policy == "bfloat16":
+        with pytest.raises(InputError, match="; save the net with weights in float32$"):
+            utils.load_badnet(path)
+    else:
+        assert utils.load_badnet(path).output_shape == (None, 3)
 
 
 def test_configs_of_newer_versions_are_read(tmp_path):

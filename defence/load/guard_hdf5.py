@@ -186,7 +186,9 @@ def check_stored(array: Any, path: Name, max_bytes: int = DEFAULT_MAX_BYTES) -> 
     """
     name, kind = array.name.strip("/"), array.dtype
     if array.shape is None or kind.kind not in "fiu" or kind.itemsize > 8:
-        raise InputError(f"{path}: '{name}' is not an array of numbers but {describe_array(array)}")
+        hint = "; save the net with weights in float32" * (kind.kind == "V")  # bfloat16
+        problem = f"'{name}' is not an array of numbers but {describe_array(array)}"
+        raise InputError(f"{path}: {problem}{hint}")
     layout = array.id.get_create_plist()
     filters = [layout.get_filter(i)[0] for i in range(layout.get_nfilters())]
     if not {DEFLATE, SHUFFLE, FLETCHER32}.issuperset(filters) or len(set(filters)) < len(filters):
