@@ -45,4 +45,4 @@ def test_a_scan_that_needs_too_much_memory_is_refused_before_it_begins(deepid_wo
     monkeypatch.setattr(CachedNet, "from_dataset", None)
     net, data = deepid_world / "models" / "small_bd_net.h5", deepid_world / "clean.h5"
     process = command("repair.py", net, data, "--scan")
-    assert_refused(process, "--scan 10000000: a training step would take")
+    assert_refused(process, "clean.h5: a scan: a training step would take")

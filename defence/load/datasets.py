@@ -284,8 +284,8 @@ def read_labels(row: Any, name: str, images: int, path: Name, max_bytes: int) ->
     if row.ndim != 1:
         hint = ""
         if row.ndim == 2:
-            mend = "take its column: [:, 0]" if row.shape[1] == 1 else "convert it: argmax(axis=1)"
-            hint = f"; {mend}"
+            mend = "convert one-hot labels with argmax(axis=1)"
+            hint = "; take its column: [:, 0]" if row.shape[1] == 1 else f"; {mend}"
         raise InputError(f"{path}: '{name}' is not a row but {describe_array(row)}{hint}")
     if len(row) != images:
         raise InputError(
