@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 
 import h5py
 import keras
@@ -73,16 +74,19 @@ def test_every_broken_data_file_is_refused(deepid_world, tmp_path):
         (write(labels=labels.astype("S")), "not an array of numbers"),
         (write(labels=(labels + 1) % 6), "answers none of its images"),
     ]
+    world = tmp_path.with_name(f"{tmp_path.name} world")  # other tests write into deepid_world
+    (world / "models").mkdir(parents=True)
+    shutil.copy(deepid_world / B, world / B)
     for path, words in cases:
-        output = deepid_world / "models" / "never.h5"
-        process = command("repair.py", B, path, "--output", output, cwd=deepid_world)
+        output = world / "models" / "never.h5"
+        process = command("repair.py", B, path, "--output", output, cwd=world)
         assert_refused(process, words, str(path))
         assert (
             process.stderr.startswith("repair.py: error: ")
             or "\nrepair.py: error: " in process.stderr
         )
         assert not output.exists()
-    assert not [name for name in os.listdir(deepid_world / "models") if name.startswith(".")]
+    assert not [name for name in os.listdir(world / "models") if name.startswith(".")]
 
 
 def test_every_unfit_model_is_refused(deepid_world, tmp_path):
