@@ -72,7 +72,7 @@ def load(
     detector = backends.load_detector(models, limit, backend, **take_usage(arguments))
     known = detector.class_names or folders
     names = find_class_names(models[0], arguments.labels, detector.classes, limit, known)
-    natural.check_clean(arguments, detector, detector.class_names or names)
+    natural.require_clean(arguments, detector, detector.class_names or names)
     return detector, names
 
 

@@ -293,8 +293,8 @@ def test_the_input_of_the_last_weighted_layer_has_four_bytes_a_value_of_all_imag
     assert error.startswith("data.h5: the input of the last layer would take")
     steps.clear()
     check(10**6, harden=True, harden_batch_size=80)
-    harden = [(net, "data.h5: a scan", 48 * 8), (net, "--harden-batch-size {}", 80)]
-    assert steps == [(*call, 10**6) for call in ((parts.head, "--batch-size {}", 70), *harden)]
+    harden = [(net, "data.h5: a scan", 48 * 8), (net, "--harden-batch-size 80", 80)]
+    assert steps == [(*call, 10**6) for call in ((parts.head, "--batch-size 70", 70), *harden)]
 
 
 def test_patterns_have_sixteen_bytes_a_value_of_eight_images(monkeypatch):

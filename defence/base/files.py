@@ -128,7 +128,8 @@ def _check_place(option: str, path: Path) -> None:
     except OSError as error:
         raise InputError(f"{path}: cannot be written: {describe_reason(error)}") from error
     device = path.is_relative_to("/dev") and not path.is_relative_to("/dev/shm")
-    if device or not (os.path.isdir(path) or os.path.isfile(path) or not os.path.exists(path)):
+    odd = os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path)
+    if device or odd:
         raise InputError(f"{path}: is not a regular file; - stands for stdout")
     if os.path.isdir(path) or not os.access(path.parent, os.W_OK | os.X_OK):
         raise InputError(f"{path}: cannot be written")

@@ -23,7 +23,8 @@ def check_repair_fits(split: Split, datasets: Sequence[LabelledImages], settings
     datasets: the clean one first, then the ones that only measure the repair.
     """
     clean, max_bytes = datasets[0], datasets[0].max_bytes
-    check_step_fits(split.head, "--batch-size {}", settings.batch_size, max_bytes)
+    size = settings.batch_size
+    check_step_fits(split.head, f"--batch-size {size}", size, max_bytes)
     if parts := cut_before(find_last_weighted(split.head), split):
         size = FLOAT32 * len(clean) * math.prod(parts[0].output_shape[1:])
         check_room(clean.path, LAST_INPUTS, size, max_bytes)
@@ -43,7 +44,8 @@ def check_features_fit(split: Split, datasets: Sequence[LabelledImages]) -> None
 def check_harden_fits(badnet: Any, clean: LabelledImages, settings: Settings) -> None:
     """Raise InputError where hardening a Keras model would take too much memory."""
     max_bytes = clean.max_bytes
-    check_step_fits(badnet, "--harden-batch-size {}", settings.harden_batch_size, max_bytes)
+    size = settings.harden_batch_size
+    check_step_fits(badnet, f"--harden-batch-size {size}", size, max_bytes)
     values = math.prod(badnet.input_shape[1:])
     check_room(clean.path, harden.ALL_IMAGES, FLOAT16 * len(clean) * values, max_bytes)
     if settings.harden_pattern_rate:
@@ -64,7 +66,7 @@ def check_scan_fits(badnet: Any, clean: LabelledImages) -> None:
 def check_step_fits(model: Any, cause: str, batch_size: int, max_bytes: int) -> None:
     """Raise InputError where training a Keras model on `batch_size` images would take too much.
 
-    cause: of the step, for the message, with {} for the number of images.
+    cause: of the step, for the message.
     """
     size = 2 * FLOAT32 * sum(list_output_sizes(model)) * batch_size  # forward and backward
-    check_fits(cause.format(batch_size), "a training step", size, max_bytes)
+    check_fits(cause, "a training step", size, max_bytes)

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 SEED = 0
 
 
-def check_clean(arguments: Namespace, detector: Detector, names: Sequence[str] | None) -> None:
+def require_clean(arguments: Namespace, detector: Detector, names: Sequence[str] | None) -> None:
     """Raise InputError where --clean is no dataset for the nets, before anything is judged."""
     if arguments.clean:
         with open_dataset(arguments.clean, arguments.max_bytes) as data:

@@ -165,12 +165,11 @@ def trace_axes(
     kind, first = get_kind(operation), min(axes)
     if kind == "Permute":
         return frozenset(operation.dims[axis - 1] for axis in axes)
-    if kind == "Reshape" and axes == {*range(first, len(after))}:
+    if kind == "Reshape":  # keeps the order of values, so what comes before the last axes, as well
         size = math.prod(after[1:first])
         starts = [place for place in range(1, len(before)) if math.prod(before[1:place]) == size]
-        return frozenset(range(starts[-1], len(before))) if starts else frozenset()
-    if kind == "Reshape":
-        return frozenset()
+        followed = starts and axes == {*range(first, len(after))}
+        return frozenset(range(starts[-1], len(before))) if followed else frozenset()
     if len(before) != len(after):  # such as a pooling of all places
         return frozenset([len(before) - 1]) if axes == {len(after) - 1} else frozenset()
     return axes
@@ -274,9 +273,8 @@ def split_net(net: Any, name: str | None = None) -> Split:
     place = next(number for number, tensor in enumerate(waypoints) if tensor is features)
     for tensor in waypoints[place + 1 :]:
         operation, inputs = graph.find_call(tensor)
-        if inputs[0] is not features or get_kind(operation) not in PER_CHANNEL:
-            break
-        if works_channels_first(operation):
+        per_channel = get_kind(operation) in PER_CHANNEL and not works_channels_first(operation)
+        if inputs[0] is not features or not per_channel:
             break
         features = tensor
     # Names that no net uses, here and below: Keras counts its own names from 0, so they may clash.
